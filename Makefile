@@ -1,0 +1,81 @@
+# `make run` and `make test` do everything on a fresh machine; no other target installs anything.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Another source for PyTorch, such as the CPU builds that PyTorch's own install page names.
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUF := protos/node_modules/.bin/buf
+PICTURE := out/red-circle.png
+
+# Runs a layer of checks and prints its seconds.
+layer = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(( $$(date +%s) - start )) s"
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: $(READY) ## virtual environment with everything, exact versions
+
+$(READY): pyproject.toml constraints.txt protos/package-lock.json
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), sys.version'
+	@if [ "$$(uname)" = Linux ] && [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null; then \
+	  echo "No NVIDIA driver here. If pip turns to the large CUDA build, stop it and give the CPU"; \
+	  echo "build's index from PyTorch's install page: make setup TORCH_INDEX=..."; fi
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	if command -v npm >/dev/null; then npm ci --prefix protos --ignore-scripts --no-audit --no-fund --silent; fi
+	touch $@
+
+run: $(READY) ## a picture from a prompt, through the embedded services
+	@mkdir -p $(dir $(PICTURE))
+	$(BIN)/zimage-client generate "a red circle on a blue background" -o $(PICTURE) --overwrite
+
+test: $(READY) ## all checks, as CI runs them
+	@$(MAKE) --no-print-directory check
+
+check: ## all checks, without set-up
+	$(call layer,format,$(BIN)/ruff format --check .)
+	$(call layer,lint,$(BIN)/ruff check .)
+	$(call layer,types,$(BIN)/mypy)
+	$(call layer,contracts,$(BIN)/lint-imports)
+	$(call layer,protos,$(MAKE) --no-print-directory proto-check)
+	$(call layer,unit,$(BIN)/pytest tests/unit)
+	$(call layer,contract,$(BIN)/pytest tests/contract)
+	$(call layer,parity,$(MAKE) --no-print-directory parity)
+	$(call layer,device,$(BIN)/pytest tests/device)
+	$(call layer,e2e,$(BIN)/pytest tests/e2e)
+
+test-fast: ## the checks of every minute
+	$(call layer,lint,$(BIN)/ruff check .)
+	$(call layer,unit and contract,$(BIN)/pytest tests/unit tests/contract -m "not slow")
+
+parity: ## the same numbers as diffusers and transformers (E1, E2, E5)
+	$(BIN)/pytest tests/parity
+
+bench-encoder: ## C1: a prompt against diffusers' encode_prompt
+	$(BIN)/python -m bench.encoder
+
+bench-dit: ## C5, C6, C7: a forward against diffusers and the bare matmuls, and what the services add
+	$(BIN)/python -m bench.dit
+	$(BIN)/python -m bench.overhead
+
+proto: ## generated code and wire snapshot from the protos
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python protos/generate.py
+
+proto-check: ## proves them fresh; buf's lint and format
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python protos/generate.py --check
+	@if [ -x $(BUF) ]; then $(BUF) lint && $(BUF) format -d --exit-code; \
+	elif [ -n "$$CI" ]; then echo "buf is missing: npm is needed" >&2; exit 1; \
+	else echo "SKIPPED: buf lint and format, because npm is not installed" >&2; fi
+
+docs: ## the generated tables in docs/
+	$(BIN)/python docs/tables.py
+
+clean: ## everything that can be made again
+	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+.PHONY: help setup run test check test-fast parity bench-encoder bench-dit proto proto-check docs clean

@@ -1,0 +1,89 @@
+"""The Python SDK of Z-Image: `Client` and `AsyncClient`, typed events, typed errors.
+
+with Client("localhost:50052") as client:
+    result = client.generate("a red circle on a blue background", seed=1)
+    Path("out.png").write_bytes(result.pictures[0].data)
+"""
+
+from zimage_client._client import AsyncClient
+from zimage_client._conditioning import Condition
+from zimage_client._description import DitDescription, Encoder, EncoderDescription, Limits, Model
+from zimage_client._events import (
+    Accepted,
+    Artifact,
+    Completed,
+    Event,
+    Generated,
+    NumericPlan,
+    Picture,
+    Progress,
+    Provenance,
+    Stage,
+    Usage,
+    Waiting,
+)
+from zimage_client._options import Options
+from zimage_client._sync import Client
+from zimage_core.embeddings import Embedding, Numerics, Prompt, Recipe
+from zimage_core.errors import (
+    Cancelled,
+    DeadlineTooShort,
+    DeviceLost,
+    Forbidden,
+    InternalError,
+    InvalidModel,
+    InvalidRequest,
+    InvalidSettings,
+    NotFound,
+    NotReady,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+    ZImageError,
+)
+from zimage_core.tensors import TensorData
+
+__all__ = [
+    "Accepted",
+    "Artifact",
+    "AsyncClient",
+    "Cancelled",
+    "Client",
+    "Completed",
+    "Condition",
+    "DeadlineTooShort",
+    "DeviceLost",
+    "DitDescription",
+    "Embedding",
+    "Encoder",
+    "EncoderDescription",
+    "Event",
+    "Forbidden",
+    "Generated",
+    "InternalError",
+    "InvalidModel",
+    "InvalidRequest",
+    "InvalidSettings",
+    "Limits",
+    "Model",
+    "NotFound",
+    "NotReady",
+    "NumericPlan",
+    "Numerics",
+    "Options",
+    "Overloaded",
+    "Picture",
+    "Progress",
+    "Prompt",
+    "Provenance",
+    "Recipe",
+    "Stage",
+    "TensorData",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "Usage",
+    "Waiting",
+    "ZImageError",
+]

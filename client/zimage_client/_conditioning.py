@@ -1,0 +1,68 @@
+"""What pictures are led to and away from: texts, or the embeddings that were made of them."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from zimage_rpc.types.v1 import types_pb2
+
+from zimage_core.embeddings import Embedding, Prompt
+from zimage_core.wire import embeddings
+
+Condition = str | Prompt | Embedding
+Prompts = list[str] | list[Prompt] | list[str | Prompt]
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """The two sides of guidance."""
+
+    positive: Prompt | Embedding
+    negative: Prompt | Embedding | None
+    """None leaves it to the server, which takes the empty prompt."""
+
+    async def encoded(
+        self,
+        guided: bool,
+        encode: Callable[[Sequence[Prompt]], Awaitable[Sequence[Embedding]]],
+    ) -> "Conditioning":
+        """The same as embeddings alone; the negative side is left out where nothing uses it."""
+        sides = [self.positive]
+        if guided:
+            sides.append(self.negative or _prompt("", self.positive))
+        prompts = [side for side in sides if isinstance(side, Prompt)]
+        fresh = iter(await encode(prompts) if prompts else ())
+        positive, *negative = (next(fresh) if isinstance(side, Prompt) else side for side in sides)
+        return Conditioning(positive, negative[0] if negative else None)
+
+
+def conditioning(positive: Condition, negative: Condition | None) -> Conditioning:
+    """Bare texts become prompts; a negative one is encoded from the layer of the positive."""
+    side = _prompt(positive) if isinstance(positive, str) else _checked(positive)
+    if isinstance(negative, str):
+        return Conditioning(side, _prompt(negative, side))
+    return Conditioning(side, None if negative is None else _checked(negative))
+
+
+def message(side: Prompt | Embedding) -> types_pb2.Conditioning:
+    """The message of one side."""
+    if isinstance(side, Prompt):
+        segment = types_pb2.Segment(prompt=embeddings.prompt_to_wire(side))
+    else:
+        segment = types_pb2.Segment(embedding=embeddings.embedding_to_wire(side))
+    return types_pb2.Conditioning(segments=[segment])
+
+
+def _prompt(text: str, other: Prompt | Embedding | None = None) -> Prompt:
+    match other:
+        case Embedding():
+            return Prompt(text, hidden_layer=other.recipe.hidden_layer)
+        case Prompt():
+            return Prompt(text, hidden_layer=other.hidden_layer)
+        case None:
+            return Prompt(text)
+
+
+def _checked(side: object) -> Prompt | Embedding:
+    if isinstance(side, Prompt | Embedding):
+        return side
+    raise TypeError(f"a prompt is a str, a Prompt or an Embedding, not {type(side).__name__}")

@@ -1,0 +1,74 @@
+"""What services say of themselves."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zimage_client._events import NumericPlan
+from zimage_core.embeddings import Numerics, Recipe
+
+Variant = Literal["turbo", "base", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The model of a DiT service, with what a picture without wishes gets."""
+
+    name: str
+    variant: Variant
+    shift: float
+    caption_width: int
+    encoder_identity: str
+    """The digest of the only encoder whose embeddings it takes; empty when it takes any."""
+    default_side_px: int
+    default_steps: int
+    default_guidance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may be asked of a DiT service."""
+
+    side_multiple_px: int
+    max_side_px: int
+    max_token_count: int
+    max_count: int
+    max_steps: int
+    max_queue_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class DitDescription:
+    """A DiT service; while it loads, what only the loaded model tells is None."""
+
+    version: str
+    features: tuple[str, ...]
+    ready: bool
+    has_encoder: bool
+    """Whether it takes prompts; without an encoder it takes embeddings alone."""
+    model: Model | None
+    limits: Limits | None
+    numeric_plan: NumericPlan | None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """The model of an encoder service."""
+
+    identity: str
+    """At the deepest layer that it computes."""
+    recipe: Recipe
+    numerics: Numerics
+    width: int
+    layer_count: int
+    max_hidden_layer: int
+    max_prompt_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderDescription:
+    """An encoder service; while it loads, what only the loaded model tells is None."""
+
+    version: str
+    features: tuple[str, ...]
+    ready: bool
+    model: Encoder | None

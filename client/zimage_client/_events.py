@@ -1,0 +1,143 @@
+"""What happens to a request, and what is known of a finished one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from zimage_core.embeddings import Numerics, Recipe
+
+Stage = Literal["queued", "encoding", "denoising", "decoding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What will really be run. Comes again when the request had to begin anew: the last counts."""
+
+    width: int
+    height: int
+    seed: int
+    """Of the first picture; picture i has seed + i."""
+    count: int
+    steps: int
+    guidance: float
+    schedule: str
+    """"official" or "legacy"; empty when the noise levels were given."""
+    shift: float
+    sigmas: tuple[float, ...]
+    """The noise levels after the shift, the final 0 included."""
+    force_guidance: bool
+    cfg_normalization: float
+    cfg_truncation: float
+    format: str
+    quality: int | None
+    forward_count: int
+    """How many DiT forwards the whole request takes, guidance included."""
+    queue_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the request is. It may go back when the request had to begin anew."""
+
+    stage: Stage
+    index: int = 0
+    """Which picture, counted from 0."""
+    step: int = 0
+    """How many steps of this picture are done."""
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The request could not run; it is sent again after a pause."""
+
+    reason: str
+    message: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished picture: a whole file, its checksum verified."""
+
+    index: int
+    seed: int
+    data: bytes
+    media_type: str
+    sha256: str
+    pixels_sha256: str = ""
+    """Of its rows of 8-bit RGB; known once all is completed, so only in Generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished picture by its digests."""
+
+    sha256: str
+    size_bytes: int
+    media_type: str
+    seed: int
+    pixels_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a conditioning came from."""
+
+    embedding_sha256: str
+    identity: str
+    """The encoder's digest; empty when nobody knows it."""
+    identity_verified: bool
+    """Whether the encoder is the one that the DiT pins: false when it pins none."""
+    recipe: Recipe
+    numerics: Numerics
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class NumericPlan:
+    """Everything about the arithmetic that can move the last bits of a picture."""
+
+    device: str
+    compute_type: str
+    vae_compute_type: str
+    attention_backend: str
+    thread_count: int
+    library_versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request took."""
+
+    forward_count: int
+    pixel_count: int
+    artifact_bytes: int
+    queue_seconds: float
+    encode_seconds: float
+    denoise_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """All is done; always last."""
+
+    artifacts: tuple[Artifact, ...]
+    positive: Provenance
+    negative: Provenance | None
+    """None without guidance."""
+    numeric_plan: NumericPlan
+    usage: Usage
+
+
+Event = Accepted | Progress | Waiting | Picture | Completed
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """All of a finished request."""
+
+    pictures: tuple[Picture, ...]
+    accepted: Accepted
+    completed: Completed

@@ -1,0 +1,116 @@
+"""One request for pictures, from the first try to the last event."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from zimage_rpc.dit.v1 import dit_pb2
+
+from zimage_client import _calls, _reading
+from zimage_client._channel import Channels, metadata
+from zimage_client._conditioning import Conditioning, message
+from zimage_client._events import Completed, Event, Progress, Waiting
+from zimage_client._pictures import Assembly, Delivered
+from zimage_client._replay import Replay
+from zimage_core.embeddings import Embedding, Prompt
+from zimage_core.errors import Unavailable, ZImageError
+
+_log = logging.getLogger(__name__)
+
+
+class Generation:
+    """Sends the same request until it is answered; hands out each picture once."""
+
+    def __init__(
+        self,
+        channels: Channels,
+        spec: dit_pb2.GenerateSpec,
+        conditioning: Conditioning,
+        replay: Replay,
+    ) -> None:
+        """`spec` holds all but the conditioning."""
+        self._channels = channels
+        self._spec = spec
+        self._conditioning = conditioning
+        self._replay = replay
+        self._encoded = not channels.has_encoder
+        self._delivered = Delivered()
+        self._metadata = metadata()
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """What happens, until all is done; raises what another try would not mend."""
+        while True:
+            try:
+                async with aclosing(self._one_try()) as events:
+                    async for event in events:
+                        yield event
+                return
+            except ZImageError as error:
+                pause = self._replay.pause_after(error)
+                waiting = Waiting(error.reason, error.message, pause)
+            _log.info("trying again in %.1f s: %s", waiting.seconds, waiting.message)
+            yield waiting
+            await asyncio.sleep(waiting.seconds)
+
+    async def _one_try(self) -> AsyncGenerator[Event, None]:
+        if not self._encoded:
+            if isinstance(self._conditioning.positive, Prompt):
+                yield Progress("encoding")
+            self._conditioning = await self._conditioning.encoded(
+                await self._is_guided(), self._encode
+            )
+            self._encoded = True
+        assembly, completed = Assembly(self._spec.seed), None
+        responses = _calls.generate(
+            self._channels.dit(), self._request(), self._replay.within(None), self._metadata
+        )
+        async with aclosing(responses):
+            async for response in responses:
+                self._replay.heard()
+                event = self._event(response, assembly)
+                if isinstance(event, Completed):
+                    completed = event  # held back until the status says that this is all
+                elif event is not None:
+                    yield event
+        if completed is None or len(completed.artifacts) != len(self._delivered):
+            raise _reading.malformed("it ended before all pictures were there")
+        yield completed
+
+    def _request(self) -> dit_pb2.GenerateSpec:
+        spec = dit_pb2.GenerateSpec()
+        spec.CopyFrom(self._spec)
+        spec.positive.CopyFrom(message(self._conditioning.positive))
+        if self._conditioning.negative is not None:
+            spec.negative.CopyFrom(message(self._conditioning.negative))
+        return spec
+
+    def _event(self, response: dit_pb2.GenerateResponse, assembly: Assembly) -> Event | None:
+        """A message as an event; None for a part, a repetition or what this version cannot read."""
+        match response.WhichOneof("event"):
+            case "accepted":
+                return _reading.accepted(response.accepted)
+            case "progress":
+                return _reading.progress(response.progress)
+            case "artifact_chunk":
+                picture = assembly.add(response.artifact_chunk)
+                return picture if picture and self._delivered.is_new(picture) else None
+            case "completed":
+                return _reading.completed(response.completed)
+            case _:
+                return None
+
+    async def _is_guided(self) -> bool:
+        """Whether guidance is on, so that the negative side is needed."""
+        if self._spec.HasField("guidance_scale"):
+            return self._spec.guidance_scale > 0
+        description = await _calls.describe_dit(
+            self._channels.dit(), self._replay.within(_calls.DESCRIBE_SECONDS), self._metadata
+        )
+        if description.model is None:
+            raise Unavailable("the model is being loaded", reason="LOADING")
+        return description.model.default_guidance > 0
+
+    async def _encode(self, prompts: Sequence[Prompt]) -> Sequence[Embedding]:
+        seconds = self._replay.within(_calls.ENCODE_SECONDS)
+        return await _calls.encode(self._channels.encoder(), prompts, seconds, self._metadata)

@@ -1,0 +1,132 @@
+"""What a caller may ask of a picture, and the message that says so on the wire.
+
+None means unset everywhere, and unset is not zero: the server then uses the model's default.
+"""
+
+import difflib
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from zimage_rpc.dit.v1 import dit_pb2
+
+from zimage_core.embeddings import Embedding, Prompt
+from zimage_core.errors import InvalidRequest
+
+SEED_LIMIT = 1 << 32
+"""Seeds are drawn below this; any 64-bit integer may be given."""
+
+
+class Options(TypedDict, total=False):
+    """The options of `generate` and `stream`."""
+
+    negative: str | Prompt | Embedding | None
+    """What guidance leads away from; unset is the empty prompt."""
+    width: int | None
+    height: int | None
+    """In pixels, multiples of 16."""
+    seed: int | None
+    """Of the first picture; picture i has seed + i. Unset: one is drawn here."""
+    count: int | None
+    """How many pictures."""
+    steps: int | None
+    guidance: float | None
+    """g in v = v+ + g (v+ - v-); 0 is off. The usual scale w is 1 + g."""
+    schedule: Literal["official", "legacy"] | None
+    sigmas: Sequence[float] | None
+    """The noise levels themselves, before the shift, without the final 0."""
+    shift: float | None
+    force_guidance: bool | None
+    """Allows guidance on a Turbo model, which was made to run without."""
+    cfg_normalization: float | None
+    cfg_truncation: float | None
+    format: Literal["png", "jpeg", "webp"] | None
+    quality: int | None
+    """1 to 100, for JPEG and WebP."""
+    timeout: float | None
+    """Seconds for everything, repeated tries included; unset: none."""
+    retry: bool | None
+    """False: a request that breaks is not sent again."""
+
+
+_PLACES = {
+    "width": "width_px",
+    "height": "height_px",
+    "seed": "seed",
+    "count": "image_count",
+    "steps": "step_count",
+    "guidance": "guidance_scale",
+    "shift": "schedule.shift",
+    "force_guidance": "z_image.force_guidance",
+    "cfg_normalization": "z_image.cfg_normalization",
+    "cfg_truncation": "z_image.cfg_truncation",
+    "quality": "output.quality",
+}
+_CHOICES: Mapping[str, tuple[str, Mapping[str, int]]] = {
+    "schedule": (
+        "schedule.rule",
+        {
+            "official": dit_pb2.Schedule.RULE_OFFICIAL,
+            "legacy": dit_pb2.Schedule.RULE_LEGACY,
+        },
+    ),
+    "format": (
+        "output.format",
+        {
+            "png": dit_pb2.Output.FORMAT_PNG,
+            "jpeg": dit_pb2.Output.FORMAT_JPEG,
+            "webp": dit_pb2.Output.FORMAT_WEBP,
+        },
+    ),
+}
+
+
+def check_names(options: Mapping[str, object]) -> None:
+    """Raises TypeError for an option that does not exist, as Python does for an argument."""
+    for name in options:
+        if name not in Options.__annotations__:
+            nearest = difflib.get_close_matches(name, Options.__annotations__, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise TypeError(f"there is no option {name!r}{hint}")
+
+
+def spec(options: Options) -> dit_pb2.GenerateSpec:
+    """The message of the options that go to the server as they are, with a seed for sure.
+
+    The seed is drawn here, so that a request that has to be sent again is the same request.
+    """
+    message = dit_pb2.GenerateSpec(seed=secrets.randbelow(SEED_LIMIT))
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in _PLACES:
+            _set(message, _PLACES[name], name, value)
+        elif name in _CHOICES:
+            path, choices = _CHOICES[name]
+            if value not in choices:
+                raise _invalid(name, value, f"allowed: {', '.join(choices)}")
+            _set(message, path, name, choices[str(value)])
+        elif name == "sigmas":
+            try:
+                message.schedule.sigmas.extend(value)  # type: ignore[arg-type]
+            except (TypeError, ValueError) as error:
+                raise _invalid(name, value, str(error)) from None
+    return message
+
+
+def _set(message: Any, path: str, name: str, value: object) -> None:
+    *parents, field = path.split(".")
+    for parent in parents:
+        message = getattr(message, parent)
+    try:
+        setattr(message, field, value)
+    except (TypeError, ValueError) as error:
+        raise _invalid(name, value, str(error)) from None
+
+
+def _invalid(name: str, value: object, why: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{name}: {value!r} given; {why}",
+        reason="OPTION",
+        fields={"field": name, "given": repr(value)},
+    )

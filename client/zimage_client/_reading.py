@@ -1,0 +1,221 @@
+"""Messages of the services as what users of the SDK see."""
+
+from contextlib import suppress
+
+from google.protobuf.duration_pb2 import Duration
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.encoder.v1 import encoder_pb2
+from zimage_rpc.types.v1 import types_pb2
+
+from zimage_client._description import (
+    DitDescription,
+    Encoder,
+    EncoderDescription,
+    Limits,
+    Model,
+    Variant,
+)
+from zimage_client._events import (
+    Accepted,
+    Artifact,
+    Completed,
+    NumericPlan,
+    Progress,
+    Provenance,
+    Stage,
+    Usage,
+)
+from zimage_core.embeddings import Embedding, Numerics
+from zimage_core.errors import InternalError, InvalidRequest
+from zimage_core.wire import embeddings, tensors
+
+_STAGES: dict[int, Stage] = {
+    dit_pb2.Progress.STAGE_QUEUED: "queued",
+    dit_pb2.Progress.STAGE_ENCODING: "encoding",
+    dit_pb2.Progress.STAGE_DENOISING: "denoising",
+    dit_pb2.Progress.STAGE_DECODING: "decoding",
+}
+_FORMATS = {
+    dit_pb2.Output.FORMAT_PNG: "png",
+    dit_pb2.Output.FORMAT_JPEG: "jpeg",
+    dit_pb2.Output.FORMAT_WEBP: "webp",
+}
+_RULES = {
+    dit_pb2.Schedule.RULE_OFFICIAL: "official",
+    dit_pb2.Schedule.RULE_LEGACY: "legacy",
+}
+_VARIANTS: dict[int, Variant] = {
+    dit_pb2.Model.VARIANT_TURBO: "turbo",
+    dit_pb2.Model.VARIANT_BASE: "base",
+}
+
+
+def malformed(what: str) -> InternalError:
+    """The error of an answer that makes no sense."""
+    return InternalError(f"the server's answer makes no sense: {what}", reason="MALFORMED_ANSWER")
+
+
+def embedding(message: types_pb2.PromptEmbedding) -> Embedding:
+    """An embedding; what is wrong with it is the server's fault here, not the caller's."""
+    try:
+        return embeddings.embedding_from_wire(message, field="embedding")
+    except InvalidRequest as error:
+        raise malformed(error.message) from None
+
+
+def accepted(message: dit_pb2.Accepted) -> Accepted:
+    """The first event."""
+    spec = message.spec
+    output, special = spec.output, spec.z_image
+    return Accepted(
+        width=spec.width_px,
+        height=spec.height_px,
+        seed=spec.seed,
+        count=spec.image_count,
+        steps=spec.step_count,
+        guidance=spec.guidance_scale,
+        schedule=_RULES.get(spec.schedule.rule, ""),
+        shift=spec.schedule.shift,
+        sigmas=tuple(message.sigmas),
+        force_guidance=special.force_guidance,
+        cfg_normalization=special.cfg_normalization,
+        cfg_truncation=special.cfg_truncation,
+        format=_FORMATS.get(output.format, ""),
+        quality=output.quality if output.HasField("quality") else None,
+        forward_count=message.forward_count,
+        queue_position=message.queue_position,
+    )
+
+
+def progress(message: dit_pb2.Progress) -> Progress | None:
+    """How far it is; None for a stage that this version does not know."""
+    stage = _STAGES.get(message.stage)
+    if stage is None:
+        return None
+    return Progress(stage, message.image_index, message.step, message.step_count)
+
+
+def completed(message: dit_pb2.Completed) -> Completed:
+    """The last event."""
+    usage = message.usage
+    return Completed(
+        artifacts=tuple(
+            Artifact(
+                sha256=artifact.digest.sha256,
+                size_bytes=artifact.digest.size_bytes,
+                media_type=artifact.digest.media_type,
+                seed=artifact.seed,
+                pixels_sha256=artifact.pixels_sha256,
+            )
+            for artifact in message.artifacts
+        ),
+        positive=_provenance(message.positive),
+        negative=_provenance(message.negative) if message.HasField("negative") else None,
+        numeric_plan=_numeric_plan(message.numeric_plan),
+        usage=Usage(
+            forward_count=usage.forward_count,
+            pixel_count=usage.pixel_count,
+            artifact_bytes=usage.artifact_bytes,
+            queue_seconds=_seconds(usage.queue_time),
+            encode_seconds=_seconds(usage.encode_time),
+            denoise_seconds=_seconds(usage.denoise_time),
+            decode_seconds=_seconds(usage.decode_time),
+        ),
+    )
+
+
+def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
+    """What a DiT service is."""
+    return DitDescription(
+        version=message.version,
+        features=tuple(message.features),
+        ready=message.ready,
+        has_encoder=message.has_encoder,
+        model=_model(message.model) if message.ready else None,
+        limits=_limits(message.limits) if message.ready else None,
+        numeric_plan=_numeric_plan(message.numeric_plan) if message.ready else None,
+    )
+
+
+def encoder_description(message: encoder_pb2.DescribeResponse) -> EncoderDescription:
+    """What an encoder service is."""
+    model = (
+        Encoder(
+            identity=message.identity.sha256,
+            recipe=embeddings.recipe_from_wire(message.recipe),
+            numerics=_numerics(message.numerics),
+            width=message.width,
+            layer_count=message.layer_count,
+            max_hidden_layer=message.max_hidden_layer,
+            max_prompt_count=message.max_prompt_count,
+        )
+        if message.ready
+        else None
+    )
+    return EncoderDescription(message.version, tuple(message.features), message.ready, model)
+
+
+def _model(message: dit_pb2.Model) -> Model:
+    return Model(
+        name=message.name,
+        variant=_VARIANTS.get(message.variant, ""),
+        shift=message.shift,
+        caption_width=message.caption_width,
+        encoder_identity=message.encoder_identity.sha256,
+        default_side_px=message.default_side_px,
+        default_steps=message.default_step_count,
+        default_guidance=message.default_guidance_scale,
+    )
+
+
+def _limits(message: dit_pb2.Limits) -> Limits:
+    return Limits(
+        side_multiple_px=message.side_multiple_px,
+        max_side_px=message.max_side_px,
+        max_token_count=message.max_token_count,
+        max_count=message.max_image_count,
+        max_steps=message.max_step_count,
+        max_queue_length=message.max_queue_length,
+    )
+
+
+def _provenance(message: dit_pb2.ConditioningProvenance) -> Provenance:
+    return Provenance(
+        embedding_sha256=message.embedding_digest.sha256,
+        identity=message.identity.sha256,
+        identity_verified=message.identity_verified,
+        recipe=embeddings.recipe_from_wire(message.recipe),
+        numerics=_numerics(message.numerics),
+        token_count=message.token_count,
+    )
+
+
+def _numerics(message: types_pb2.Numerics) -> Numerics:
+    return Numerics(
+        compute_type=_element_type(message.compute_type),
+        weight_type=_element_type(message.weight_type),
+        engine=message.engine,
+        device=message.device,
+    )
+
+
+def _numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
+    return NumericPlan(
+        device=message.device,
+        compute_type=_element_type(message.compute_type),
+        vae_compute_type=_element_type(message.vae_compute_type),
+        attention_backend=message.attention_backend,
+        thread_count=message.thread_count,
+        library_versions=dict(message.library_versions),
+    )
+
+
+def _element_type(value: int) -> str:
+    """The name; empty for one that this version does not know: no reason to lose a picture."""
+    with suppress(InvalidRequest):
+        return tensors.element_type_from_wire(value, field="element_type")
+    return ""
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9

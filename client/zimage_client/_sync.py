@@ -1,0 +1,148 @@
+"""The synchronous client: the asynchronous one, on an event loop in a thread of its own."""
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from concurrent.futures import Future
+from typing import Any, Self, TypeVar, Unpack, overload
+
+from zimage_client import _calls
+from zimage_client._client import AsyncClient
+from zimage_client._conditioning import Condition, Prompts
+from zimage_client._description import DitDescription, EncoderDescription
+from zimage_client._events import Event, Generated
+from zimage_client._options import Options
+from zimage_core.embeddings import Embedding, Prompt
+
+T = TypeVar("T")
+
+
+class Client:
+    """As AsyncClient, for code without an event loop, or beside one as in a notebook.
+
+    May be used from several threads.
+    """
+
+    def __init__(self, server: str = "", encoder: str = "") -> None:
+        self._client = AsyncClient(server, encoder)
+        self._loop = _LoopThread(self._client)
+        self._closing = weakref.finalize(self, self._loop.stop)  # also at the interpreter's exit
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connections and whatever runs over them."""
+        self._closing()
+
+    def generate(self, prompt: Condition, **options: Unpack[Options]) -> Generated:
+        """Makes pictures; returns when all of them are there."""
+        return self._loop.run(self._client.generate(prompt, **options))
+
+    def stream(self, prompt: Condition, **options: Unpack[Options]) -> Generator[Event, None, None]:
+        """Makes pictures and tells how it goes on; leaving the loop early cancels the request."""
+        return _iterate(self._loop, self._client.stream(prompt, **options))
+
+    @overload
+    def encode(self, prompt: str | Prompt, *, timeout: float | None = ...) -> Embedding: ...
+    @overload
+    def encode(self, prompt: Prompts, *, timeout: float | None = ...) -> list[Embedding]: ...
+    def encode(
+        self,
+        prompt: str | Prompt | Prompts,
+        *,
+        timeout: float | None = _calls.ENCODE_SECONDS,
+    ) -> Embedding | list[Embedding]:
+        """Encodes one prompt, or several together, in order."""
+        if isinstance(prompt, str | Prompt):
+            return self._loop.run(self._client.encode(prompt, timeout=timeout))
+        return self._loop.run(self._client.encode(prompt, timeout=timeout))
+
+    def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
+        """What the DiT service is and can do; answered while it loads, too."""
+        return self._loop.run(self._client.describe(timeout=timeout))
+
+    def describe_encoder(
+        self, *, timeout: float | None = _calls.DESCRIBE_SECONDS
+    ) -> EncoderDescription:
+        """What the encoder service is and can do; answered while it loads, too."""
+        return self._loop.run(self._client.describe_encoder(timeout=timeout))
+
+
+class _LoopThread:
+    """An event loop that runs in the background until it is stopped."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = threading.Thread(
+            target=asyncio.run, args=[_serve(client, started)], name="zimage-client", daemon=True
+        )
+        self._thread.start()
+        self._loop, self._stopping = started.result()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits for the work's result; being interrupted meanwhile cancels the work."""
+        if not self.is_alive:
+            work.close()
+            raise RuntimeError("the client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does the last work of something that is given up, whoever does that and when."""
+        if not self.is_alive:
+            work.close()
+        elif self._is_here():
+            asyncio.run_coroutine_threadsafe(work, self._loop)
+        else:
+            self.run(work)
+
+    def stop(self) -> None:
+        """Ends the loop and waits for its end."""
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        if not self._is_here():
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether work can still be given."""
+        return self._thread.is_alive() and not self._stopping.is_set()
+
+    def _is_here(self) -> bool:
+        """Whether this is the loop's own thread, where garbage may be collected as anywhere."""
+        return threading.current_thread() is self._thread
+
+
+async def _serve(
+    client: AsyncClient, started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]"
+) -> None:
+    stopping = asyncio.Event()
+    started.set_result((asyncio.get_running_loop(), stopping))
+    await stopping.wait()
+    await client.aclose()
+
+
+def _iterate(
+    loop: _LoopThread, events: AsyncGenerator[Event, None]
+) -> Generator[Event, None, None]:
+    try:
+        while (event := loop.run(_next(events))) is not None:
+            yield event
+    finally:
+        loop.finish(_close(events))
+
+
+async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
+    return await anext(events, None)
+
+
+async def _close(events: AsyncGenerator[Event, None]) -> None:
+    await events.aclose()

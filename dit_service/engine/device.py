@@ -1,0 +1,83 @@
+"""The device that a worker runs on, and what of it can move the last bits of a picture."""
+
+import ctypes
+import platform
+
+import diffusers
+import torch
+from torch import Tensor
+
+from zimage_core.errors import InvalidSettings
+from zimage_core.tensors import TensorData
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""torch's types by the names that settings, files and the wire use."""
+
+NAMES = {kind: name for name, kind in TYPES.items()}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device wanted, or the best there is; raises when it is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        return torch.device(next(name for name, is_there in there.items() if is_there))
+    if not there[wanted]:
+        allowed = ", ".join(name for name, is_there in there.items() if is_there)
+        raise InvalidSettings(
+            f"device {wanted}: this machine or this build of torch {torch.__version__} has none; "
+            f"there is {allowed}",
+            reason="NO_DEVICE",
+            fields={"field": "device", "given": wanted, "allowed": allowed},
+        )
+    return torch.device(wanted)
+
+
+def choose_types(wanted: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """The types that transformer and VAE compute in. The VAE overflows in float16."""
+    if wanted == "auto":
+        wanted = "float32" if device.type == "cpu" else "bfloat16"
+    transformer = TYPES[wanted]
+    return transformer, torch.float32 if transformer == torch.float16 else transformer
+
+
+def describe(device: torch.device) -> str:
+    """The device's kind and name."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    if device.type == "mps":
+        return f"mps {platform.machine()}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def library_versions() -> dict[str, str]:
+    """The libraries that do the arithmetic."""
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+class Fence:
+    """Lets the host run one step ahead of the device, and no further."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.Event | None = None
+
+    def step(self) -> None:
+        """Waits for the step before the one just begun."""
+        if self._device.type == "cpu":
+            return  # the host did the work itself
+        begun = torch.Event(self._device)
+        begun.record()
+        if self._last is not None:
+            self._last.synchronize()
+        self._last = begun
+
+
+def to_device(data: TensorData, device: torch.device) -> Tensor:
+    """The tensor of plain data: copied once, into pinned memory where a GPU fetches it from."""
+    host = torch.empty(data.shape, dtype=TYPES[data.element_type], pin_memory=device.type == "cuda")
+    ctypes.memmove(host.data_ptr(), data.data, len(data.data))
+    return host.to(device, non_blocking=True)

@@ -1,0 +1,30 @@
+"""How fast this device is at one kind of work: what the watchdog expects of the next piece."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+Announce = Callable[[str, float], AbstractContextManager[None]]
+"""Tells whoever watches that work of this name begins, with the seconds expected of it."""
+
+
+class Pace:
+    """Seconds per unit of work: a guess at first, then the slowest seen."""
+
+    def __init__(self, what: str, guess: float, announce: Announce) -> None:
+        self._what = what
+        self._guess = guess
+        self._slowest = 0.0
+        self._announce = announce
+        self.seconds = 0.0
+        """All the time spent so far."""
+
+    @contextmanager
+    def working(self, units: float) -> Iterator[None]:
+        """Announces a piece of work and learns from how long it took."""
+        began = time.monotonic()
+        with self._announce(self._what, units * (self._slowest or self._guess)):
+            yield
+        seconds = time.monotonic() - began
+        self.seconds += seconds
+        self._slowest = max(self._slowest, seconds / units)

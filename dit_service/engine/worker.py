@@ -1,0 +1,113 @@
+"""The worker process: loads the model once, then runs request after request on the device."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from zimage_core.wire.identities import encoder_identities
+
+from dit_service import messages
+from dit_service.engine import device as devices
+from dit_service.engine.generate import Generator
+from dit_service.model import loading
+from zimage_core.errors import InvalidModel
+from zimage_core.planning import variants
+from zimage_core.planning.limits import caption_token_limit, side_limit_px
+from zimage_core.serving.child import Port
+from zimage_core.settings import DitSettings
+from zimage_core.tensors import TensorData
+
+_LOADING_SECONDS = 600.0
+"""What a cold load of 12 GB from a slow disk may take; the watchdog allows several times that."""
+
+ATTENTION_BACKEND = "sdpa"
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    generator: Generator
+    description: messages.Model
+
+
+@torch.inference_mode()
+def main(port: Port, settings: DitSettings) -> None:
+    """The worker's entry."""
+    with port.working("load", _LOADING_SECONDS):
+        loaded = _load(port, settings)
+    _warm_up(loaded)
+    port.ready(loaded.description)
+    while True:
+        submitted = port.next_call()
+        with port.answering(submitted):
+            assert isinstance(submitted.payload, messages.Generate)
+            loaded.generator.run(submitted.payload, partial(port.emit, submitted.call))
+
+
+def _load(port: Port, settings: DitSettings) -> _Loaded:
+    device = devices.choose_device(settings.device)
+    compute_type, vae_type = devices.choose_types(settings.dtype, device)
+    scheduler = loading.read_scheduler(settings.model)
+    variant = _variant(settings, scheduler.shift)
+    transformer = loading.load_transformer(settings.model, device, compute_type)
+    vae = loading.load_vae(settings.model, device, vae_type)
+    side_multiple_px = vae.factor * transformer.config.patch_size
+    description = messages.Model(
+        name=settings.model.resolve().name,
+        variant=variant.name,
+        shift=scheduler.shift,
+        caption_width=transformer.config.cap_feat_dim,
+        max_token_count=caption_token_limit(transformer.config.axes_lens),
+        side_multiple_px=side_multiple_px,
+        max_side_px=side_limit_px(transformer.config.axes_lens, side_multiple_px),
+        default_side_px=vae.sample_size_px,
+        encoder_identities=_identities(settings.model),
+        device=devices.describe(device),
+        compute_type=devices.NAMES[compute_type],
+        vae_compute_type=devices.NAMES[vae_type],
+        attention_backend=ATTENTION_BACKEND,
+        thread_count=torch.get_num_threads() if device.type == "cpu" else 0,
+        library_versions=devices.library_versions(),
+    )
+    return _Loaded(Generator(transformer, vae, ATTENTION_BACKEND, port.working), description)
+
+
+def _variant(settings: DitSettings, shift: float) -> variants.Variant:
+    if settings.variant != "auto":
+        return variants.VARIANTS[settings.variant]
+    variant = variants.by_shift(shift)
+    if variant is None:
+        raise InvalidModel(
+            f"{settings.model}: a scheduler with shift {shift} is neither Turbo's (3) nor Base's "
+            "(6); say which with --variant",
+            reason="UNKNOWN_VARIANT",
+            fields={"field": "variant", "given": str(shift), "allowed": "turbo, base"},
+        )
+    return variant
+
+
+def _identities(model: Path) -> tuple[str, ...]:
+    """The encoder that lies beside the model, at each of its hidden states."""
+    if not (model / "text_encoder").is_dir():
+        return ()
+    return encoder_identities(model, deepest=-1)
+
+
+def _warm_up(loaded: _Loaded) -> None:
+    """One small picture: kernels are chosen, memory is taken, the pace is known."""
+    width = loaded.description.caption_width
+    side_px = 4 * loaded.description.side_multiple_px
+    loaded.generator.run(
+        messages.Generate(
+            positive=TensorData("float32", (8, width), bytes(8 * width * 4)),
+            negative=None,
+            seeds=(0,),
+            width_px=side_px,
+            height_px=side_px,
+            sigmas=(1.0, 0.5, 0.0),
+            guidance=0.0,
+            cfg_normalization=0.0,
+            cfg_truncation=1.0,
+        ),
+        emit=lambda _event: None,
+    )

@@ -1,0 +1,76 @@
+"""What the DiT service's front and worker say to each other."""
+
+from dataclasses import dataclass
+
+from zimage_core.tensors import TensorData
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Front to worker: pictures that differ in their seed alone, every setting decided."""
+
+    positive: TensorData
+    negative: TensorData | None
+    """None unless guidance is on."""
+    seeds: tuple[int, ...]
+    width_px: int
+    height_px: int
+    sigmas: tuple[float, ...]
+    """After the shift, the final 0 included."""
+    guidance: float
+    cfg_normalization: float
+    cfg_truncation: float
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """Worker to front: a picture has this many steps behind it; 0 when its turn begins."""
+
+    image_index: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Worker to front: the VAE turns to a picture."""
+
+    image_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Worker to front: a finished picture as rows of 8-bit RGB."""
+
+    image_index: int
+    rgb: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Worker to front: what a call took; the last of its events."""
+
+    forward_count: int
+    denoise_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Worker to front: what was loaded."""
+
+    name: str
+    variant: str
+    shift: float
+    caption_width: int
+    max_token_count: int
+    side_multiple_px: int
+    max_side_px: int
+    default_side_px: int
+    encoder_identities: tuple[str, ...]
+    """The encoder beside the model at each of its hidden states; empty where none lies."""
+    device: str
+    compute_type: str
+    vae_compute_type: str
+    attention_backend: str
+    thread_count: int
+    library_versions: dict[str, str]

@@ -1,0 +1,120 @@
+"""The transformer's block and its parts, over packed tokens; parameters carry diffusers' names.
+
+Shapes: T packed tokens, S samples, N moments of a schedule, D the model's width, A the time embedding's, H heads,
+E the width of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_service.model.attention import BACKENDS
+from dit_service.model.config import TransformerConfig
+from dit_service.model.layout import Segments
+from dit_service.model.rope import rotate
+
+_HEAD_NORM_EPS = 1e-5  # fixed by the architecture; norm_eps of the config is for the rows
+
+
+class RMSNorm(nn.Module):
+    """Brings rows to unit mean square, then weighs their elements."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """The rows before the weight, rounded to the weight's type as the reference does."""
+        return F.rms_norm(x, self.weight.shape, eps=self.eps).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole norm."""
+        return self.normalised(x).mul_(self.weight)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normed queries and keys."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.head_dim
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.norm_q = RMSNorm(config.head_dim, _HEAD_NORM_EPS)
+        self.norm_k = RMSNorm(config.head_dim, _HEAD_NORM_EPS)
+
+    def forward(self, x_TD: Tensor, segments: Segments, backend: str) -> Tensor:
+        """Each token looks at all tokens of its own sample."""
+        heads = (-1, self.head_dim)
+        q_THE = rotate(self.norm_q(self.to_q(x_TD).unflatten(-1, heads)), segments.rope)
+        k_THE = rotate(self.norm_k(self.to_k(x_TD).unflatten(-1, heads)), segments.rope)
+        v_THE = self.to_v(x_TD).unflatten(-1, heads)
+        attended_THE = BACKENDS[backend](q_THE, k_THE, v_THE, segments)
+        out_TD: Tensor = self.to_out[0](attended_THE.flatten(1))
+        return out_TD
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward part (SwiGLU)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """In place where it can be: these are the widest tensors of a forward."""
+        out_TD: Tensor = self.w2(F.silu(self.w1(x_TD), inplace=True).mul_(self.w3(x_TD)))
+        return out_TD
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two norms.
+
+    A block sees modulation as four vectors per sample that stand in for the weights of its four norms: scales and
+    gates are multiplied into those weights beforehand, once per schedule.
+    """
+
+    def __init__(self, config: TransformerConfig, *, modulated: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm2 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(nn.Linear(config.time_dim, 4 * config.dim))
+
+    def norm_weights(self) -> Tensor:
+        """The four vectors of a block without modulation, as for one sample."""
+        norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
+        return torch.stack([norm.weight for norm in norms]).unsqueeze(0)
+
+    def modulated_norm_weights(self, time_NA: Tensor) -> Tensor:
+        """The four vectors at every moment, [N, 4, D]: a scale before each part, a gate behind it."""
+        scales_and_gates_N4D = self.adaLN_modulation(time_NA).unflatten(-1, (4, -1))
+        scales_N2D, gates_N2D = scales_and_gates_N4D[:, 0::2], scales_and_gates_N4D[:, 1::2]
+        factors_N4D = torch.stack([1 + scales_N2D, gates_N2D.tanh()], dim=2).flatten(1, 2)
+        return factors_N4D * self.norm_weights()
+
+    def forward(self, x_TD: Tensor, norm_weights_S4D: Tensor, segments: Segments, backend: str) -> Tensor:
+        """One step of the residual stream; `norm_weights_S4D` may be one row for all samples."""
+        before_attention, after_attention, before_ffn, after_ffn = (
+            _per_token(weights_SD, segments) for weights_SD in norm_weights_S4D.unbind(1)
+        )
+        attended_TD = self.attention(
+            self.attention_norm1.normalised(x_TD).mul_(before_attention), segments, backend
+        )
+        x_TD = torch.addcmul(x_TD, after_attention, self.attention_norm2.normalised(attended_TD))
+        fed_TD = self.feed_forward(self.ffn_norm1.normalised(x_TD).mul_(before_ffn))
+        return torch.addcmul(x_TD, after_ffn, self.ffn_norm2.normalised(fed_TD))
+
+
+def _per_token(vectors_SD: Tensor, segments: Segments) -> Tensor:
+    return vectors_SD if len(vectors_SD) == 1 else vectors_SD.index_select(0, segments.sample_T)

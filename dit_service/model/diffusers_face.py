@@ -1,0 +1,46 @@
+"""Our transformer behind the call of diffusers' one, so that it drops into diffusers' ZImagePipeline."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from dit_service.model.transformer import Sample, ZImageTransformer
+
+
+class DiffusersFace(nn.Module):
+    """Takes lists of latents, times and prompt embeddings; computes everything anew in every call."""
+
+    def __init__(self, transformer: ZImageTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.in_channels = transformer.config.in_channels
+        self.config = SimpleNamespace(**vars(transformer.config))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.transformer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.device
+
+    def forward(
+        self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor], *, return_dict: bool = False
+    ) -> tuple[list[Tensor]]:
+        """Latents [C, 1, H, W], times [S] and prompt embeddings [L, F] to velocities [C, 1, H, W]."""
+        if return_dict:
+            raise ValueError("only return_dict=False is supported")
+        captions = self.transformer.encode_captions(cap_feats)
+        modulations = self.transformer.modulate(t)
+        samples = [
+            Sample(latents.squeeze(1), caption, modulation)
+            for latents, caption, modulation in zip(x, captions, modulations, strict=True)
+        ]
+        layout = self.transformer.layout(
+            [self.transformer.shape_of(sample.latents_CHW, sample.caption) for sample in samples]
+        )
+        velocities = self.transformer(samples, layout)
+        return ([velocity.unsqueeze(1).to(self.dtype) for velocity in velocities],)

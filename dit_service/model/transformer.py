@@ -1,0 +1,210 @@
+"""The Z-Image transformer (S3-DiT): stateless, over any number of samples at once.
+
+What a forward needs besides its latents is computed beforehand and passed in: captions once per prompt, modulations
+once per schedule, layouts once per combination of shapes. Parameters carry diffusers' names.
+Shapes: C latent channels of H x W, T packed tokens, S samples, N moments of a schedule, B modulated blocks, L prompt
+tokens of width F, D the model's width, A the time embedding's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_service.model.blocks import Block, RMSNorm
+from dit_service.model.config import TransformerConfig
+from dit_service.model.layout import Layout, SampleShape, build_layout, caption_segments
+from dit_service.model.patches import pad_samples, patchify, unpatchify
+from dit_service.model.rope import RopeTables
+from zimage_core.planning.flops import TIME_FREQUENCIES, TIME_HIDDEN
+from zimage_core.planning.limits import padded
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a prompt gives to every step of its pictures; its rows include the pads."""
+
+    rows_TD: Tensor
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What one moment of a schedule gives to every block."""
+
+    norm_weights_B4D: Tensor
+    final_scale_D: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture at one moment."""
+
+    latents_CHW: Tensor
+    caption: Caption
+    modulation: Modulation
+
+
+class ZImageTransformer(nn.Module):
+    """Predicts velocities, data minus noise."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_tables = RopeTables(config)
+        patches = f"{config.patch_size}-1"
+        self.all_x_embedder = nn.ModuleDict({patches: nn.Linear(config.patch_dim, config.dim)})
+        self.all_final_layer = nn.ModuleDict({patches: FinalLayer(config)})
+        self.t_embedder = TimeEmbedder(config.time_dim)
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
+        )
+        self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.noise_refiner = _blocks(config, config.n_refiner_layers, modulated=True)
+        self.context_refiner = _blocks(config, config.n_refiner_layers, modulated=False)
+        self.layers = _blocks(config, config.n_layers, modulated=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and activations."""
+        return self.x_pad_token.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.x_pad_token.device
+
+    def encode_captions(self, features: Sequence[Tensor], backend: str = "sdpa") -> list[Caption]:
+        """Prompt embeddings of [L, F] each, in any float type, to what the steps need of them."""
+        lengths = [len(features_LF) for features_LF in features]
+        rows = [padded(length) for length in lengths]
+        segments = caption_segments(rows, self.rope_tables, self.device)
+        tokens_TD = self.cap_embedder(torch.cat(list(features)))
+        tokens_TD = pad_samples(tokens_TD, lengths, self.cap_pad_token)
+        for block in self.context_refiner:
+            tokens_TD = block(tokens_TD, block.norm_weights(), segments, backend)
+        # A copy each: captions are kept, and a view would keep its neighbours too.
+        return [Caption(rows_TD.clone()) for rows_TD in tokens_TD.split(rows)]
+
+    def modulate(self, times_N: Tensor) -> list[Modulation]:
+        """A whole schedule, or the moments of a batch; a time is 1 - sigma in float32."""
+        time_NA = self.t_embedder(times_N * self.config.t_scale)
+        modulated = (*self.noise_refiner, *self.layers)
+        norm_weights_NB4D = torch.stack([block.modulated_norm_weights(time_NA) for block in modulated], dim=1)
+        final_scale_ND = self._final_layer.scale(time_NA)
+        return [
+            Modulation(norm_weights_B4D, final_scale_D)
+            for norm_weights_B4D, final_scale_D in zip(norm_weights_NB4D, final_scale_ND, strict=True)
+        ]
+
+    def shape_of(self, latents_CHW: Tensor, caption: Caption) -> SampleShape:
+        """What a layout needs to know about a sample."""
+        _, height, width = latents_CHW.shape
+        patch = self.config.patch_size
+        return SampleShape(height // patch, width // patch, len(caption.rows_TD))
+
+    def layout(self, shapes: Sequence[SampleShape]) -> Layout:
+        """What samples of these shapes share at every step; callers keep it, the model does not."""
+        return build_layout(shapes, self.rope_tables, self.device)
+
+    def forward(self, samples: Sequence[Sample], layout: Layout, backend: str = "sdpa") -> list[Tensor]:
+        """The velocity of each sample, float32 [C, H, W]; each linear runs once over all of them."""
+        norm_weights_BS4D, final_scale_SD = _stacked([sample.modulation for sample in samples])
+        refiner_weights, layer_weights = norm_weights_BS4D.split([len(self.noise_refiner), len(self.layers)])
+
+        image_TD = self._embed_images([sample.latents_CHW for sample in samples])
+        for block, weights_S4D in zip(self.noise_refiner, refiner_weights, strict=True):
+            image_TD = block(image_TD, weights_S4D, layout.image, backend)
+
+        joint_TD = _join(image_TD, [sample.caption for sample in samples], layout)
+        for block, weights_S4D in zip(self.layers, layer_weights, strict=True):
+            joint_TD = block(joint_TD, weights_S4D, layout.joint, backend)
+
+        values_TP = self._final_layer(_image_rows(joint_TD, layout), final_scale_SD, layout.image.sample_T)
+        return self._velocities(values_TP, layout)
+
+    @property
+    def _final_layer(self) -> "FinalLayer":
+        (final_layer,) = self.all_final_layer.values()
+        assert isinstance(final_layer, FinalLayer)
+        return final_layer
+
+    def _embed_images(self, latents: Sequence[Tensor]) -> Tensor:
+        (embedder,) = self.all_x_embedder.values()
+        tokens = [patchify(latents_CHW.to(self.dtype), self.config.patch_size) for latents_CHW in latents]
+        embedded_TD = embedder(torch.cat(tokens))
+        return pad_samples(embedded_TD, [len(tokens_KP) for tokens_KP in tokens], self.x_pad_token)
+
+    def _velocities(self, values_TP: Tensor, layout: Layout) -> list[Tensor]:
+        return [
+            unpatchify(rows[: shape.image_tokens], shape.grid_height, shape.grid_width, self.config.patch_size)
+            for rows, shape in zip(values_TP.float().split(list(layout.image.lengths)), layout.shapes, strict=True)
+        ]
+
+
+class TimeEmbedder(nn.Module):
+    """A moment, times `t_scale`, as sinusoids through two linears."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_FREQUENCIES, TIME_HIDDEN), nn.SiLU(), nn.Linear(TIME_HIDDEN, dim)
+        )
+
+    def forward(self, times_N: Tensor) -> Tensor:
+        """The sinusoids are float32, what follows has the weights' type."""
+        half = TIME_FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=times_N.device) / half
+        angles = times_N[:, None].float() * torch.exp(-math.log(10000) * exponents)
+        code = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedded: Tensor = self.mlp(code.to(self.mlp[0].weight.dtype))
+        return embedded
+
+
+class FinalLayer(nn.Module):
+    """Image tokens to the values of their patches."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
+
+    def scale(self, time_NA: Tensor) -> Tensor:
+        """The layer's modulation at every moment, [N, D]."""
+        scale_ND: Tensor = 1 + self.adaLN_modulation(time_NA)
+        return scale_ND
+
+    def forward(self, x_TD: Tensor, scale_SD: Tensor, sample_T: Tensor) -> Tensor:
+        """`scale_SD` may be one row for all samples."""
+        scale = scale_SD if len(scale_SD) == 1 else scale_SD.index_select(0, sample_T)
+        values_TP: Tensor = self.linear(F.layer_norm(x_TD, x_TD.shape[-1:], eps=1e-6).mul_(scale))
+        return values_TP
+
+
+def _blocks(config: TransformerConfig, count: int, *, modulated: bool) -> nn.ModuleList:
+    return nn.ModuleList(Block(config, modulated=modulated) for _ in range(count))
+
+
+def _stacked(modulations: list[Modulation]) -> tuple[Tensor, Tensor]:
+    """Modulations by block; samples that share a moment share one row."""
+    if all(modulation is modulations[0] for modulation in modulations):
+        modulations = modulations[:1]
+    return (
+        torch.stack([modulation.norm_weights_B4D for modulation in modulations], dim=1),
+        torch.stack([modulation.final_scale_D for modulation in modulations]),
+    )
+
+
+def _join(image_TD: Tensor, captions: list[Caption], layout: Layout) -> Tensor:
+    images = image_TD.split(list(layout.image.lengths))
+    return torch.cat(
+        [part for image, caption in zip(images, captions, strict=True) for part in (image, caption.rows_TD)]
+    )
+
+
+def _image_rows(joint_TD: Tensor, layout: Layout) -> Tensor:
+    samples = joint_TD.split(list(layout.joint.lengths))
+    return torch.cat([rows[:length] for rows, length in zip(samples, layout.image.lengths, strict=True)])

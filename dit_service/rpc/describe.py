@@ -1,0 +1,54 @@
+"""What this DiT service says of itself."""
+
+from importlib import metadata
+
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.types.v1 import types_pb2
+
+from dit_service import messages
+from dit_service.rpc.conditioning import pinned_identity
+from dit_service.rpc.spec import Resolver
+from zimage_core.settings import DitSettings
+from zimage_core.wire import tensors
+
+_VARIANTS = {"turbo": dit_pb2.Model.VARIANT_TURBO, "base": dit_pb2.Model.VARIANT_BASE}
+
+
+def response(
+    model: messages.Model | None, settings: DitSettings, has_encoder: bool
+) -> dit_pb2.DescribeResponse:
+    """`model` is None while it loads."""
+    answer = dit_pb2.DescribeResponse(
+        version=metadata.version("zimage-grpc"), ready=model is not None, has_encoder=has_encoder
+    )
+    if model is None:
+        return answer
+    resolver = Resolver(model, settings)
+    answer.limits.CopyFrom(resolver.limits)
+    answer.numeric_plan.CopyFrom(numeric_plan(model))
+    answer.model.CopyFrom(
+        dit_pb2.Model(
+            name=model.name,
+            variant=_VARIANTS[model.variant],
+            shift=model.shift,
+            caption_width=model.caption_width,
+            default_side_px=resolver.default_side_px,
+            default_step_count=resolver.variant.step_count,
+            default_guidance_scale=resolver.variant.guidance,
+        )
+    )
+    if pinned := pinned_identity(model, settings):
+        answer.model.encoder_identity.sha256 = pinned
+    return answer
+
+
+def numeric_plan(model: messages.Model) -> types_pb2.NumericPlan:
+    """The arithmetic of everything that this worker makes."""
+    return types_pb2.NumericPlan(
+        device=model.device,
+        compute_type=tensors.element_type_to_wire(model.compute_type),
+        vae_compute_type=tensors.element_type_to_wire(model.vae_compute_type),
+        attention_backend=model.attention_backend,
+        thread_count=model.thread_count,
+        library_versions=model.library_versions,
+    )

@@ -1,0 +1,26 @@
+"""Puts the front together."""
+
+import grpc.aio
+from zimage_client import AsyncClient
+from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
+
+from dit_service.rpc.conditioning import Conditioner
+from dit_service.rpc.generate import DitServicer
+from zimage_core.serving.server import Service
+from zimage_core.serving.worker import Worker
+from zimage_core.settings import DitSettings
+
+
+def service(settings: DitSettings) -> Service:
+    """The DiT service with these settings."""
+
+    def register(server: grpc.aio.Server, worker: Worker) -> None:
+        encoder = AsyncClient(encoder=settings.encoder) if settings.encoder else None
+        servicer = DitServicer(worker, settings, Conditioner(settings, encoder))
+        dit_pb2_grpc.add_DitServiceServicer_to_server(servicer, server)
+
+    return Service(
+        name=dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name,
+        entry="dit_service.engine.worker:main",
+        register=register,
+    )

@@ -1,0 +1,196 @@
+"""What a request really asks for: every setting decided, what cannot be refused with what can."""
+
+import math
+import secrets
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from zimage_rpc.dit.v1 import dit_pb2
+
+from dit_service import messages
+from zimage_core.errors import InvalidRequest
+from zimage_core.pictures import files
+from zimage_core.planning import schedule, sizes, variants
+from zimage_core.settings import DitSettings
+
+_FORMATS = {
+    dit_pb2.Output.FORMAT_UNSPECIFIED: "png",
+    dit_pb2.Output.FORMAT_PNG: "png",
+    dit_pb2.Output.FORMAT_JPEG: "jpeg",
+    dit_pb2.Output.FORMAT_WEBP: "webp",
+}
+_LARGEST_SEED = 2**63 - 1
+_LARGEST_REAL = 1e4
+"""Far beyond anything useful for guidance, its bounds and the shift, and safe in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A request without anything left open."""
+
+    spec: dit_pb2.GenerateSpec
+    """The request as it will be run, as Accepted tells it; asked again, it is the same request."""
+    seeds: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    """After the shift, the final 0 included."""
+    file_format: str
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is a negative conditioning."""
+        return self.spec.guidance_scale > 0
+
+    @property
+    def forward_count(self) -> int:
+        """How many forwards all pictures take together."""
+        truncation = self.spec.z_image.cfg_truncation
+        one = schedule.forward_count(self.sigmas, self.spec.guidance_scale, truncation)
+        return one * len(self.seeds)
+
+
+class Resolver:
+    """Knows the model's defaults and the service's limits."""
+
+    def __init__(self, model: messages.Model, settings: DitSettings) -> None:
+        self.variant = variants.VARIANTS[model.variant]
+        self.limits = dit_pb2.Limits(
+            side_multiple_px=model.side_multiple_px,
+            max_side_px=min(settings.max_side_px, model.max_side_px),
+            max_token_count=model.max_token_count,
+            max_image_count=settings.max_image_count,
+            max_step_count=settings.max_step_count,
+            max_queue_length=settings.max_queue_length,
+        )
+        self.default_side_px = min(model.default_side_px, self.limits.max_side_px)
+        self._shift = model.shift
+
+    def resolve(self, asked: dit_pb2.GenerateSpec) -> Resolved:
+        """Fills in what is open; raises InvalidRequest for what cannot be."""
+        spec = dit_pb2.GenerateSpec()
+        spec.CopyFrom(asked)
+        self._decide_size(spec)
+        seeds = self._decide_seeds(spec)
+        sigmas = self._decide_schedule(spec)
+        self._decide_guidance(spec)
+        file_format = _decide_output(spec.output)
+        return Resolved(spec, seeds, sigmas, file_format)
+
+    def _decide_size(self, spec: dit_pb2.GenerateSpec) -> None:
+        for name in ("width_px", "height_px"):
+            side = _given(spec, name, self.default_side_px)
+            multiple, longest = self.limits.side_multiple_px, self.limits.max_side_px
+            if side % multiple or not multiple <= side <= longest:
+                nearest = sizes.nearest_sides(side, multiple, longest)
+                raise _refusal(
+                    f"spec.{name}",
+                    side,
+                    f"a multiple of {multiple} from {multiple} to {longest}",
+                    "SIZE",
+                    nearest=" or ".join(map(str, nearest)),
+                )
+            setattr(spec, name, side)
+
+    def _decide_seeds(self, spec: dit_pb2.GenerateSpec) -> tuple[int, ...]:
+        spec.image_count = _whole(spec, "image_count", 1, self.limits.max_image_count)
+        spec.seed = _given(spec, "seed", secrets.randbelow(2**32))
+        if spec.seed + spec.image_count - 1 > _LARGEST_SEED:
+            allowed = f"at most {_LARGEST_SEED - spec.image_count + 1} for that many pictures"
+            raise _refusal("spec.seed", spec.seed, allowed, "SEED")
+        return tuple(range(spec.seed, spec.seed + spec.image_count))
+
+    def _decide_schedule(self, spec: dit_pb2.GenerateSpec) -> tuple[float, ...]:
+        asked = spec.schedule
+        asked.shift = _real(asked, "spec.schedule.shift", self._shift)
+        if asked.shift <= 0:
+            raise _refusal("spec.schedule.shift", asked.shift, "above 0", "SHIFT")
+        if asked.sigmas:
+            return self._decide_own_sigmas(spec)
+        asked.rule = asked.rule or dit_pb2.Schedule.RULE_OFFICIAL
+        is_legacy = asked.rule == dit_pb2.Schedule.RULE_LEGACY
+        default = self.variant.step_count + is_legacy
+        spec.step_count = _whole(
+            spec, "step_count", default, self.limits.max_step_count, lowest=1 + is_legacy
+        )
+        rule = schedule.LEGACY if is_legacy else schedule.OFFICIAL
+        return schedule.sigmas(rule, spec.step_count, asked.shift)
+
+    def _decide_own_sigmas(self, spec: dit_pb2.GenerateSpec) -> tuple[float, ...]:
+        sigmas, field = list(spec.schedule.sigmas), "spec.schedule.sigmas"
+        falling = all(above > below for above, below in pairwise([*sigmas, 0.0]))
+        if not falling or sigmas[0] > 1:  # NaN is not falling
+            raise _refusal(field, sigmas, "falling numbers in (0, 1]", "SIGMAS")
+        if spec.schedule.rule:
+            raise _refusal("spec.schedule.rule", spec.schedule.rule, f"none with {field}", "SIGMAS")
+        if len(sigmas) > self.limits.max_step_count:
+            allowed = f"at most {self.limits.max_step_count} steps"
+            raise _refusal(field, f"{len(sigmas)} steps", allowed, "SIGMAS")
+        if _given(spec, "step_count", len(sigmas)) != len(sigmas):
+            allowed = f"none, or the length of {field}, {len(sigmas)}"
+            raise _refusal("spec.step_count", spec.step_count, allowed, "SIGMAS")
+        spec.step_count = len(sigmas)
+        return schedule.shifted(sigmas, spec.schedule.shift)
+
+    def _decide_guidance(self, spec: dit_pb2.GenerateSpec) -> None:
+        options = spec.z_image
+        spec.guidance_scale = _real(spec, "spec.guidance_scale", self.variant.guidance)
+        options.cfg_normalization = _real(options, "spec.z_image.cfg_normalization", 0.0)
+        options.cfg_truncation = _real(options, "spec.z_image.cfg_truncation", 1.0)
+        if spec.guidance_scale > 0 and self.variant.is_distilled and not options.force_guidance:
+            raise _refusal(
+                "spec.guidance_scale",
+                spec.guidance_scale,
+                f"0: a {self.variant.name} model has its guidance trained in; to try all the same, "
+                "set force_guidance",
+                "TURBO_GUIDANCE",
+            )
+        if spec.guidance_scale == 0:
+            spec.ClearField("negative")
+
+
+def _decide_output(output: dit_pb2.Output) -> str:
+    output.format = output.format or dit_pb2.Output.FORMAT_PNG
+    name = _FORMATS[output.format]
+    if name == "png":
+        if output.HasField("quality"):
+            allowed = "none: PNG loses nothing"
+            raise _refusal("spec.output.quality", output.quality, allowed, "QUALITY")
+        return name
+    output.quality = _given(output, "quality", files.DEFAULT_QUALITY)
+    if not 1 <= output.quality <= 100:
+        raise _refusal("spec.output.quality", output.quality, "1 to 100", "QUALITY")
+    return name
+
+
+def _given(message: Any, name: str, default: int) -> int:
+    """The value of an optional field; zero is a value."""
+    value: int = getattr(message, name) if message.HasField(name) else default
+    return value
+
+
+def _whole(
+    spec: dit_pb2.GenerateSpec, name: str, default: int, highest: int, lowest: int = 1
+) -> int:
+    value = _given(spec, name, default)
+    if not lowest <= value <= highest:
+        raise _refusal(f"spec.{name}", value, f"{lowest} to {highest}", name.upper())
+    return value
+
+
+def _real(message: Any, path: str, default: float) -> float:
+    name = path.rpartition(".")[2]
+    value: float = getattr(message, name) if message.HasField(name) else default
+    if not (math.isfinite(value) and 0 <= value <= _LARGEST_REAL):
+        raise _refusal(path, value, f"0 to {_LARGEST_REAL:g}", name.upper())
+    return value
+
+
+def _refusal(
+    field: str, given: object, allowed: str, reason: str, nearest: str = ""
+) -> InvalidRequest:
+    hint = f"; nearest {nearest}" if nearest else ""
+    return InvalidRequest(
+        f"{field}: {given} given, allowed is {allowed}{hint}",
+        reason=reason,
+        fields={"field": field, "given": str(given), "allowed": allowed, "nearest": nearest},
+    )

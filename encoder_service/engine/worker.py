@@ -1,0 +1,95 @@
+"""The worker process: loads the encoder, then runs one call after the other."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from encoder_service.messages import Encode, Encoded, Encoder
+from encoder_service.model import loading
+from encoder_service.model.qwen import ENGINE, Qwen3Encoder
+from zimage_core.errors import NotReady
+from zimage_core.formats import weights
+from zimage_core.serving.child import Port
+from zimage_core.settings import EncoderSettings
+from zimage_core.tensors import TensorData
+from zimage_core.wire.identities import encoder_identities
+
+_log = logging.getLogger(__name__)
+
+_SLOW_DISK_BYTES_PER_SECOND = 100e6
+_WARM_UP_TOKENS = 32
+
+
+def main(port: Port, settings: EncoderSettings) -> None:
+    """Serves calls until the process ends."""
+    folder = settings.model / "text_encoder"
+    with port.working("load", _loading_seconds(settings)):
+        encoder = loading.load(folder, settings.max_hidden_layer, settings.device, settings.dtype)
+        identities = encoder_identities(settings.model, settings.max_hidden_layer)
+        _encode(encoder, [[0] * _WARM_UP_TOKENS], [encoder.deepest])  # touches every weight
+        began = time.monotonic()
+        _encode(encoder, [[0] * _WARM_UP_TOKENS], [encoder.deepest])
+        seconds_per_token = (time.monotonic() - began) / _WARM_UP_TOKENS
+    port.ready(_description(encoder, identities))
+    while True:
+        submitted = port.next_call()
+        if port.is_cancelled(submitted.call):
+            continue
+        with port.answering(submitted):
+            call = submitted.payload
+            assert isinstance(call, Encode)
+            expected = seconds_per_token * sum(map(len, call.token_ids))
+            with port.working("encode", expected):
+                port.emit(submitted.call, _encode(encoder, call.token_ids, call.hidden_layers))
+
+
+def _encode(
+    encoder: Qwen3Encoder, token_ids: Sequence[Sequence[int]], hidden_layers: Sequence[int]
+) -> Encoded:
+    began = time.monotonic()
+    encoded = Encoded(tuple(map(_plain, encoder(token_ids, hidden_layers))))
+    _log.info(
+        "%s prompts, %s tokens in %.1f ms",
+        len(token_ids),
+        sum(map(len, token_ids)),
+        (time.monotonic() - began) * 1e3,
+    )
+    return encoded
+
+
+def _plain(tensor: Tensor) -> TensorData:
+    """The tensor as bytes, which waits for the device."""
+    if not tensor.isfinite().all():
+        raise NotReady(
+            f"the encoder's values do not fit {_name(tensor.dtype)}; "
+            "its service should run in bfloat16 or float32",
+            reason="NOT_FINITE",
+        )
+    data = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return TensorData(_name(tensor.dtype), tuple(tensor.shape), data)
+
+
+def _description(encoder: Qwen3Encoder, identities: tuple[str, ...]) -> Encoder:
+    table = encoder.embed_tokens.weight
+    return Encoder(
+        identities=identities,
+        layer_count=encoder.layer_count,
+        max_hidden_layer=encoder.deepest,
+        width=encoder.width,
+        compute_type=_name(table.dtype),
+        weight_type=_name(table.dtype),
+        engine=ENGINE,
+        device=table.device.type,
+    )
+
+
+def _loading_seconds(settings: EncoderSettings) -> float:
+    files = weights.files(settings.model / "text_encoder")
+    return sum(path.stat().st_size for path in files) / _SLOW_DISK_BYTES_PER_SECOND
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,121 @@
+"""From a folder of files to an encoder on its device: what is read, where it goes, in which type."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import Qwen3Config
+
+from encoder_service.model.qwen import Qwen3Encoder
+from zimage_core.errors import InvalidModel, InvalidSettings
+from zimage_core.formats import weights
+from zimage_core.wire.identities import canonical_name
+
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_FAMILY = "qwen3"
+
+
+def load(folder: Path, deepest: int, device: str, dtype: str) -> Qwen3Encoder:
+    """Reads `text_encoder/` as far as the hidden state `deepest`; "auto" chooses device and type."""
+    config = _config(folder)
+    if not -config.num_hidden_layers - 1 <= deepest <= -1:
+        raise InvalidSettings(
+            f"max_hidden_layer {deepest}: this encoder has {-config.num_hidden_layers - 1} "
+            "(the token table) to -1 (after the final norm)",
+            fields={"field": "max_hidden_layer", "given": str(deepest)},
+        )
+    with torch.device("meta"):
+        encoder = Qwen3Encoder(config, deepest)
+    _refuse_sliding_windows(folder, config, len(encoder.layers))
+    stored = _stored(folder, encoder)
+    target = choose_device(device)
+    _read(encoder, folder, target, choose_type(dtype, target, next(iter(stored.values()))))
+    encoder.rotary_emb.to(target)
+    return encoder.requires_grad_(False).eval()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, or the fastest one here for "auto"."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((kind for kind, here in available.items() if here), "cpu"))
+    if not available.get(name, True):
+        raise InvalidSettings(
+            f"device {name}: this machine has none that torch {torch.__version__} can use",
+            fields={"field": "device", "given": name},
+        )
+    return torch.device(name)
+
+
+def choose_type(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The type of that name, or for "auto" the fastest one that costs nothing. A CPU only multiplies
+    bfloat16 fast with instructions for it; without them, and for files that hold more than that,
+    float32 is as fast or exacter."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if device.type != "cpu":
+        return torch.bfloat16
+    found = torch.cpu.get_capabilities()
+    fast = any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast and stored is torch.bfloat16 else torch.float32
+
+
+def _config(folder: Path) -> Qwen3Config:
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_bytes())
+        family = values.get("model_type")
+    except FileNotFoundError as error:
+        raise _invalid(path, "this file is missing; a model folder has text_encoder/") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise _invalid(path, f"no readable JSON object: {error}") from error
+    if family != _FAMILY:
+        raise _invalid(
+            path, f"this is a {family} model; Z-Image's text encoder is {_FAMILY}", "WRONG_FAMILY"
+        )
+    try:
+        return Qwen3Config.from_dict(values)
+    except Exception as error:  # whatever the library finds wrong with it
+        raise _invalid(path, str(error)) from error
+
+
+def _refuse_sliding_windows(folder: Path, config: Qwen3Config, layer_count: int) -> None:
+    kinds = set(config.layer_types[:layer_count])
+    if kinds - {"full_attention"}:
+        raise _invalid(folder / "config.json", f"layers of kind {sorted(kinds)} are not supported")
+
+
+def _stored(folder: Path, encoder: Qwen3Encoder) -> dict[str, torch.dtype]:
+    """The type in the files of every tensor the encoder needs; nothing but headers is read."""
+    found = {canonical_name(name): weight for name, weight in weights.read_folder(folder).items()}
+    for name, parameter in encoder.state_dict().items():
+        weight = found.get(name)
+        if weight is None:
+            raise _invalid(folder, f"no tensor {name} in these files")
+        if weight.shape != tuple(parameter.shape):
+            raise _invalid(
+                folder,
+                f"{name} is {list(weight.shape)}, but config.json says {list(parameter.shape)}",
+            )
+        if weight.element_type not in _TYPES:
+            raise _invalid(folder, f"{name} is stored as {weight.element_type}", "ELEMENT_TYPE")
+    return {name: _TYPES[found[name].element_type] for name in encoder.state_dict()}
+
+
+def _read(
+    encoder: Qwen3Encoder, folder: Path, device: torch.device, dtype: torch.dtype
+) -> None:
+    """One tensor at a time, straight to the device: never two copies of more than one."""
+    wanted = encoder.state_dict()
+    for path in weights.files(folder):
+        with safe_open(path, "pt", device=str(device)) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                canonical = canonical_name(name)
+                if canonical in wanted:
+                    wanted[canonical] = file.get_tensor(name).to(dtype)
+    encoder.load_state_dict(wanted, assign=True)
+
+
+def _invalid(path: Path, what: str, reason: str = "FILE_CORRUPT") -> InvalidModel:
+    return InvalidModel(f"{path}: {what}", reason=reason, fields={"path": str(path)})

@@ -1,0 +1,134 @@
+"""A prompt's way to token ids: the chat format around its text, the tokenizer, and what is refused.
+
+The format is that of Qwen3's chat template as diffusers' Z-Image pipeline uses it. Nothing is
+trimmed or collapsed: the reference does not, and every space is a token.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Prompt
+from zimage_core.errors import InvalidModel, InvalidRequest
+from zimage_core.planning.limits import caption_token_limit
+from zimage_core.wire.limits import PROMPT_BYTES
+
+_RELEASED_AXES_LENS = (1536, 512, 512)
+"""The lengths of the released models' RoPE tables."""
+
+TokenIds = tuple[int, ...]
+
+
+def render(prompt: Prompt) -> str:
+    """The whole chat as the encoder reads it."""
+    text = prompt.text.replace('"', "") if prompt.strip_quotes else prompt.text
+    turns = [_turn("system", prompt.system)] if prompt.system else []
+    return "\n".join([*turns, _turn("user", text), _answer(prompt)])
+
+
+def hidden_layer(prompt: Prompt) -> int:
+    """The entry of the hidden states that a prompt asks for, counted from the end."""
+    return DEFAULT_HIDDEN_LAYER if prompt.hidden_layer is None else prompt.hidden_layer
+
+
+def read_token_limit(model: Path) -> int:
+    """The longest prompt that the DiT in the model folder takes; where none lies there, that of the
+    released models."""
+    path = model / "transformer" / "config.json"
+    if not path.is_file():
+        return caption_token_limit(_RELEASED_AXES_LENS)
+    try:
+        return caption_token_limit(json.loads(path.read_bytes())["axes_lens"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InvalidModel(
+            f"{path}: no readable axes_lens, which decide how long a prompt may be",
+            reason="CONFIG_MALFORMED",
+            fields={"path": str(path)},
+        ) from error
+
+
+def check_hidden_layers(prompts: Sequence[Prompt], layer_count: int, deepest: int) -> None:
+    """Raises InvalidRequest when a prompt wants a state that the encoder lacks or does not compute."""
+    shallowest = -(layer_count + 1)
+    for index, prompt in enumerate(prompts):
+        layer = hidden_layer(prompt)
+        if shallowest <= layer <= deepest:
+            continue
+        remedy = (
+            f"the encoder stops there; start it with --max-hidden-layer {layer} to go on"
+            if deepest < layer < 0
+            else f"{shallowest} is the token table, counted from the end"
+        )
+        allowed = f"{shallowest} to {deepest}"
+        field = f"prompts[{index}].hidden_layer"
+        raise InvalidRequest(
+            f"{field}: {layer} given, {allowed} allowed ({remedy})",
+            reason="HIDDEN_LAYER",
+            fields={"field": field, "given": str(layer), "allowed": allowed},
+        )
+
+
+class Tokenizer:
+    """The model's own tokenizer; a token's name typed in a prompt is that token, as in diffusers."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InvalidModel(
+                f"{path} is missing: an encoder needs the tokenizer beside its weights",
+                reason="FILE_MISSING",
+                fields={"path": str(path)},
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no class of its own
+            raise InvalidModel(
+                f"{path}: {error}", reason="FILE_CORRUPT", fields={"path": str(path)}
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, prompts: Sequence[Prompt], token_limit: int) -> tuple[TokenIds, ...]:
+        """The token ids of each prompt; raises InvalidRequest for one that is too long."""
+        for index, prompt in enumerate(prompts):
+            size = sum(len(part.encode()) for part in _parts(prompt).values())
+            if size > PROMPT_BYTES:
+                raise _too_long(index, prompt, size, PROMPT_BYTES, "bytes")
+        encodings = self._tokenizer.encode_batch_fast([render(prompt) for prompt in prompts])
+        token_ids = tuple(tuple(encoding.ids) for encoding in encodings)
+        for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)):
+            if len(ids) > token_limit:
+                raise _too_long(index, prompt, len(ids), token_limit, "tokens")
+        return token_ids
+
+
+def _turn(role: str, content: str) -> str:
+    return f"<|im_start|>{role}\n{content}<|im_end|>"
+
+
+def _answer(prompt: Prompt) -> str:
+    """The assistant's turn: left open, as if the model went on, unless its text is given."""
+    thought = ""
+    if prompt.thinking or prompt.force_think_block:
+        thought = f"<think>\n{prompt.thinking}\n</think>\n\n"
+    if prompt.assistant:
+        return _turn("assistant", thought + prompt.assistant)
+    return f"<|im_start|>assistant\n{thought}"
+
+
+def _parts(prompt: Prompt) -> dict[str, str]:
+    names = ("text", "system", "thinking", "assistant")
+    return {name: getattr(prompt, name) for name in names}
+
+
+def _too_long(index: int, prompt: Prompt, given: int, allowed: int, unit: str) -> InvalidRequest:
+    """Names the longest part: that is the one to shorten."""
+    parts = _parts(prompt)
+    field = f"prompts[{index}].{max(parts, key=lambda name: len(parts[name]))}"
+    return InvalidRequest(
+        f"{field}: {given} {unit} given, {allowed} allowed, all parts of the chat counted; shorten it",
+        reason="TOKEN_LIMIT",
+        fields={"field": field, "given": str(given), "allowed": str(allowed), "unit": unit},
+    )

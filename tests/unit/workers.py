@@ -1,0 +1,48 @@
+"""Small workers that really run in a process of their own, each with one habit."""
+
+import os
+import signal
+import threading
+
+from zimage_core.errors import InvalidModel, InvalidRequest
+from zimage_core.serving.child import Port
+
+
+def echo(port: Port, settings: object) -> None:
+    """Answers each word with its letters; knows a few orders."""
+    port.ready(settings)
+    while True:
+        submitted = port.next_call()
+        with port.answering(submitted):
+            _obey(port, submitted.call, str(submitted.payload))
+
+
+def _obey(port: Port, call: int, word: str) -> None:
+    match word:
+        case "refuse":
+            raise InvalidRequest("no", reason="NO")
+        case "stumble":
+            raise RuntimeError("secret")
+        case "die":
+            os._exit(3)
+        case "hang":
+            with port.working("step", 0.001):
+                threading.Event().wait()
+        case "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "until cancelled":
+            while True:
+                port.emit(call, "still here")
+        case _:
+            for letter in word:
+                port.emit(call, letter)
+
+
+def broken_model(port: Port, settings: object) -> None:
+    """Cannot load, and never will."""
+    raise InvalidModel("it is a Flux", reason="FOREIGN_MODEL")
+
+
+def dies_while_loading(port: Port, settings: object) -> None:
+    """As when the system runs out of memory."""
+    os._exit(9)

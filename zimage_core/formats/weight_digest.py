@@ -1,0 +1,51 @@
+"""The digest of a tensor's values, whatever type and file they came in."""
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Iterable, Iterator
+
+from zimage_core.formats.weights import Weight
+
+_CHUNK_BYTES = 8 << 20
+
+
+def weight_digest(weight: Weight) -> str:
+    """Over shape and values: as bfloat16 where that loses nothing, else as float32. Types that are
+    no plain floats, such as fp8, are lossy and stand for themselves."""
+    kind: str = weight.element_type
+    chunks: Iterable[bytes | memoryview] = _chunks(weight)
+    if kind in ("F32", "F16"):
+        narrow = all(map(_is_bfloat16, _float32(weight)))
+        kind = "BF16" if narrow else "F32"
+        chunks = map(_as_bfloat16, _float32(weight)) if narrow else _float32(weight)
+    digest = hashlib.sha256(f"{kind}{list(weight.shape)}".encode())
+    for chunk in chunks:
+        digest.update(chunk)  # releases the interpreter: several tensors at once are worth it
+    return digest.hexdigest()
+
+
+def _chunks(weight: Weight) -> Iterator[memoryview]:
+    starts = range(0, len(weight.data), _CHUNK_BYTES)
+    return (weight.data[start : start + _CHUNK_BYTES] for start in starts)
+
+
+def _float32(weight: Weight) -> Iterator[bytes]:
+    chunks = map(bytes, _chunks(weight))
+    return chunks if weight.element_type == "F32" else map(_widened, chunks)
+
+
+def _widened(halves: bytes) -> bytes:
+    return array("f", struct.unpack(f"<{len(halves) // 2}e", halves)).tobytes()
+
+
+def _is_bfloat16(floats: bytes) -> bool:
+    """Whether the lower halves are all zero."""
+    zeros = bytes(len(floats) // 4)
+    return floats[0::4] == zeros and floats[1::4] == zeros
+
+
+def _as_bfloat16(floats: bytes) -> bytes:
+    upper = bytearray(len(floats) // 2)
+    upper[0::2], upper[1::2] = floats[2::4], floats[3::4]
+    return bytes(upper)

@@ -1,0 +1,112 @@
+"""Safetensors files read without a tensor library: names, types, shapes and the bytes themselves.
+
+A file is eight bytes with the header's length, the header in JSON, then the elements of all tensors.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_core.errors import InvalidModel
+
+ELEMENT_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""The element types by the names of the format."""
+
+_INDEX = ".safetensors.index.json"
+_LONGEST_HEADER = 100_000_000
+"""What the format's own library accepts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor in a file; `data` is a view of the mapped file and keeps it mapped."""
+
+    element_type: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+def files(folder: Path) -> tuple[Path, ...]:
+    """The weight files of a folder: those that an index names, else all that lie there."""
+    indexes = sorted(folder.glob("*" + _INDEX))
+    if indexes:
+        names = sorted(set(_weight_map(indexes[0]).values()))
+        paths = tuple(folder / str(name) for name in names)
+    else:
+        paths = tuple(sorted(folder.glob("*.safetensors")))
+    if not paths:
+        raise _invalid(folder, "no *.safetensors file in this folder", "FILE_MISSING")
+    for path in paths:
+        if not path.is_file():
+            raise _invalid(path, f"{indexes[0].name} names this file, but it is missing", "FILE_MISSING")
+    return paths
+
+
+def read_folder(folder: Path) -> dict[str, Weight]:
+    """All tensors of a folder by name, sharded or not; nothing is read but the headers."""
+    found: dict[str, Weight] = {}
+    for path in files(folder):
+        for name, weight in read_file(path):
+            if name in found:
+                raise _invalid(path, f"{name} stands in another file of the folder too")
+            found[name] = weight
+    return found
+
+
+def read_file(path: Path) -> Iterator[tuple[str, Weight]]:
+    """The tensors of one file; raises InvalidModel for a file that is not what it should be."""
+    with path.open("rb") as file:
+        try:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except ValueError as error:  # an empty file cannot be mapped
+            raise _invalid(path, "the file is empty") from error
+    header_bytes = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or header_bytes > min(_LONGEST_HEADER, len(content) - 8):
+        raise _invalid(path, "not a safetensors file, or cut off within its header")
+    header = _json_object(path, bytes(content[8 : 8 + header_bytes]))
+    elements = content[8 + header_bytes :]
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, _weight(path, name, entry, elements)
+
+
+def _weight(path: Path, name: str, entry: Any, elements: memoryview) -> Weight:
+    try:
+        element_type, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        expected = math.prod(shape) * ELEMENT_BYTES[element_type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _invalid(path, f"{name}: malformed or unknown entry {entry}") from error
+    if not 0 <= begin <= end <= len(elements):
+        raise _invalid(path, f"{name}: the file ends before this tensor does; it is cut off")
+    if end - begin != expected:
+        raise _invalid(path, f"{name}: {end - begin} bytes, but {expected} expected for {entry}")
+    return Weight(element_type, shape, elements[begin:end])
+
+
+def _weight_map(index: Path) -> Mapping[str, Any]:
+    entries = _json_object(index, index.read_bytes()).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise _invalid(index, "no weight_map in this index")
+    return entries
+
+
+def _json_object(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise _invalid(path, f"no readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _invalid(path, "a JSON object was expected")
+    return value
+
+
+def _invalid(path: Path, what: str, reason: str = "FILE_CORRUPT") -> InvalidModel:
+    return InvalidModel(f"{path}: {what}", reason=reason, fields={"path": str(path)})

@@ -1,0 +1,151 @@
+"""The worker process's end of the pipe: takes calls in, sends events out, dies with its front."""
+
+import importlib
+import logging
+import os
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+from zimage_core.errors import Cancelled, InternalError, Overloaded, ZImageError
+from zimage_core.serving import logs, pipe
+from zimage_core.wire import request_id
+
+_log = logging.getLogger(__name__)
+
+
+class Port:
+    """What a worker's engine knows of the world outside its process."""
+
+    def __init__(self, connection: Connection, beat_seconds: float) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._inbox: queue.SimpleQueue[pipe.Submit] = queue.SimpleQueue()
+        self._live: set[int] = set()
+        threading.Thread(target=self._receive, name="pipe", daemon=True).start()
+        threading.Thread(target=self._beat, args=[beat_seconds], name="beat", daemon=True).start()
+
+    def next_call(self) -> pipe.Submit:
+        """The oldest new call that is still wanted; waits for one."""
+        while True:
+            submitted = self._inbox.get()
+            if not self.is_cancelled(submitted.call):
+                return submitted
+
+    def is_cancelled(self, call: int) -> bool:
+        """Whether nobody waits for this call any more."""
+        return call not in self._live
+
+    def new_calls(self) -> Iterator[pipe.Submit]:
+        """The calls that came meanwhile, oldest first; does not wait."""
+        while True:
+            try:
+                yield self._inbox.get_nowait()
+            except queue.Empty:
+                return
+
+    def ready(self, description: object) -> None:
+        """Says that calls can be served from now on."""
+        self._send(pipe.Ready(description))
+
+    def emit(self, call: int, payload: object) -> None:
+        """Sends something of a call; raises Cancelled when nobody waits for it any more."""
+        if self.is_cancelled(call):
+            raise Cancelled("the call was cancelled")
+        self._send(pipe.Event(call, payload))
+
+    def finish(self, call: int, error: ZImageError | None = None) -> None:
+        """Ends a call; nothing of it may be sent afterwards."""
+        self._live.discard(call)
+        self._send(pipe.Finished(call, error))
+
+    def load_failed(self, error: ZImageError) -> None:
+        """Says that this model cannot be served, now or later."""
+        self._send(pipe.LoadFailed(error))
+
+    @contextmanager
+    def working(self, what: str, expected_seconds: float) -> Iterator[None]:
+        """Announces a piece of work to the watchdog."""
+        self._send(pipe.Working(what, expected_seconds))
+        try:
+            yield
+        finally:
+            self._send(pipe.Idle())
+
+    @contextmanager
+    def answering(self, submitted: pipe.Submit) -> Iterator[None]:
+        """Ends the call as the block ends. A fault of the call is its answer and no more; a fault of
+        the device leaves the block and ends this process."""
+        context = request_id.current.set(submitted.request_id)
+        try:
+            yield
+        except ZImageError as error:
+            self.finish(submitted.call, error)
+        except Exception as error:
+            if is_sticky(error):
+                raise
+            _log.exception("call failed")
+            self.finish(submitted.call, _answer(error, submitted.request_id))
+        else:
+            self.finish(submitted.call)
+        finally:
+            request_id.current.reset(context)
+
+    def _send(self, message: object) -> None:
+        with self._sending:
+            self._connection.send(message)
+
+    def _receive(self) -> None:
+        """Reads the pipe; when the front is gone, so is this process, whatever it is doing."""
+        try:
+            while True:
+                message = self._connection.recv()
+                if isinstance(message, pipe.Cancel):
+                    self._live.discard(message.call)
+                else:
+                    self._live.add(message.call)
+                    self._inbox.put(message)
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def _beat(self, seconds: float) -> None:
+        pause = threading.Event()
+        while not pause.wait(seconds):
+            self._send(pipe.Alive())
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether the device is lost to this process. Known by name: this room imports no torch."""
+    return "AcceleratorError" in _class_names(error)
+
+
+def _answer(error: Exception, request: str) -> ZImageError:
+    if "OutOfMemoryError" in _class_names(error):
+        return Overloaded(
+            "the device's memory cannot hold this request; ask for smaller or fewer pictures",
+            reason="DEVICE_MEMORY",
+        )
+    return InternalError("internal error", fields={"request_id": request})
+
+
+def _class_names(error: BaseException) -> set[str]:
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
+def run(connection: Connection, entry: str, settings: object, beat_seconds: float) -> None:
+    """The process's first function; `entry` is resolved here: the front never imports it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the front drains first, then closes the pipe
+    logs.configure()
+    port = Port(connection, beat_seconds)
+    module, _, function = entry.partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(port, settings)
+    except ZImageError as error:
+        port.load_failed(error)
+    except Exception:  # noqa: BLE001 - whatever it was, this process cannot go on
+        _log.exception("worker failed")
+        os._exit(1)

@@ -1,0 +1,39 @@
+"""The small HTTP face for whoever cannot speak gRPC: /livez and /readyz, for probes and people."""
+
+import asyncio
+from collections.abc import Callable
+from http import HTTPStatus
+
+_LONGEST_REQUEST_SECONDS = 5.0
+
+
+async def start(host: str, port: int, is_ready: Callable[[], bool]) -> asyncio.Server:
+    """Listens; /livez is 200 while the event loop turns, /readyz while the model is ready."""
+
+    def answer(path: str) -> tuple[HTTPStatus, str]:
+        match path:
+            case "/livez":
+                return HTTPStatus.OK, "alive\n"
+            case "/readyz" if is_ready():
+                return HTTPStatus.OK, "ready\n"
+            case "/readyz":
+                return HTTPStatus.SERVICE_UNAVAILABLE, "not ready\n"
+            case _:
+                return HTTPStatus.NOT_FOUND, "try /livez or /readyz\n"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(_LONGEST_REQUEST_SECONDS):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split(" ")
+                status, text = answer(head[1] if len(head) > 1 else "")
+                writer.write(
+                    f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: text/plain\r\n"
+                    f"Content-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode()
+                )
+                await writer.drain()
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
+            pass  # whoever asked is gone or does not speak HTTP
+        finally:
+            writer.close()
+
+    return await asyncio.start_server(serve, host, port)

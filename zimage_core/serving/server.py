@@ -1,0 +1,156 @@
+"""A service's life from start to exit, the same for every service.
+
+Bound before the model loads, so that probes, Describe and early callers get an answer; NOT_SERVING
+until the worker is loaded and warm; on SIGTERM first NOT_SERVING, then a pause for balancers to
+notice, then no new calls, then the running ones to their end.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from zimage_core.errors import InvalidSettings
+from zimage_core.serving import probes
+from zimage_core.serving.interceptors import Around
+from zimage_core.serving.worker import Worker
+from zimage_core.settings import ServiceSettings
+from zimage_core.wire.limits import SERVER_OPTIONS
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What makes one service differ from another."""
+
+    name: str
+    """The full name of its gRPC service."""
+    entry: str
+    """Where its worker begins, as "module:function"."""
+    register: Callable[[grpc.aio.Server, Worker], None]
+    """Adds the servicer, which hands its work to the worker."""
+
+
+async def serve(service: Service, settings: ServiceSettings) -> None:
+    """Runs until SIGTERM or Ctrl-C; raises what makes serving pointless, such as a broken model."""
+    _refuse_open_address(settings)
+    server = grpc.aio.server(interceptors=[Around()], options=SERVER_OPTIONS)
+    readiness = _Readiness(service.name)
+    worker = Worker(service.entry, settings, settings.watchdog, readiness.set)
+    service.register(server, worker)
+    health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
+    names = (service.name, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+    reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+
+    async with contextlib.AsyncExitStack() as closing:
+        if settings.probes:
+            host, _, port = settings.probes.rpartition(":")
+            await closing.enter_async_context(
+                await probes.start(host, int(port), lambda: readiness.is_ready)
+            )
+        port_number = _bind(server, settings.listen)
+        await server.start()
+        _log.info("%s listens on %s (port %s)", service.name, settings.listen, port_number)
+        supervision = asyncio.create_task(worker.supervise())
+        try:
+            with _stop_signals() as stop:
+                await _first(supervision, stop)
+            await readiness.drain()
+            if not supervision.done():
+                _log.info("draining")
+                await asyncio.sleep(settings.drain_delay_seconds)
+            await server.stop(settings.grace_seconds)
+        finally:
+            supervision.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await supervision  # raises what ended it, if it ended by itself
+    _log.info("stopped")
+
+
+class _Readiness:
+    """Whether calls can be served, told to gRPC's health service and to the HTTP probes."""
+
+    def __init__(self, service_name: str) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self.is_ready = False
+        self._names = ("", service_name)
+        self._telling: set[asyncio.Task[None]] = set()
+        self.set(False)
+
+    def set(self, ready: bool) -> None:
+        self.is_ready = ready
+        told = asyncio.ensure_future(self._tell(ready))
+        self._telling.add(told)
+        told.add_done_callback(self._telling.discard)
+
+    async def drain(self) -> None:
+        self.is_ready = False
+        await self.servicer.enter_graceful_shutdown()
+
+    async def _tell(self, ready: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        for name in self._names:
+            await self.servicer.set(name, states.SERVING if ready else states.NOT_SERVING)
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise InvalidSettings(
+            f"cannot listen on {address}: the address is taken, not of this machine or not allowed",
+            reason="CANNOT_LISTEN",
+            fields={"field": "listen", "given": address},
+        ) from error
+
+
+def _refuse_open_address(settings: ServiceSettings) -> None:
+    """Only this machine may reach a service without TLS, unless somebody said otherwise."""
+    address = settings.listen
+    if address.startswith("unix:") or settings.insecure:
+        return
+    host = address.rpartition(":")[0].strip("[]")
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host == "localhost":
+        return
+    raise InvalidSettings(
+        f"listen {address}: anyone on the network could use this service; listen on 127.0.0.1 or a "
+        "unix: socket, or say --insecure where the network is trusted",
+        reason="OPEN_ADDRESS",
+        fields={"field": "listen", "given": address},
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and Ctrl-C set; the second signal ends the process as usual."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, _frame: object) -> None:
+        signal.signal(number, usual[signal.Signals(number)])
+        loop.call_soon_threadsafe(stop.set)
+
+    for number in usual:
+        signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+async def _first(supervision: asyncio.Task[None], stop: asyncio.Event) -> None:
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({supervision, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()

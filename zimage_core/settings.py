@@ -1,0 +1,265 @@
+"""One settings model per program, and the one way values come to be.
+
+A flag wins over the environment, that over the chosen profile, that over the file's [default], that
+over what is built in. Tables are `[profile.program]`, variables `ZIMAGE_PROGRAM__KEY`. An unknown
+key is an error that names the nearest known one; a broken file is fatal.
+"""
+
+import difflib
+import json
+import os
+import tomllib
+from argparse import ArgumentParser, BooleanOptionalAction
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from zimage_core.errors import InvalidSettings
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+ElementType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Watchdog(BaseModel):
+    """When a worker counts as hung."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    factor: float = Field(10.0, ge=1, description="times the expected duration of a piece of work")
+    least_seconds: float = Field(60.0, gt=0, description="but never less than this")
+    silence_seconds: float = Field(120.0, gt=0, description="longest time without a sign of life")
+
+
+class _Program(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServiceSettings(_Program):
+    """What every service has."""
+
+    model: Path = Field(description="model folder in diffusers layout")
+    listen: str = Field(description="address to listen on, host:port or unix:path")
+    probes: str = Field(description="host:port for /livez and /readyz; empty for none")
+    insecure: bool = Field(False, description="allow a non-loopback address without TLS")
+    device: Device = Field("auto", description="where the model runs")
+    dtype: ElementType = Field("auto", description="type that the model computes in")
+    drain_delay_seconds: float = Field(
+        0.0, ge=0, description="pause after SIGTERM for balancers to notice"
+    )
+    grace_seconds: float = Field(
+        30.0, ge=0, description="how long running calls may take after that"
+    )
+    watchdog: Watchdog = Field(Watchdog(), description="when a worker counts as hung")
+
+
+class EncoderSettings(ServiceSettings):
+    """The encoder service."""
+
+    listen: str = Field(
+        "127.0.0.1:50051", description="address to listen on, host:port or unix:path"
+    )
+    probes: str = Field(
+        "127.0.0.1:9464", description="host:port for /livez and /readyz; empty for none"
+    )
+    max_hidden_layer: int = Field(
+        -2, le=-1, description="deepest hidden state to compute, from the end; -1 loads all layers"
+    )
+    token_limit: int | None = Field(
+        None, ge=1, description="longest prompt in tokens; unset: what the DiT's tables allow"
+    )
+    max_queue_length: int = Field(64, ge=1, description="calls that may wait")
+
+
+class DitSettings(ServiceSettings):
+    """The DiT service."""
+
+    listen: str = Field(
+        "127.0.0.1:50052", description="address to listen on, host:port or unix:path"
+    )
+    probes: str = Field(
+        "127.0.0.1:9465", description="host:port for /livez and /readyz; empty for none"
+    )
+    encoder: str = Field("", description="encoder service, host:port or unix:path")
+    encoder_identity: str = Field(
+        "", description="digest of the encoder to insist on, where none lies beside the model"
+    )
+    variant: Literal["auto", "turbo", "base"] = Field(
+        "auto", description="auto: by the scheduler's shift"
+    )
+    max_side_px: int = Field(4096, ge=16, description="longest side of a picture")
+    max_image_count: int = Field(64, ge=1, description="most pictures in one request")
+    max_step_count: int = Field(1000, ge=1, description="most steps of one picture")
+    max_queue_length: int = Field(16, ge=1, description="requests that may wait")
+
+
+class ClientSettings(_Program):
+    """The command line client."""
+
+    server: str = Field("", description="DiT service, host:port or unix:path; empty: embedded")
+    encoder: str = Field("", description="encode here and send the embedding")
+
+
+S = TypeVar("S", bound=BaseModel)
+
+PROGRAMS: dict[str, type[BaseModel]] = {
+    "client": ClientSettings,
+    "encoder": EncoderSettings,
+    "dit": DitSettings,
+}
+_PREFIX = "ZIMAGE_"
+_SHORT_VARIABLES = {"ZIMAGE_SERVER": "server", "ZIMAGE_ENCODER": "encoder"}
+"""The client's addresses, by the names that people type."""
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[S]):
+    """Settings, and for each value the place it came from."""
+
+    values: S
+    origins: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return "".join(
+            f"{name} = {json.dumps(value)}  # {self.origins.get(name, 'built in')}\n"
+            for name, value in self.values.model_dump(mode="json").items()
+        )
+
+
+def add_flags(parser: ArgumentParser, model: type[BaseModel]) -> None:
+    """One flag for each plain setting of a program, and those that choose the file and profile."""
+    parser.add_argument("--config", type=Path, help="settings file (TOML)")
+    parser.add_argument("--profile", help="table of the settings file to use")
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the effective settings and their origin"
+    )
+    for name, field in model.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            parser.add_argument(
+                flag, action=BooleanOptionalAction, default=None, help=field.description
+            )
+        elif not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            parser.add_argument(flag, metavar=name.upper(), help=field.description)
+
+
+def load(
+    model: type[S], flags: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> Loaded[S]:
+    """The effective settings of a program; `flags` that are None were not given."""
+    environment = os.environ if environment is None else environment
+    program = next(name for name, known in PROGRAMS.items() if known is model)
+    path = _file(flags.get("config"), environment)
+    profile = flags.get("profile") or environment.get(f"{_PREFIX}PROFILE")
+    given = {name: flags[name] for name in model.model_fields if flags.get(name) is not None}
+    layers = [
+        *_tables(path, profile, program),
+        ("environment", _variables(program, model, environment)),
+        ("flag", given),
+    ]
+    merged: Values = {}
+    origins: dict[str, str] = {}
+    for origin, values in layers:
+        merged = _merged(merged, values)
+        origins.update(dict.fromkeys(values, origin))
+    try:
+        return Loaded(model.model_validate(merged), origins)
+    except ValidationError as error:
+        raise _refusal(error, model, origins) from error
+
+
+def _file(flag: Path | None, environment: Mapping[str, str]) -> Path | None:
+    named = flag or environment.get(f"{_PREFIX}CONFIG")
+    if named:
+        return Path(named)
+    usual = platformdirs.user_config_path("zimage") / "config.toml"
+    return usual if usual.is_file() else None
+
+
+def _tables(path: Path | None, profile: str | None, program: str) -> Iterator[tuple[str, Values]]:
+    """The file's [default] and the chosen profile; all its other tables are checked as well."""
+    if path is None:
+        if profile:
+            raise _invalid(f"profile {profile}: there is no settings file", "profile", profile)
+        return
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise _invalid(f"{path}: {error}", "config", str(path)) from error
+    _refuse_unknown_keys(path, tables)
+    if profile and profile not in tables:
+        raise _unknown(f"{path}: profile {profile}", profile, tables)
+    for name in dict.fromkeys(("default", profile or "default")):
+        yield f"[{name}.{program}] in {path}", tables.get(name, {}).get(program, {})
+
+
+def _refuse_unknown_keys(path: Path, tables: Values) -> None:
+    for name, programs in tables.items():
+        if not isinstance(programs, dict):
+            raise _invalid(f"{path}: {name} stands outside of a table like [default.dit]", name, "")
+        for program, values in programs.items():
+            if program not in PROGRAMS:
+                raise _unknown(f"{path}: [{name}.{program}]", program, PROGRAMS)
+            for key in values:
+                known = PROGRAMS[program].model_fields
+                if key not in known:
+                    raise _unknown(f"{path}: {key} in [{name}.{program}]", key, known)
+
+
+def _variables(program: str, model: type[BaseModel], environment: Mapping[str, str]) -> Values:
+    values: Values = {}
+    if program == "client":
+        for variable, key in _SHORT_VARIABLES.items():
+            if variable in environment:
+                values[key] = environment[variable]
+    prefix = f"{_PREFIX}{program.upper()}__"
+    for variable, text in environment.items():
+        if not variable.startswith(prefix):
+            continue
+        first, *rest = variable.removeprefix(prefix).lower().split("__")
+        if first not in model.model_fields:
+            raise _unknown(variable, first, model.model_fields)
+        value: Any = text
+        for key in reversed(rest):
+            value = {key: value}
+        values = _merged(values, {first: value})
+    return values
+
+
+def _merged(below: Values, above: Values) -> Values:
+    """Tables merge, everything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        tables = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merged(old or {}, value) if tables else value
+    return merged
+
+
+def _refusal(
+    error: ValidationError, model: type[BaseModel], origins: Mapping[str, str]
+) -> InvalidSettings:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        flag = "--" + path.replace("_", "-")
+        return _invalid(f"{path} is not set; give {flag}", path, "")
+    if first["type"] == "extra_forbidden":
+        known = Watchdog.model_fields if len(first["loc"]) > 1 else model.model_fields
+        return _unknown(path, str(first["loc"][-1]), known)
+    origin = origins.get(str(first["loc"][0]), "built in")
+    return _invalid(f"{path} ({origin}): {first['msg']}", path, str(first["input"]))
+
+
+def _unknown(where: str, key: str, known: Mapping[str, object]) -> InvalidSettings:
+    nearest = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    return _invalid(f"{where} is unknown; {hint}", where, key)
+
+
+def _invalid(message: str, field: str, given: str) -> InvalidSettings:
+    return InvalidSettings(message, fields={"field": field, "given": given})

@@ -1,0 +1,113 @@
+"""Prompts and embeddings to and from their messages."""
+
+from zimage_rpc.types.v1 import types_pb2
+
+from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding, Numerics, Prompt, Recipe
+from zimage_core.errors import InvalidRequest
+from zimage_core.wire import tensors
+
+_TENSOR = "embeddings"
+
+
+def prompt_to_wire(prompt: Prompt) -> types_pb2.Prompt:
+    """The message of a prompt."""
+    return types_pb2.Prompt(
+        text=prompt.text,
+        system=prompt.system,
+        thinking=prompt.thinking,
+        assistant=prompt.assistant,
+        force_think_block=prompt.force_think_block,
+        strip_quotes=prompt.strip_quotes,
+        hidden_layer=prompt.hidden_layer,
+    )
+
+
+def prompt_from_wire(message: types_pb2.Prompt) -> Prompt:
+    """The prompt of a message, the default hidden layer filled in."""
+    return Prompt(
+        text=message.text,
+        system=message.system,
+        thinking=message.thinking,
+        assistant=message.assistant,
+        force_think_block=message.force_think_block,
+        strip_quotes=message.strip_quotes,
+        hidden_layer=(
+            message.hidden_layer if message.HasField("hidden_layer") else DEFAULT_HIDDEN_LAYER
+        ),
+    )
+
+
+def embedding_to_wire(embedding: Embedding) -> types_pb2.PromptEmbedding:
+    """The message of an embedding."""
+    return types_pb2.PromptEmbedding(
+        tensors={_TENSOR: tensors.to_wire(embedding.tensor)},
+        identity=types_pb2.EncoderIdentity(sha256=embedding.identity),
+        recipe=recipe_to_wire(embedding.recipe),
+        numerics=numerics_to_wire(embedding.numerics),
+        token_count=embedding.token_count,
+        token_ids_sha256=embedding.token_ids_sha256,
+    )
+
+
+def embedding_from_wire(message: types_pb2.PromptEmbedding, *, field: str) -> Embedding:
+    """The embedding of a message; raises InvalidRequest unless it holds one [tokens, width] tensor."""
+    if set(message.tensors) != {_TENSOR}:
+        raise _invalid(f"{field}.tensors", f"{sorted(message.tensors)}", f"exactly {_TENSOR!r}")
+    tensor = tensors.from_wire(message.tensors[_TENSOR], field=f"{field}.tensors[{_TENSOR!r}]")
+    if len(tensor.shape) != 2 or tensor.shape[0] != message.token_count:
+        raise _invalid(
+            f"{field}.tensors[{_TENSOR!r}].shape",
+            f"{list(tensor.shape)}",
+            f"[{message.token_count}, width], as token_count says",
+        )
+    return Embedding(
+        tensor=tensor,
+        identity=message.identity.sha256,
+        recipe=recipe_from_wire(message.recipe),
+        numerics=numerics_from_wire(message.numerics, field=f"{field}.numerics"),
+        token_count=message.token_count,
+        token_ids_sha256=message.token_ids_sha256,
+    )
+
+
+def recipe_to_wire(recipe: Recipe) -> types_pb2.EncodingRecipe:
+    """The message of a recipe."""
+    return types_pb2.EncodingRecipe(
+        chat_format=recipe.chat_format,
+        hidden_layer=recipe.hidden_layer,
+        token_limit=recipe.token_limit,
+    )
+
+
+def recipe_from_wire(message: types_pb2.EncodingRecipe) -> Recipe:
+    """The recipe of a message."""
+    return Recipe(message.chat_format, message.hidden_layer, message.token_limit)
+
+
+def numerics_to_wire(numerics: Numerics) -> types_pb2.Numerics:
+    """The message of an arithmetic."""
+    return types_pb2.Numerics(
+        compute_type=tensors.element_type_to_wire(numerics.compute_type),
+        weight_type=tensors.element_type_to_wire(numerics.weight_type),
+        engine=numerics.engine,
+        device=numerics.device,
+    )
+
+
+def numerics_from_wire(message: types_pb2.Numerics, *, field: str) -> Numerics:
+    """The arithmetic of a message; raises InvalidRequest when a type is not known."""
+    read = tensors.element_type_from_wire
+    return Numerics(
+        compute_type=read(message.compute_type, field=f"{field}.compute_type"),
+        weight_type=read(message.weight_type, field=f"{field}.weight_type"),
+        engine=message.engine,
+        device=message.device,
+    )
+
+
+def _invalid(field: str, given: str, allowed: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field}: {given} given, {allowed} allowed",
+        reason="EMBEDDING",
+        fields={"field": field, "given": given, "allowed": allowed},
+    )

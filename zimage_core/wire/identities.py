@@ -1,0 +1,179 @@
+"""Which encoder made an embedding: a digest of everything that decides its values.
+
+It is a chain: each hidden state's identity covers the tokenizer, the numbers in the config that decide
+the arithmetic, the token table and the layers up to that state. So an encoder that was loaded deeper
+has the same identity at the same state, and checkpoints that differ in layers nobody uses are no
+strangers. Tensors count by canonical name and value: shards, a "model." prefix or a wider type that
+holds the same values change nothing.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import operator
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from zimage_core.errors import InvalidModel
+from zimage_core.formats import weights
+from zimage_core.formats.weight_digest import weight_digest
+
+_log = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Of the rules below; another version makes other identities."""
+
+
+def encoder_identities(
+    model: Path, deepest: int, cache_folder: Path | None = None
+) -> tuple[str, ...]:
+    """The identity of each hidden state of the encoder in a model folder, from the token table, entry
+    [0], to `deepest`, entry [-1]. `deepest` counts from the end: -1 is after the final norm.
+
+    The first call reads the encoder whole; later ones answer from the user's cache while the size and
+    time of every file stay.
+    """
+    encoder = model / "text_encoder"
+    paths = encoder / "config.json", model / "tokenizer" / "tokenizer.json", *weights.files(encoder)
+    stamp = [_VERSION, [[str(path), *_size_and_time(path)] for path in paths]]
+    folder = cache_folder or platformdirs.user_cache_path("zimage") / "identities"
+    entry = folder / f"{_sha256(str(model.resolve()))}.json"
+    config = _read_json(paths[0])
+    try:
+        count = config["num_hidden_layers"] + 2 + deepest
+        known = _remembered(entry, stamp)
+        if len(known) < count:
+            known = list(_chain(config, _read_json(paths[1]), encoder, count))
+            _remember(entry, stamp, known)
+    except (KeyError, TypeError) as error:
+        raise _invalid(encoder, f"the config here or the tokenizer beside lacks {error}") from error
+    return tuple(known[:count])
+
+
+def _chain(
+    config: Mapping[str, Any], tokenizer: Mapping[str, Any], encoder: Path, count: int
+) -> Iterator[str]:
+    """Each link covers the one before and the tensors between the two hidden states."""
+    found = weights.read_folder(encoder)
+    tensors = {canonical_name(name): found[name] for name in sorted(found)}
+    states = {name: _first_state(name, config["num_hidden_layers"]) for name in tensors}
+    wanted = {name: tensors[name] for name in tensors if states[name] < count}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        digests = dict(zip(wanted, threads.map(weight_digest, wanted.values()), strict=True))
+    link = _sha256([_VERSION, _arithmetic(config), _token_rules(tokenizer)])
+    for state in range(count):
+        values = {name: digests[name] for name in wanted if states[name] == state}
+        if not values:
+            raise _invalid(encoder, f"no weights between hidden states {state - 1} and {state}")
+        link = _sha256([link, values])
+        yield link
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name without the prefix that a checkpoint with a language head puts."""
+    return name.removeprefix("model.")
+
+
+def _first_state(name: str, layer_count: int) -> float:
+    """The first hidden state that a tensor has a part in; infinite for one that has none."""
+    match name.split("."):
+        case ["embed_tokens", *_]:
+            return 0
+        case ["layers", layer, *rest] if layer.isdecimal() and rest[-1] != "inv_freq":  # derived
+            return int(layer) + 1
+        case ["norm", *_]:
+            return layer_count  # the last hidden state is after the final norm
+        case _:
+            return math.inf
+
+
+def _arithmetic(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers in the config that decide values and do not show in the tensors' shapes."""
+    rope = config.get("rope_parameters") or {
+        "rope_type": "default",
+        "rope_theta": config.get("rope_theta", 10000.0),
+        **(config.get("rope_scaling") or {}),  # as transformers 4 wrote it
+    }
+    heads = config["num_attention_heads"]
+    return {
+        "model_type": config["model_type"],
+        "heads": heads,
+        "key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "activation": config.get("hidden_act", "silu"),
+        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "rope": {key: float(value) if isinstance(value, int) else value for key, value in rope.items()},
+    }
+
+
+def _token_rules(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the ids of a text. Padding, truncation and decoding do not, and the versions of
+    the library write the same rule in more than one way."""
+    model = {key: value for key, value in tokenizer["model"].items() if value}
+    merges = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", ()))
+    added = sorted(tokenizer.get("added_tokens") or (), key=operator.itemgetter("id"))
+    return {
+        "model": {**model, "merges": list(merges)},
+        "added_tokens": [{key: token[key] for key in token if key != "special"} for token in added],
+        "normalizer": tokenizer.get("normalizer"),
+        "pre_tokenizer": _without_offsets(tokenizer.get("pre_tokenizer")),
+    }
+
+
+def _without_offsets(rule: Any) -> Any:
+    """Offsets say where in the text a token was, not which one it is."""
+    if isinstance(rule, dict):
+        return {key: _without_offsets(rule[key]) for key in rule if key != "trim_offsets"}
+    return [_without_offsets(item) for item in rule] if isinstance(rule, list) else rule
+
+
+def _remembered(entry: Path, stamp: object) -> list[str]:
+    try:
+        kept = json.loads(entry.read_bytes())
+        if kept["files"] == stamp:
+            return [str(identity) for identity in kept["identities"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        _log.debug("no usable identities in %s", entry)
+    return []
+
+
+def _remember(entry: Path, stamp: object, identities: list[str]) -> None:
+    """Keeps them for the next start; where the user's cache cannot be written, that takes longer."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as file:
+            json.dump({"files": stamp, "identities": identities}, file)
+        os.replace(file.name, entry)
+    except OSError as error:
+        _log.warning("cannot keep identities in %s: %s", entry, error)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise _invalid(path, f"{error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _invalid(path, f"no readable JSON object: {error}") from error
+
+
+def _invalid(path: Path, what: str) -> InvalidModel:
+    return InvalidModel(f"{path}: {what}", reason="FILE_CORRUPT", fields={"path": str(path)})
+
+
+def _sha256(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,114 @@
+"""The one table between our error classes and gRPC's statuses, and the way across, both ways."""
+
+from collections.abc import Iterable
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from zimage_core import errors
+
+SERVED_BY_US = "zimage-status"
+"""The trailer on every status that a server of ours sends. A broken call without it broke in the
+transport, whatever code a proxy made of that, and may be replayed."""
+
+_DETAILS = "grpc-status-details-bin"
+_DOMAIN = "zimage"
+
+CODES: dict[type[errors.ZImageError], grpc.StatusCode] = {
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.NotReady: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineTooShort: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.Forbidden: grpc.StatusCode.PERMISSION_DENIED,
+    errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
+    errors.Cancelled: grpc.StatusCode.CANCELLED,
+    errors.InternalError: grpc.StatusCode.INTERNAL,
+}
+_CLASSES = {code: cls for cls, code in CODES.items()}
+_SUBCLASSES = {errors.DeviceLost.default_reason: errors.DeviceLost}
+_CODE_NUMBERS = {code: code_pb2.Code.Value(code.name) for code in grpc.StatusCode}
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+def code_of(error: errors.ZImageError) -> grpc.StatusCode:
+    """The status code of an error's class or its nearest ancestor in the table."""
+    return next(CODES[cls] for cls in type(error).__mro__ if cls in CODES)
+
+
+def to_trailers(error: errors.ZImageError) -> Metadata:
+    """The trailing metadata that carries an error whole."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=error.fields)
+    details: list[any_pb2.Any] = [_packed(info)]
+    if isinstance(error, errors.InvalidRequest) and error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.message
+        )
+        details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_after * 1e9))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    status = status_pb2.Status(
+        code=_CODE_NUMBERS[code_of(error)], message=error.message, details=details
+    )
+    return ((_DETAILS, status.SerializeToString()), (SERVED_BY_US, error.reason.lower()))
+
+
+def from_status(
+    code: grpc.StatusCode, message: str, trailers: Iterable[tuple[str, str | bytes]]
+) -> errors.ZImageError:
+    """The error that a server of ours raised; or what the transport's break means to a caller."""
+    known = dict(trailers)
+    if SERVED_BY_US not in known:
+        return _transport_error(code, message)
+    cls = _CLASSES.get(code, errors.InternalError)
+    details = known.get(_DETAILS)
+    if not isinstance(details, bytes):
+        return cls(message)
+    status = status_pb2.Status.FromString(details)
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    retry_after = None
+    for detail in status.details:
+        detail.Unpack(info)
+        if detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    cls = _SUBCLASSES.get(info.reason, cls)
+    return cls(
+        status.message,
+        reason=info.reason or None,
+        fields=dict(info.metadata),
+        retry_after=retry_after,
+    )
+
+
+def _transport_error(code: grpc.StatusCode, message: str) -> errors.ZImageError:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return errors.DeadlineTooShort("the deadline passed before the answer came")
+    if code is grpc.StatusCode.CANCELLED:
+        return errors.Cancelled("the call was cancelled")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return errors.Unimplemented(
+            f"what answers at this address is no Z-Image service: {message}"
+        )
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # grpc's own size check, before our code
+        return errors.InvalidRequest(f"message too large: {message}", reason="MESSAGE_TOO_LARGE")
+    return errors.Unavailable(
+        f"the connection failed: {message}",
+        reason="UNREACHABLE",
+        fields={"grpc_code": code.name, "cause": message},
+    )
+
+
+def _packed(
+    message: error_details_pb2.ErrorInfo
+    | error_details_pb2.BadRequest
+    | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
