@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
@@ -147,8 +146,10 @@ class Floor:
 
     def attention(self, length: int) -> None:
         heads = SHAPE["n_heads"]
-        q, k, v = torch.randn(3, 1, length, heads, SHAPE["dim"] // heads, dtype=self.dtype).transpose(2, 3)
-        self.calls.append(lambda: F.scaled_dot_product_attention(q, k, v))
+        q, k, v = torch.randn(
+            3, 1, length, heads, SHAPE["dim"] // heads, dtype=self.dtype
+        ).transpose(2, 3)
+        self.calls.append(lambda: functional.scaled_dot_product_attention(q, k, v))
 
     def __call__(self) -> None:
         for call in self.calls:
@@ -208,8 +209,12 @@ def c6(models: Models, side: int, token_counts: tuple[int, ...], rounds: int) ->
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="keep the figures in bench/results/dit.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="keep the figures in bench/results/dit.json"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=["C5", "C6"])

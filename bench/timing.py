@@ -1,4 +1,4 @@
-"""Fair timings on a machine that others use too: what is compared runs in turn, and ratios are taken round by round."""
+"""Fair timings on a shared machine: what is compared runs in turn, ratios are taken per round."""
 
 import json
 import platform

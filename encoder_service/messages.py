@@ -33,3 +33,7 @@ class Encoder:
     weight_type: str
     engine: str
     device: str
+
+    def identity(self, hidden_layer: int) -> str:
+        """The identity of a hidden state that is computed, counted from the end."""
+        return self.identities[hidden_layer - self.max_hidden_layer - 1]

@@ -67,7 +67,6 @@ class Generation:
         )
         async with aclosing(responses):
             async for response in responses:
-                self._replay.heard()
                 event = self._event(response, assembly)
                 if isinstance(event, Completed):
                     completed = event  # held back until the status says that this is all
@@ -89,9 +88,13 @@ class Generation:
         """A message as an event; None for a part, a repetition or what this version cannot read."""
         match response.WhichOneof("event"):
             case "accepted":
+                self._replay.taken()
                 return _reading.accepted(response.accepted)
             case "progress":
-                return _reading.progress(response.progress)
+                event = _reading.progress(response.progress)
+                if event and event.stage in ("denoising", "decoding"):
+                    self._replay.worked()
+                return event
             case "artifact_chunk":
                 picture = assembly.add(response.artifact_chunk)
                 return picture if picture and self._delivered.is_new(picture) else None

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from zimage_core.errors import Overloaded, Unavailable, ZImageError
 
+_ENCODER_AWAY = "ENCODER_UNAVAILABLE"
 _PATIENCE_SECONDS = {
     "LOADING": 600.0,  # large weights on a slow disk
     "DEVICE_LOST": 600.0,  # the same, once more
     "DRAINING": 60.0,  # another replica, or this one's successor
     "QUEUE_FULL": 60.0,
+    _ENCODER_AWAY: 60.0,
 }
 _LONGEST_PATIENCE_SECONDS = max(_PATIENCE_SECONDS.values())
 _SHORT_PATIENCE_SECONDS = 15.0  # nobody there: more often a wrong address than a restart
@@ -26,7 +28,7 @@ _LONGEST_PAUSE_SECONDS = 5.0
 
 @dataclass
 class _Silence:
-    """Failures in a row, nothing heard between them."""
+    """Failures in a row, no work between them."""
 
     began: float
     reason: str = ""
@@ -48,7 +50,7 @@ class Replay:
         self._enabled = enabled
         self._deadline = None if timeout is None else clock() + timeout
         self._silence: _Silence | None = None
-        self._was_heard = False
+        self._was_taken = False
         self._breaks = 0
 
     def within(self, limit: float | None) -> float | None:
@@ -58,17 +60,20 @@ class Replay:
         left = max(0.0, self._deadline - self._clock())
         return left if limit is None else min(limit, left)
 
-    def heard(self) -> None:
-        """The server took the request: what failed before is forgotten."""
-        self._was_heard = True
+    def taken(self) -> None:
+        """The server took the request: if it breaks now, that may be the request's own fault."""
+        self._was_taken = True
+
+    def worked(self) -> None:
+        """The server works on it: what failed before is forgotten."""
         self._silence = None
 
     def pause_after(self, error: ZImageError) -> float:
         """Seconds until the next try; raises the error when there shall be none."""
         if not self._enabled or not _may_pass(error):
             raise error
-        self._breaks += self._was_heard
-        self._was_heard = False
+        self._breaks += self._was_taken and error.reason != _ENCODER_AWAY
+        self._was_taken = False
         now = self._clock()
         silence = self._silence = self._silence or _Silence(began=now)
         if error.reason != silence.reason:

@@ -60,7 +60,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         max_token_count=caption_token_limit(transformer.config.axes_lens),
         side_multiple_px=side_multiple_px,
         max_side_px=side_limit_px(transformer.config.axes_lens, side_multiple_px),
-        default_side_px=vae.sample_size_px,
+        default_side_px=vae.sample_side_px,
         encoder_identities=_identities(settings.model),
         device=devices.describe(device),
         compute_type=devices.NAMES[compute_type],

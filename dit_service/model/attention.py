@@ -6,8 +6,8 @@ Shapes: T packed tokens, S samples, L tokens of one, H heads, E the width of a h
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from dit_service.model.layout import Segments
 
@@ -17,10 +17,12 @@ AttentionBackend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 def sdpa(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:
     """torch's own attention, on every device.
 
-    A compiled graph sees one opaque operation: traced, the lengths would specialise it to every batch.
+    A compiled graph sees one opaque operation: traced, the lengths would specialise it to every
+    batch.
     """
     if torch.compiler.is_compiling():
-        return _opaque_sdpa(q_THE, k_THE, v_THE, segments.bounds)
+        attended_THE: Tensor = _opaque_sdpa(q_THE, k_THE, v_THE, segments.bounds)
+        return attended_THE
     return _sdpa(q_THE, k_THE, v_THE, segments.lengths)
 
 
@@ -39,7 +41,11 @@ def _equal_sdpa(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, samples: int) -> Te
     q_SHLE, k_SHLE, v_SHLE = (
         x_THE.unflatten(0, (samples, -1)).transpose(1, 2) for x_THE in (q_THE, k_THE, v_THE)
     )
-    return F.scaled_dot_product_attention(q_SHLE, k_SHLE, v_SHLE).transpose(1, 2).flatten(0, 1)
+    return (
+        functional.scaled_dot_product_attention(q_SHLE, k_SHLE, v_SHLE)
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
 
 
 @torch.library.custom_op("zimage::sdpa", mutates_args=())

@@ -1,12 +1,12 @@
 """The transformer's block and its parts, over packed tokens; parameters carry diffusers' names.
 
-Shapes: T packed tokens, S samples, N moments of a schedule, D the model's width, A the time embedding's, H heads,
-E the width of a head.
+Shapes: T packed tokens, S samples, N moments of a schedule, D the model's width, A the time
+embedding's, H heads, E the width of a head.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dit_service.model.attention import BACKENDS
 from dit_service.model.config import TransformerConfig
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
     def normalised(self, x: Tensor) -> Tensor:
         """The rows before the weight, rounded to the weight's type as the reference does."""
-        return F.rms_norm(x, self.weight.shape, eps=self.eps).to(self.weight.dtype)
+        return functional.rms_norm(x, self.weight.shape, eps=self.eps).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole norm."""
@@ -69,15 +69,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """In place where it can be: these are the widest tensors of a forward."""
-        out_TD: Tensor = self.w2(F.silu(self.w1(x_TD), inplace=True).mul_(self.w3(x_TD)))
+        out_TD: Tensor = self.w2(functional.silu(self.w1(x_TD), inplace=True).mul_(self.w3(x_TD)))
         return out_TD
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each between two norms.
 
-    A block sees modulation as four vectors per sample that stand in for the weights of its four norms: scales and
-    gates are multiplied into those weights beforehand, once per schedule.
+    A block sees modulation as four vectors per sample that stand in for the weights of its four
+    norms: scales and gates are multiplied into those weights beforehand, once per schedule.
     """
 
     def __init__(self, config: TransformerConfig, *, modulated: bool) -> None:
@@ -97,13 +97,15 @@ class Block(nn.Module):
         return torch.stack([norm.weight for norm in norms]).unsqueeze(0)
 
     def modulated_norm_weights(self, time_NA: Tensor) -> Tensor:
-        """The four vectors at every moment, [N, 4, D]: a scale before each part, a gate behind it."""
+        """The four at every moment, [N, 4, D]: a scale before each part, a gate behind it."""
         scales_and_gates_N4D = self.adaLN_modulation(time_NA).unflatten(-1, (4, -1))
         scales_N2D, gates_N2D = scales_and_gates_N4D[:, 0::2], scales_and_gates_N4D[:, 1::2]
         factors_N4D = torch.stack([1 + scales_N2D, gates_N2D.tanh()], dim=2).flatten(1, 2)
         return factors_N4D * self.norm_weights()
 
-    def forward(self, x_TD: Tensor, norm_weights_S4D: Tensor, segments: Segments, backend: str) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, norm_weights_S4D: Tensor, segments: Segments, backend: str
+    ) -> Tensor:
         """One step of the residual stream; `norm_weights_S4D` may be one row for all samples."""
         before_attention, after_attention, before_ffn, after_ffn = (
             _per_token(weights_SD, segments) for weights_SD in norm_weights_S4D.unbind(1)

@@ -22,7 +22,7 @@ class TransformerConfig(DitShape):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "TransformerConfig":
-        """Reads what `transformer/config.json` holds; refuses another family and variants we do not run."""
+        """Reads `transformer/config.json`; refuses another family and variants we do not run."""
         _check_variant(values)
         try:
             return cls(
@@ -40,16 +40,20 @@ class TransformerConfig(DitShape):
                 t_scale=float(values["t_scale"]),
             )
         except KeyError as missing:
-            raise _invalid(f"the transformer's config has no {missing}", "CONFIG_INCOMPLETE") from None
+            raise _invalid(
+                f"the transformer's config has no {missing}", "CONFIG_INCOMPLETE"
+            ) from None
         except (TypeError, ValueError, IndexError) as error:
-            raise _invalid(f"the transformer's config is malformed: {error}", "CONFIG_MALFORMED") from None
+            raise _invalid(
+                f"the transformer's config is malformed: {error}", "CONFIG_MALFORMED"
+            ) from None
 
     def __post_init__(self) -> None:
         if len(self.axes_dims) != 3 or len(self.axes_lens) != 3:
             raise _invalid("axes_dims and axes_lens need three entries each", "CONFIG_MALFORMED")
         if self.n_heads * sum(self.axes_dims) != self.dim:
             raise _invalid(
-                f"{self.n_heads} heads of {sum(self.axes_dims)} (the sum of axes_dims) do not make dim {self.dim}",
+                f"{self.n_heads} heads of {sum(self.axes_dims)} do not make dim {self.dim}",
                 "CONFIG_MALFORMED",
             )
 
@@ -62,14 +66,20 @@ def _check_variant(values: Mapping[str, Any]) -> None:
         )
     if values.get("siglip_feat_dim") is not None:
         raise _invalid(
-            "the transformer is a Z-Image Omni (siglip_feat_dim is set), which is not supported", "FOREIGN_MODEL"
+            "the transformer is a Z-Image Omni (siglip_feat_dim is set), which is not supported",
+            "FOREIGN_MODEL",
         )
     if not values.get("qk_norm", True):
         raise _invalid("qk_norm=false is not supported", "FOREIGN_MODEL")
     patches = (values.get("all_patch_size"), values.get("all_f_patch_size"))
-    if any(sizes is not None and len(sizes) != 1 for sizes in patches) or patches[1] not in (None, [1], (1,)):
+    if any(sizes is not None and len(sizes) != 1 for sizes in patches) or patches[1] not in (
+        None,
+        [1],
+        (1,),
+    ):
         raise _invalid(
-            f"one patch size and all_f_patch_size [1] are supported, not {patches[0]} and {patches[1]}", "FOREIGN_MODEL"
+            f"all_patch_size needs one entry and all_f_patch_size is [1]; given {patches}",
+            "FOREIGN_MODEL",
         )
 
 

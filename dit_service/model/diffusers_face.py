@@ -1,4 +1,4 @@
-"""Our transformer behind the call of diffusers' one, so that it drops into diffusers' ZImagePipeline."""
+"""Our transformer behind the call of diffusers' own, so that it drops into its ZImagePipeline."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from dit_service.model.transformer import Sample, ZImageTransformer
 
 
 class DiffusersFace(nn.Module):
-    """Takes lists of latents, times and prompt embeddings; computes everything anew in every call."""
+    """Takes lists of latents and prompt embeddings; computes everything anew in every call."""
 
     def __init__(self, transformer: ZImageTransformer) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class DiffusersFace(nn.Module):
     def forward(
         self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor], *, return_dict: bool = False
     ) -> tuple[list[Tensor]]:
-        """Latents [C, 1, H, W], times [S] and prompt embeddings [L, F] to velocities [C, 1, H, W]."""
+        """Latents [C, 1, H, W], times [S], prompt embeddings [L, F]; velocities [C, 1, H, W]."""
         if return_dict:
             raise ValueError("only return_dict=False is supported")
         captions = self.transformer.encode_captions(cap_feats)

@@ -1,6 +1,7 @@
-"""Where the tokens of several samples lie in one packed sequence, and what they need to know about it.
+"""Where the tokens of several samples lie in one packed sequence, and their positions.
 
-A layout depends on the samples' shapes alone: it is built once per combination of shapes and passed to every step.
+A layout depends on the samples' shapes alone: it is built once per combination of shapes and passed
+to every step.
 Shapes: T packed tokens, S samples, 3 axes.
 """
 
@@ -49,7 +50,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Layout:
-    """The two sequences of a forward: the pictures alone, then each picture followed by its caption."""
+    """The sequences of a forward: the pictures alone, then each followed by its caption."""
 
     shapes: tuple[SampleShape, ...]
     image: Segments

@@ -14,8 +14,8 @@ from dit_service.model.config import TransformerConfig
 class Rope(NamedTuple):
     """The rotation of every token, float32, laid out so that neighbours in a pair meet by a shift.
 
-    Pair i of a head is the elements 2i and 2i + 1. The even one takes -sin of the next element, the odd one sin of
-    the previous; each table holds zeros in between.
+    Pair i of a head is the elements 2i and 2i + 1. The even one takes -sin of the next element, the
+    odd one sin of the previous; each table holds zeros in between.
     """
 
     cos_T1E: Tensor

@@ -1,18 +1,20 @@
 """The Z-Image transformer (S3-DiT): stateless, over any number of samples at once.
 
-What a forward needs besides its latents is computed beforehand and passed in: captions once per prompt, modulations
-once per schedule, layouts once per combination of shapes. Parameters carry diffusers' names.
-Shapes: C latent channels of H x W, T packed tokens, S samples, N moments of a schedule, B modulated blocks, L prompt
-tokens of width F, D the model's width, A the time embedding's.
+What a forward needs besides its latents is computed beforehand and passed in: captions once per
+prompt, modulations once per schedule, layouts once per combination of shapes. Parameters carry
+diffusers' names.
+Shapes: C latent channels of H x W, T packed tokens, S samples, N moments of a schedule, B modulated
+blocks, L prompt tokens of width F, D the model's width, A the time embedding's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dit_service.model.blocks import Block, RMSNorm
 from dit_service.model.config import TransformerConfig
@@ -59,7 +61,8 @@ class ZImageTransformer(nn.Module):
         self.all_final_layer = nn.ModuleDict({patches: FinalLayer(config)})
         self.t_embedder = TimeEmbedder(config.time_dim)
         self.cap_embedder = nn.Sequential(
-            RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
+            RMSNorm(config.cap_feat_dim, config.norm_eps),
+            nn.Linear(config.cap_feat_dim, config.dim),
         )
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
@@ -84,7 +87,7 @@ class ZImageTransformer(nn.Module):
         segments = caption_segments(rows, self.rope_tables, self.device)
         tokens_TD = self.cap_embedder(torch.cat(list(features)))
         tokens_TD = pad_samples(tokens_TD, lengths, self.cap_pad_token)
-        for block in self.context_refiner:
+        for block in cast("Iterable[Block]", self.context_refiner):
             tokens_TD = block(tokens_TD, block.norm_weights(), segments, backend)
         # A copy each: captions are kept, and a view would keep its neighbours too.
         return [Caption(rows_TD.clone()) for rows_TD in tokens_TD.split(rows)]
@@ -93,11 +96,15 @@ class ZImageTransformer(nn.Module):
         """A whole schedule, or the moments of a batch; a time is 1 - sigma in float32."""
         time_NA = self.t_embedder(times_N * self.config.t_scale)
         modulated = (*self.noise_refiner, *self.layers)
-        norm_weights_NB4D = torch.stack([block.modulated_norm_weights(time_NA) for block in modulated], dim=1)
+        norm_weights_NB4D = torch.stack(
+            [block.modulated_norm_weights(time_NA) for block in modulated], dim=1
+        )
         final_scale_ND = self._final_layer.scale(time_NA)
         return [
             Modulation(norm_weights_B4D, final_scale_D)
-            for norm_weights_B4D, final_scale_D in zip(norm_weights_NB4D, final_scale_ND, strict=True)
+            for norm_weights_B4D, final_scale_D in zip(
+                norm_weights_NB4D, final_scale_ND, strict=True
+            )
         ]
 
     def shape_of(self, latents_CHW: Tensor, caption: Caption) -> SampleShape:
@@ -110,10 +117,14 @@ class ZImageTransformer(nn.Module):
         """What samples of these shapes share at every step; callers keep it, the model does not."""
         return build_layout(shapes, self.rope_tables, self.device)
 
-    def forward(self, samples: Sequence[Sample], layout: Layout, backend: str = "sdpa") -> list[Tensor]:
-        """The velocity of each sample, float32 [C, H, W]; each linear runs once over all of them."""
+    def forward(
+        self, samples: Sequence[Sample], layout: Layout, backend: str = "sdpa"
+    ) -> list[Tensor]:
+        """The velocity of each sample, float32 [C, H, W]; each linear runs once over all."""
         norm_weights_BS4D, final_scale_SD = _stacked([sample.modulation for sample in samples])
-        refiner_weights, layer_weights = norm_weights_BS4D.split([len(self.noise_refiner), len(self.layers)])
+        refiner_weights, layer_weights = norm_weights_BS4D.split(
+            [len(self.noise_refiner), len(self.layers)]
+        )
 
         image_TD = self._embed_images([sample.latents_CHW for sample in samples])
         for block, weights_S4D in zip(self.noise_refiner, refiner_weights, strict=True):
@@ -123,7 +134,9 @@ class ZImageTransformer(nn.Module):
         for block, weights_S4D in zip(self.layers, layer_weights, strict=True):
             joint_TD = block(joint_TD, weights_S4D, layout.joint, backend)
 
-        values_TP = self._final_layer(_image_rows(joint_TD, layout), final_scale_SD, layout.image.sample_T)
+        values_TP = self._final_layer(
+            _image_rows(joint_TD, layout), final_scale_SD, layout.image.sample_T
+        )
         return self._velocities(values_TP, layout)
 
     @property
@@ -134,14 +147,23 @@ class ZImageTransformer(nn.Module):
 
     def _embed_images(self, latents: Sequence[Tensor]) -> Tensor:
         (embedder,) = self.all_x_embedder.values()
-        tokens = [patchify(latents_CHW.to(self.dtype), self.config.patch_size) for latents_CHW in latents]
+        tokens = [
+            patchify(latents_CHW.to(self.dtype), self.config.patch_size) for latents_CHW in latents
+        ]
         embedded_TD = embedder(torch.cat(tokens))
         return pad_samples(embedded_TD, [len(tokens_KP) for tokens_KP in tokens], self.x_pad_token)
 
     def _velocities(self, values_TP: Tensor, layout: Layout) -> list[Tensor]:
         return [
-            unpatchify(rows[: shape.image_tokens], shape.grid_height, shape.grid_width, self.config.patch_size)
-            for rows, shape in zip(values_TP.float().split(list(layout.image.lengths)), layout.shapes, strict=True)
+            unpatchify(
+                rows[: shape.image_tokens],
+                shape.grid_height,
+                shape.grid_width,
+                self.config.patch_size,
+            )
+            for rows, shape in zip(
+                values_TP.float().split(list(layout.image.lengths)), layout.shapes, strict=True
+            )
         ]
 
 
@@ -160,7 +182,7 @@ class TimeEmbedder(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=times_N.device) / half
         angles = times_N[:, None].float() * torch.exp(-math.log(10000) * exponents)
         code = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedded: Tensor = self.mlp(code.to(self.mlp[0].weight.dtype))
+        embedded: Tensor = self.mlp(code.to(next(self.mlp.parameters()).dtype))
         return embedded
 
 
@@ -180,7 +202,9 @@ class FinalLayer(nn.Module):
     def forward(self, x_TD: Tensor, scale_SD: Tensor, sample_T: Tensor) -> Tensor:
         """`scale_SD` may be one row for all samples."""
         scale = scale_SD if len(scale_SD) == 1 else scale_SD.index_select(0, sample_T)
-        values_TP: Tensor = self.linear(F.layer_norm(x_TD, x_TD.shape[-1:], eps=1e-6).mul_(scale))
+        values_TP: Tensor = self.linear(
+            functional.layer_norm(x_TD, x_TD.shape[-1:], eps=1e-6).mul_(scale)
+        )
         return values_TP
 
 
@@ -201,10 +225,16 @@ def _stacked(modulations: list[Modulation]) -> tuple[Tensor, Tensor]:
 def _join(image_TD: Tensor, captions: list[Caption], layout: Layout) -> Tensor:
     images = image_TD.split(list(layout.image.lengths))
     return torch.cat(
-        [part for image, caption in zip(images, captions, strict=True) for part in (image, caption.rows_TD)]
+        [
+            part
+            for image, caption in zip(images, captions, strict=True)
+            for part in (image, caption.rows_TD)
+        ]
     )
 
 
 def _image_rows(joint_TD: Tensor, layout: Layout) -> Tensor:
     samples = joint_TD.split(list(layout.joint.lengths))
-    return torch.cat([rows[:length] for rows, length in zip(samples, layout.image.lengths, strict=True)])
+    return torch.cat(
+        [rows[:length] for rows, length in zip(samples, layout.image.lengths, strict=True)]
+    )

@@ -3,13 +3,14 @@
 import logging
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
 from encoder_service.messages import Encode, Encoded, Encoder
 from encoder_service.model import loading
-from encoder_service.model.qwen import ENGINE, Qwen3Encoder
+from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import NotReady
 from zimage_core.formats import weights
 from zimage_core.serving.child import Port
@@ -81,7 +82,7 @@ def _description(encoder: Qwen3Encoder, identities: tuple[str, ...]) -> Encoder:
         width=encoder.width,
         compute_type=_name(table.dtype),
         weight_type=_name(table.dtype),
-        engine=ENGINE,
+        engine=f"transformers {version('transformers')}",
         device=table.device.type,
     )
 

@@ -145,7 +145,7 @@ def accepted(spec: dit_pb2.GenerateSpec, step_count: int = 2) -> dit_pb2.Generat
 
 
 def progress(
-    stage: dit_pb2.Progress.Stage.ValueType, index: int = 0, step: int = 0, step_count: int = 0
+    stage: Any, index: int = 0, step: int = 0, step_count: int = 0
 ) -> dit_pb2.GenerateResponse:
     """How far it is."""
     return dit_pb2.GenerateResponse(

@@ -22,7 +22,7 @@ LARGEST_DIFFERENCE = 1  # of 255
 
 
 def _pipeline(folder: Path) -> Any:
-    pipeline = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = ZImagePipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -39,7 +39,7 @@ def _generator(folder: Path) -> Generator:
 
 def _embedding(pipeline: Any, text: str) -> TensorData:
     [features], _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False)
-    return TensorData("float32", tuple(features.shape), features.numpy().tobytes())
+    return TensorData("float32", tuple(features.shape), features.detach().numpy().tobytes())
 
 
 def _ours(folder: Path, request: messages.Generate) -> list[np.ndarray]:

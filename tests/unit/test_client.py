@@ -134,7 +134,7 @@ class TestOptions:
             await client.generate("x", guidance=0, seed=0, steps=None)
         unset, zero = dit.specs
         for name in ("width_px", "height_px", "step_count", "guidance_scale", "negative"):
-            assert not unset.HasField(name)  # type: ignore[arg-type]
+            assert not unset.HasField(name)
         assert not unset.HasField("schedule")
         assert zero.HasField("guidance_scale")
         assert zero.guidance_scale == 0
@@ -354,6 +354,21 @@ class TestPatience:
                 self.now += replay.pause_after(gone)
                 self.now += replay.pause_after(loading)
         assert 500 < self.now <= 600
+
+    def test_a_request_that_was_worked_on_is_waited_for_anew(self) -> None:
+        replay, loading = self.replay(), Unavailable("", reason="LOADING", retry_after=1)
+        for _ in range(3):
+            for _ in range(400):
+                self.now += replay.pause_after(loading)
+            replay.taken()
+            replay.worked()
+
+    def test_an_encoder_that_is_away_is_not_the_requests_fault(self) -> None:
+        replay = self.replay()
+        away = Unavailable("", reason="ENCODER_UNAVAILABLE", retry_after=1)
+        for _ in range(50):
+            replay.taken()
+            self.now += replay.pause_after(away)
 
     def test_pauses_grow(self) -> None:
         replay, error = self.replay(), Unavailable("", reason="DRAINING")

@@ -1,7 +1,7 @@
 """How much arithmetic and memory the models take, from the plain numbers of their configs.
 
-A multiply-add counts as two operations, as in torch's FlopCounterMode; elementwise work counts as none. Attention
-counts in full, also where it is causal.
+A multiply-add counts as two operations, as in torch's FlopCounterMode; elementwise work counts as
+none. Attention counts in full, also where it is causal.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ class DitShape:
 
     @property
     def ffn_dim(self) -> int:
-        """The inner width of the feed-forward part; in this order it rounds as the trained weights were."""
+        """The inner width of the feed-forward part, rounded in the order of the trained weights."""
         return int(self.dim / 3 * 8)
 
     @property
@@ -62,7 +62,7 @@ class EncoderShape:
 
 
 def dit_step_flops(shape: DitShape, samples: Iterable[tuple[int, int]]) -> int:
-    """One forward over a batch; a sample is its image tokens, without pads, and its caption's rows, with pads."""
+    """One forward over samples of (image tokens without pads, caption rows with pads)."""
     total = 0
     for image_tokens, caption_rows in samples:
         image_rows = padded(image_tokens)

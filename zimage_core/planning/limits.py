@@ -14,12 +14,12 @@ def padded(token_count: int) -> int:
 def caption_token_limit(axes_lens: Sequence[int]) -> int:
     """The longest caption, in tokens.
 
-    A caption of n tokens, pads included, takes the positions 1 to n of the first axis and the picture takes n + 1,
-    which must still lie in the table.
+    A caption of n tokens, pads included, takes the positions 1 to n of the first axis and the
+    picture takes n + 1, which must still lie in the table.
     """
     return (axes_lens[0] - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
 
 
 def side_limit_px(axes_lens: Sequence[int], token_side_px: int = 16) -> int:
-    """The longest side of a picture, in pixels, either way up; a token covers a square of `token_side_px`."""
+    """The longest side of a picture, either way up; a token covers `token_side_px` squared."""
     return min(axes_lens[1], axes_lens[2]) * token_side_px

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
@@ -21,6 +21,7 @@ _OURS = "/zimage_rpc."
 _OK = ((status.SERVED_BY_US, "ok"),)
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic for type checkers alone
 
 
 class Around(grpc.aio.ServerInterceptor):
@@ -28,11 +29,9 @@ class Around(grpc.aio.ServerInterceptor):
 
     async def intercept_service(  # type: ignore[override]
         self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
-        ],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> _Handler:
         """Called by gRPC before a byte of the request's body is read."""
         handler: Any = await continuation(handler_call_details)
         method = handler_call_details.method

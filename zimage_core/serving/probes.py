@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
 
+from zimage_core.errors import InvalidSettings
+
 _LONGEST_REQUEST_SECONDS = 5.0
 
 
-async def start(host: str, port: int, is_ready: Callable[[], bool]) -> asyncio.Server:
-    """Listens; /livez is 200 while the event loop turns, /readyz while the model is ready."""
+async def start(address: str, is_ready: Callable[[], bool]) -> asyncio.Server:
+    """Listens on host:port; /livez is 200 while the event loop turns, /readyz while the model is ready."""
 
     def answer(path: str) -> tuple[HTTPStatus, str]:
         match path:
@@ -36,4 +38,12 @@ async def start(host: str, port: int, is_ready: Callable[[], bool]) -> asyncio.S
         finally:
             writer.close()
 
-    return await asyncio.start_server(serve, host, port)
+    host, _, port = address.rpartition(":")
+    try:
+        return await asyncio.start_server(serve, host.strip("[]"), int(port))
+    except (OSError, ValueError) as error:
+        raise InvalidSettings(
+            f"probes {address}: cannot listen there: {error}",
+            reason="CANNOT_LISTEN",
+            fields={"field": "probes", "given": address},
+        ) from error

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from zimage_core.errors import InvalidSettings
 from zimage_core.serving import probes
 from zimage_core.serving.interceptors import Around
+from zimage_core.serving.readiness import Readiness
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import ServiceSettings
 from zimage_core.wire.limits import SERVER_OPTIONS
@@ -43,7 +44,7 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
     """Runs until SIGTERM or Ctrl-C; raises what makes serving pointless, such as a broken model."""
     _refuse_open_address(settings)
     server = grpc.aio.server(interceptors=[Around()], options=SERVER_OPTIONS)
-    readiness = _Readiness(service.name)
+    readiness = Readiness(service.name)
     worker = Worker(service.entry, settings, settings.watchdog, readiness.set)
     service.register(server, worker)
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
@@ -52,13 +53,13 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
 
     async with contextlib.AsyncExitStack() as closing:
         if settings.probes:
-            host, _, port = settings.probes.rpartition(":")
-            await closing.enter_async_context(
-                await probes.start(host, int(port), lambda: readiness.is_ready)
+            at = await closing.enter_async_context(
+                await probes.start(settings.probes, lambda: readiness.is_ready)
             )
-        port_number = _bind(server, settings.listen)
+            _log.info("probes on %s:%s", *at.sockets[0].getsockname()[:2])
+        port = _bind(server, settings.listen)
         await server.start()
-        _log.info("%s listens on %s (port %s)", service.name, settings.listen, port_number)
+        _log.info("%s listens on %s", service.name, _spoken(settings.listen, port))
         supervision = asyncio.create_task(worker.supervise())
         try:
             with _stop_signals() as stop:
@@ -67,38 +68,13 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
             if not supervision.done():
                 _log.info("draining")
                 await asyncio.sleep(settings.drain_delay_seconds)
+            readiness.end_watches()
             await server.stop(settings.grace_seconds)
         finally:
             supervision.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await supervision  # raises what ended it, if it ended by itself
     _log.info("stopped")
-
-
-class _Readiness:
-    """Whether calls can be served, told to gRPC's health service and to the HTTP probes."""
-
-    def __init__(self, service_name: str) -> None:
-        self.servicer = health.aio.HealthServicer()
-        self.is_ready = False
-        self._names = ("", service_name)
-        self._telling: set[asyncio.Task[None]] = set()
-        self.set(False)
-
-    def set(self, ready: bool) -> None:
-        self.is_ready = ready
-        told = asyncio.ensure_future(self._tell(ready))
-        self._telling.add(told)
-        told.add_done_callback(self._telling.discard)
-
-    async def drain(self) -> None:
-        self.is_ready = False
-        await self.servicer.enter_graceful_shutdown()
-
-    async def _tell(self, ready: bool) -> None:
-        states = health_pb2.HealthCheckResponse
-        for name in self._names:
-            await self.servicer.set(name, states.SERVING if ready else states.NOT_SERVING)
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:
@@ -110,6 +86,13 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
             reason="CANNOT_LISTEN",
             fields={"field": "listen", "given": address},
         ) from error
+
+
+def _spoken(address: str, port: int) -> str:
+    """The address with the port that was taken where any would do."""
+    if address.startswith("unix:"):
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 def _refuse_open_address(settings: ServiceSettings) -> None:

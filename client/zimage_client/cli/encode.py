@@ -1,0 +1,60 @@
+"""`zimage-client encode`: a prompt in, an embedding file out."""
+
+import json
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from zimage_client import AsyncClient
+from zimage_client.cli import output, prompt, stack
+from zimage_client.cli.terminal import Terminal
+from zimage_core.formats import embedding as embedding_file
+from zimage_core.formats.embedding import EmbeddingFile
+from zimage_core.settings import ClientSettings
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to encode")
+    prompt.add_flags(parser)
+    files = parser.add_argument_group("output")
+    files.add_argument("-o", "--output", type=Path, metavar="FILE", required=True)
+    files.add_argument(
+        "--no-prompt", action="store_true", help="leave the text itself out of the file"
+    )
+    files.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    files.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="default: 30"
+    )
+
+
+async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
+    """Checks the output first, then encodes."""
+    output.check(args.output, overwrite=args.overwrite)
+    given = prompt.prompt(args)
+    async with (
+        stack.for_prompts(settings, terminal) as address,
+        AsyncClient(encoder=address) as client,
+    ):
+        terminal.live("encoding")
+        began = time.monotonic()
+        embedding = await client.encode(given, timeout=args.timeout)
+        seconds = time.monotonic() - began
+    embedding_file.write(
+        args.output, EmbeddingFile(embedding, None if args.no_prompt else given)
+    )
+    tokens, width = embedding.tensor.shape
+    if args.json:
+        line = {
+            "path": str(args.output),
+            "token_count": tokens,
+            "width": width,
+            "element_type": embedding.tensor.element_type,
+            "identity": embedding.identity,
+            "sha256": embedding.tensor.sha256,
+            "seconds": round(seconds, 3),
+        }
+        terminal.result(json.dumps(line))
+    else:
+        terminal.result(f"{args.output}  {tokens} tokens  {seconds:.1f} s")

@@ -1,0 +1,201 @@
+"""`zimage-client generate`: a prompt in, picture files out."""
+
+import argparse
+import json
+import secrets
+import time
+from argparse import ArgumentParser, Namespace
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from zimage_client import Accepted, AsyncClient, Embedding, Options, Picture, Prompt
+from zimage_client._options import SEED_LIMIT
+from zimage_client.cli import output, prompt, stack
+from zimage_client.cli.progress import ProgressText
+from zimage_client.cli.terminal import Terminal
+from zimage_client.cli.usage import wrong
+from zimage_core.files import write_whole
+from zimage_core.formats import embedding as embedding_file
+from zimage_core.settings import ClientSettings
+
+_SIDE_MULTIPLE_PX = 16
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the picture shall show")
+    parser.add_argument(
+        "--embedding", type=Path, metavar="FILE", help="an encoded prompt, in place of PROMPT"
+    )
+    prompt.add_flags(parser)
+
+    picture = parser.add_argument_group("picture")
+    picture.add_argument("--width", type=int, metavar="PX", help="in pixels, a multiple of 16")
+    picture.add_argument("--height", type=int, metavar="PX", help="in pixels, a multiple of 16")
+    picture.add_argument("--seed", type=int, help="of the first picture; picture i has SEED + i")
+    picture.add_argument("--count", type=int, help="how many pictures (default 1)")
+    picture.add_argument("--steps", type=int, help="denoising steps")
+
+    guidance = parser.add_argument_group("guidance")
+    guidance.add_argument(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="g in v = v+ + g (v+ - v-), 0 is off; the usual scale is w = 1 + g",
+    )
+    guidance.add_argument(
+        "--force-guidance",
+        action="store_true",
+        default=None,
+        help="allow guidance on a Turbo model, which was made to run without",
+    )
+    negative = guidance.add_mutually_exclusive_group()
+    negative.add_argument("--negative-prompt", metavar="TEXT", help="what to lead away from")
+    negative.add_argument(
+        "--negative-embedding", type=Path, metavar="FILE", help="the same, encoded"
+    )
+    guidance.add_argument(
+        "--cfg-normalization",
+        type=float,
+        metavar="C",
+        help="bound the guided prediction's norm to C times the positive one's; 0 is off",
+    )
+    guidance.add_argument(
+        "--cfg-truncation",
+        type=float,
+        metavar="T",
+        help="no guidance in steps whose 1 - sigma is above T; 1 is never",
+    )
+
+    schedule = parser.add_argument_group("schedule")
+    schedule.add_argument("--shift", type=float, help="static shift (default: the model's)")
+    schedule.add_argument(
+        "--schedule",
+        choices=("official", "legacy"),
+        help="legacy: the older spelling in which N steps are N - 1 forwards",
+    )
+    schedule.add_argument(
+        "--sigmas", type=_numbers, metavar="S,S,...", help="the noise levels, before the shift"
+    )
+
+    files = parser.add_argument_group("output")
+    files.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: zimage-SEED.png"
+    )
+    files.add_argument("--format", choices=("png", "jpeg", "webp"), help="default: by FILE's name")
+    files.add_argument("--quality", type=int, help="1 to 100, for JPEG and WebP")
+    files.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    files.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="give up after this long (default: never)"
+    )
+
+
+async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
+    """Checks everything that can be checked here, then makes the pictures."""
+    condition = _positive(args)
+    options = _options(args, terminal)
+    outputs = output.for_pictures(
+        args.output, args.format, options["seed"] or 0, args.count or 1, overwrite=args.overwrite
+    )
+    if args.format or outputs.format != "png":
+        options["format"] = outputs.format  # type: ignore[typeddict-item]
+
+    accepted: Accepted | None = None
+    text = ProgressText()
+    async with (
+        stack.for_pictures(settings, terminal) as (server, encoder),
+        AsyncClient(server, encoder) as client,
+        aclosing(client.stream(condition, **options)) as events,
+    ):
+        began = time.monotonic()
+        async for event in events:
+            if line := text.of(event):
+                terminal.live(line)
+            if isinstance(event, Accepted):
+                accepted = event
+            if isinstance(event, Picture):
+                path = outputs.paths[event.index]
+                write_whole(path, event.data)
+                now = time.monotonic()
+                terminal.result(_result(args, path, event, accepted, now - began))
+                began = now
+    terminal.clear()
+
+
+def _positive(args: Namespace) -> Prompt | Embedding:
+    if (args.prompt is None) == (args.embedding is None):
+        raise wrong("PROMPT", "give either a PROMPT or --embedding FILE")
+    if args.embedding is None:
+        return prompt.prompt(args)
+    if unused := prompt.given_flags(args):
+        raise wrong(unused[0], f"{unused[0]} has no effect on an embedding, which is encoded")
+    return embedding_file.read(args.embedding).embedding
+
+
+def _negative(args: Namespace) -> str | Embedding | None:
+    if args.negative_embedding is None:
+        text: str | None = args.negative_prompt
+        return text
+    return embedding_file.read(args.negative_embedding).embedding
+
+
+def _options(args: Namespace, terminal: Terminal) -> Options:
+    return Options(
+        negative=_negative(args),
+        width=_snapped("--width", args.width, terminal),
+        height=_snapped("--height", args.height, terminal),
+        seed=secrets.randbelow(SEED_LIMIT) if args.seed is None else args.seed,
+        count=args.count,
+        steps=args.steps,
+        guidance=args.guidance,
+        schedule=args.schedule,
+        sigmas=args.sigmas,
+        shift=args.shift,
+        force_guidance=args.force_guidance,
+        cfg_normalization=args.cfg_normalization,
+        cfg_truncation=args.cfg_truncation,
+        quality=args.quality,
+        timeout=args.timeout,
+    )
+
+
+def _snapped(flag: str, side: int | None, terminal: Terminal) -> int | None:
+    """The nearest side that a model can make; what is none at all is left for the server to refuse."""
+    if side is None or side <= 0 or side % _SIDE_MULTIPLE_PX == 0:
+        return side
+    nearest = max(1, round(side / _SIDE_MULTIPLE_PX)) * _SIDE_MULTIPLE_PX
+    terminal.note(f"{flag} {side} is no multiple of {_SIDE_MULTIPLE_PX}: {nearest} is used")
+    return nearest
+
+
+def _result(
+    args: Namespace, path: Path, picture: Picture, accepted: Accepted | None, seconds: float
+) -> str:
+    if not args.json:
+        return f"{path}  seed {picture.seed}  {seconds:.1f} s"
+    line: dict[str, Any] = {
+        "path": str(path),
+        "index": picture.index,
+        "seed": picture.seed,
+        "seconds": round(seconds, 3),
+        "sha256": picture.sha256,
+        "media_type": picture.media_type,
+    }
+    if accepted is not None:
+        line |= {
+            "width": accepted.width,
+            "height": accepted.height,
+            "steps": accepted.steps,
+            "guidance": accepted.guidance,
+        }
+    return json.dumps(line)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,0.5") from None

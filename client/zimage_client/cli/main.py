@@ -1,0 +1,79 @@
+"""`zimage-client`: the command line. The only part of the client that reads the environment."""
+
+import asyncio
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from zimage_client.cli import encode, generate
+from zimage_client.cli.terminal import Terminal
+from zimage_core import settings
+from zimage_core.errors import (
+    Cancelled,
+    DeadlineTooShort,
+    InternalError,
+    InvalidSettings,
+    Unavailable,
+    ZImageError,
+)
+from zimage_core.settings import ClientSettings
+
+_COMMANDS = {
+    "generate": (generate, "make pictures from a prompt or an encoded one"),
+    "encode": (encode, "encode a prompt into a file"),
+}
+_DONE, _FAILED, _USAGE, _REFUSED, _UNREACHABLE, _INTERRUPTED = 0, 1, 2, 3, 4, 130
+_EXIT_CODES: dict[type[ZImageError], int] = {
+    InvalidSettings: _USAGE,
+    Unavailable: _UNREACHABLE,
+    DeadlineTooShort: _FAILED,
+    Cancelled: _FAILED,
+    InternalError: _FAILED,
+    ZImageError: _REFUSED,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its notes would run into the live line
+    args = _parser().parse_args(arguments)
+    terminal = Terminal(sys.stdout, sys.stderr)
+    try:
+        with terminal.shows_warnings():
+            return _run(args, terminal)
+    except KeyboardInterrupt:
+        terminal.note("interrupted")
+        return _INTERRUPTED
+    except ZImageError as error:
+        terminal.note(f"error: {error.message}")
+        return next(code for cls, code in _EXIT_CODES.items() if isinstance(error, cls))
+    except OSError as error:
+        terminal.note(f"error: {error}")
+        return _FAILED
+
+
+def _run(args: Namespace, terminal: Terminal) -> int:
+    loaded = settings.load(ClientSettings, vars(args))
+    if args.print_config:
+        terminal.result(str(loaded).rstrip())
+        return _DONE
+    command, _ = _COMMANDS[args.command]
+    asyncio.run(command.run(args, loaded.values, terminal))
+    return _DONE
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="zimage-client", description="Makes pictures with Z-Image.")
+    parser.add_argument("--version", action="version", version=version("zimage-grpc"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (command, purpose) in _COMMANDS.items():
+        of_command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_flags(of_command)
+        settings.add_flags(of_command.add_argument_group("services"), ClientSettings)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

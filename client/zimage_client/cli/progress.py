@@ -1,0 +1,44 @@
+"""Events as the text of the live line."""
+
+import time
+from collections.abc import Callable
+
+from zimage_client import Accepted, Event, Progress, Waiting
+
+
+class ProgressText:
+    """Remembers what it takes to say how fast it goes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._count = 1
+        self._began: dict[int, tuple[int, float]] = {}
+
+    def of(self, event: Event) -> str | None:
+        """The line for an event; None when it changes nothing."""
+        match event:
+            case Waiting():
+                self._began.clear()
+                return f"{event.message}; trying again in {event.seconds:.1f} s"
+            case Accepted():
+                self._count = event.count
+                if event.queue_position:
+                    return f"queued, {event.queue_position} before this one"
+                return "accepted"
+            case Progress(stage="denoising"):
+                return f"{self._picture(event)}step {event.step}/{event.steps}{self._pace(event)}"
+            case Progress(stage="decoding"):
+                return f"{self._picture(event)}decoding"
+            case Progress():
+                return event.stage
+            case _:
+                return None
+
+    def _picture(self, event: Progress) -> str:
+        return f"picture {event.index + 1} of {self._count}: " if self._count > 1 else ""
+
+    def _pace(self, event: Progress) -> str:
+        now = self._clock()
+        first_step, began = self._began.setdefault(event.index, (event.step, now))
+        done = event.step - first_step
+        return f", {(now - began) / done:.2f} s/step" if done > 0 else ""

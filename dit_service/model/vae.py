@@ -1,0 +1,35 @@
+"""The image decoder: normalised latents to pixels, through diffusers' AutoencoderKL.
+
+Shapes: C latent channels of H x W; a picture is [H, W, 3] in pixels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Vae:
+    """Decodes with the constants of its own config."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._scaling_factor: float = model.config.scaling_factor
+        self._shift_factor: float = model.config.shift_factor or 0.0
+        self.latent_channels: int = model.config.latent_channels
+        self.factor: int = 2 ** (len(model.config.block_out_channels) - 1)
+        """Pixels per latent along a side."""
+        self.sample_side_px: int = model.config.sample_size
+        """The side of the pictures that it was trained on."""
+
+    @torch.inference_mode()
+    def decode(self, latents_CHW: Tensor) -> Tensor:
+        """The picture as uint8 RGB on the CPU, rounded as diffusers' image processor does."""
+        latents = (
+            latents_CHW.to(self._model.device, self._model.dtype) / self._scaling_factor
+            + self._shift_factor
+        )
+        image_CHW = self._model.decode(latents.unsqueeze(0), return_dict=False)[0].squeeze(0)
+        unit_CHW = (image_CHW * 0.5 + 0.5).clamp(0, 1)
+        picture: Tensor = (unit_CHW.permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu()
+        return picture.contiguous()

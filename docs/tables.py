@@ -1,0 +1,85 @@
+"""Writes the tables in docs/ from the code, or proves them fresh.
+
+    python docs/tables.py            rewrites what stands between the markers
+    python docs/tables.py --check    changes nothing; exits 1 and names what is stale
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from zimage_core import errors, settings
+from zimage_core.wire import limits, status
+
+DOCS = Path(__file__).parent
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def error_rows() -> Iterator[tuple[str, ...]]:
+    """One row for each class that a caller can meet."""
+    yield "class", "gRPC status", "usual reason", "meaning"
+    for cls in vars(errors).values():
+        if isinstance(cls, type) and issubclass(cls, errors.ZImageError):
+            if cls is not errors.ZImageError:
+                code = status.code_of(cls("")).name
+                meaning = " ".join((cls.__doc__ or "").split())
+                yield f"`{cls.__name__}`", code, f"`{cls.default_reason}`", meaning
+
+
+def limit_rows() -> Iterator[tuple[str, ...]]:
+    """The limits that no setting moves."""
+    yield "limit", "value"
+    yield "largest message", f"{limits.MESSAGE_BYTES >> 20} MiB"
+    yield "largest piece of a picture", f"{limits.CHUNK_BYTES >> 20} MiB"
+    yield "prompts in one Encode", str(limits.PROMPTS_PER_ENCODE)
+    yield "text of one prompt, all parts together", f"{limits.PROMPT_BYTES >> 20} MiB"
+    yield "attempts of a unary call", str(limits.UNARY_ATTEMPTS)
+    yield "keepalive ping after silence of", f"{limits.KEEPALIVE_SECONDS} s"
+    yield "answer to a ping within", f"{limits.KEEPALIVE_TIMEOUT_SECONDS} s"
+
+
+def settings_rows(program: str) -> Callable[[], Iterator[tuple[str, ...]]]:
+    """The settings of one program."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        yield "setting", "default", "meaning"
+        for name, field in settings.PROGRAMS[program].model_fields.items():
+            default = "required" if field.is_required() else f"`{field.default}`"
+            shown = "unset" if field.default in (None, "") else default
+            yield f"`{name}`", shown, field.description or ""
+
+    return rows
+
+
+TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
+    "errors": error_rows,
+    "limits": limit_rows,
+    **{f"settings_{program}": settings_rows(program) for program in settings.PROGRAMS},
+}
+
+
+def main() -> int:
+    """Runs the command line."""
+    check = sys.argv[1:] == ["--check"]
+    stale = []
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text()
+        fresh = _MARKED.sub(lambda found: found[1] + _table(TABLES[found[2]]()) + found[3], text)
+        if fresh != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(fresh)
+    if check and stale:
+        sys.stderr.write(f"stale tables in {', '.join(stale)}; run `make docs`\n")
+        return 1
+    return 0
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |\n" for row in rows)
+    return head + "|" + " --- |" * (head.count("|") - 1) + "\n" + "".join(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

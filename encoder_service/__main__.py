@@ -1,0 +1,17 @@
+"""`python -m encoder_service`: the encoder service."""
+
+import sys
+
+
+def main() -> int:
+    """Runs the front. It is imported here because the worker process, which speaks no gRPC, imports
+    this module as well."""
+    from encoder_service.rpc.service import service
+    from zimage_core.serving.main import run
+    from zimage_core.settings import EncoderSettings
+
+    return run(service, EncoderSettings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

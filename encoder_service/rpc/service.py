@@ -1,0 +1,27 @@
+"""Puts the front together."""
+
+import grpc.aio
+from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+
+from encoder_service.prompt import Tokenizer, read_token_limit
+from encoder_service.rpc.encode import EncoderServicer
+from zimage_core.serving.server import Service
+from zimage_core.serving.worker import Worker
+from zimage_core.settings import EncoderSettings
+
+
+def service(settings: EncoderSettings) -> Service:
+    """The encoder service with these settings; raises InvalidModel when the front cannot work with
+    the model folder."""
+    tokenizer = Tokenizer(settings.model / "tokenizer")
+    token_limit = settings.token_limit or read_token_limit(settings.model)
+
+    def register(server: grpc.aio.Server, worker: Worker) -> None:
+        servicer = EncoderServicer(worker, tokenizer, token_limit, settings.max_queue_length)
+        encoder_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
+
+    return Service(
+        name=encoder_pb2.DESCRIPTOR.services_by_name["EncoderService"].full_name,
+        entry="encoder_service.engine.worker:main",
+        register=register,
+    )

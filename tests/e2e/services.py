@@ -1,0 +1,121 @@
+"""Our services as the processes they are, for tests that talk to them over real sockets."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from zimage_core.errors import ZImageError
+from zimage_core.wire import status
+from zimage_core.wire.limits import CHANNEL_OPTIONS
+
+PATIENCE_SECONDS = 40.0
+"""Longest wait for anything, on a busy machine."""
+
+T = TypeVar("T")
+
+
+class Service:
+    """A running service: its process, its log, a channel to it."""
+
+    def __init__(self, address: str, process: subprocess.Popen[str]) -> None:
+        self.address = address
+        self.process = process
+        self.channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.log: list[str] = []
+        self._grown = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_until(self, state: str) -> None:
+        """Waits for gRPC's health service to say SERVING or NOT_SERVING."""
+        health = health_pb2_grpc.HealthStub(self.channel)
+        watch = health.Watch(
+            health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE_SECONDS
+        )
+        wanted = health_pb2.HealthCheckResponse.ServingStatus.Value(state)
+        try:
+            assert any(answer.status == wanted for answer in watch), f"never {state}"
+        finally:
+            watch.cancel()
+
+    def wait_for_line(self, text: str) -> str:
+        """The first line of the log that holds the text."""
+
+        def found() -> str | None:
+            return next((line for line in self.log if text in line), None)
+
+        with self._grown:
+            line = self._grown.wait_for(found, PATIENCE_SECONDS)
+        assert line is not None, f"no {text!r} in the log:\n" + "".join(self.log)
+        return line
+
+    @property
+    def worker(self) -> psutil.Process:
+        """The worker process of the moment."""
+        children = psutil.Process(self.process.pid).children()
+        [worker] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return worker
+
+    def wait_for_exit(self) -> int:
+        """The exit code, once there is one."""
+        code = self.process.wait(PATIENCE_SECONDS)
+        self._reader.join(PATIENCE_SECONDS)
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._grown:
+                self.log.append(line)
+                self._grown.notify_all()
+
+
+@contextmanager
+def running(module: str, *flags: str, **environment: str) -> Iterator[Service]:
+    """Starts `python -m module` on a socket of its own and ends it with the block, however it can."""
+    folder = Path(tempfile.mkdtemp(prefix="zimage-"))  # pytest's folders are too long for a socket
+    address = f"unix:{folder}/socket"
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, "--listen", address, "--probes", "127.0.0.1:0", *flags],
+        env={**_clean_environment(folder), **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    service = Service(address, process)
+    try:
+        yield service
+    except BaseException:
+        sys.stderr.write("".join(service.log))  # pytest shows it with the failure
+        raise
+    finally:
+        service.channel.close()
+        process.kill()
+        service.wait_for_exit()
+        process.stderr.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answer(call: Callable[..., T], request: Any, **options: Any) -> T:
+    """What a call returns; raises the error that a user of the SDK would see."""
+    try:
+        return call(request, timeout=PATIENCE_SECONDS, **options)
+    except grpc.RpcError as error:
+        raise typed(error) from None
+
+
+def typed(error: Any) -> ZImageError:
+    """The error of ours that a status carries."""
+    return status.from_status(error.code(), error.details(), error.trailing_metadata() or ())
