@@ -53,6 +53,9 @@ class ServiceSettings(_Program):
         30.0, ge=0, description="how long running calls may take after that"
     )
     watchdog: Watchdog = Field(Watchdog(), description="when a worker counts as hung")
+    exit_with_stdin: bool = Field(
+        False, description="stop when standard input ends, for whoever starts this as a child"
+    )
 
 
 class EncoderSettings(ServiceSettings):

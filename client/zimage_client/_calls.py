@@ -5,8 +5,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 
 import grpc.aio
-from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
-from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 from zimage_client import _reading
 from zimage_client._channel import Metadata
@@ -14,6 +12,8 @@ from zimage_client._description import DitDescription, EncoderDescription
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled
 from zimage_core.wire import embeddings, status
+from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
+from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 ENCODE_SECONDS = 30.0
 DESCRIBE_SECONDS = 10.0

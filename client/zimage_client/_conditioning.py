@@ -3,10 +3,9 @@
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from zimage_rpc.types.v1 import types_pb2
-
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.wire import embeddings
+from zimage_rpc.types.v1 import types_pb2
 
 Condition = str | Prompt | Embedding
 Prompts = list[str] | list[Prompt] | list[str | Prompt]

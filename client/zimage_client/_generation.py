@@ -5,8 +5,6 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from zimage_rpc.dit.v1 import dit_pb2
-
 from zimage_client import _calls, _reading
 from zimage_client._channel import Channels, metadata
 from zimage_client._conditioning import Conditioning, message
@@ -15,6 +13,7 @@ from zimage_client._pictures import Assembly, Delivered
 from zimage_client._replay import Replay
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Unavailable, ZImageError
+from zimage_rpc.dit.v1 import dit_pb2
 
 _log = logging.getLogger(__name__)
 

@@ -8,10 +8,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from zimage_rpc.dit.v1 import dit_pb2
-
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import InvalidRequest
+from zimage_rpc.dit.v1 import dit_pb2
 
 SEED_LIMIT = 1 << 32
 """Seeds are drawn below this; any 64-bit integer may be given."""

@@ -3,11 +3,10 @@
 import hashlib
 import logging
 
-from zimage_rpc.dit.v1 import dit_pb2
-
 from zimage_client._events import Picture
 from zimage_client._reading import malformed
 from zimage_core.errors import InternalError
+from zimage_rpc.dit.v1 import dit_pb2
 
 _log = logging.getLogger(__name__)
 

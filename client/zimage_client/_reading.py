@@ -3,9 +3,6 @@
 from contextlib import suppress
 
 from google.protobuf.duration_pb2 import Duration
-from zimage_rpc.dit.v1 import dit_pb2
-from zimage_rpc.encoder.v1 import encoder_pb2
-from zimage_rpc.types.v1 import types_pb2
 
 from zimage_client._description import (
     DitDescription,
@@ -28,6 +25,9 @@ from zimage_client._events import (
 from zimage_core.embeddings import Embedding, Numerics
 from zimage_core.errors import InternalError, InvalidRequest
 from zimage_core.wire import embeddings, tensors
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.encoder.v1 import encoder_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 _STAGES: dict[int, Stage] = {
     dit_pb2.Progress.STAGE_QUEUED: "queued",

@@ -20,7 +20,7 @@ _PATIENCE_SECONDS = {
     _ENCODER_AWAY: 60.0,
 }
 _LONGEST_PATIENCE_SECONDS = max(_PATIENCE_SECONDS.values())
-_SHORT_PATIENCE_SECONDS = 15.0  # nobody there: more often a wrong address than a restart
+_SHORT_PATIENCE_SECONDS = 10.0  # nobody there: more often a wrong address than a restart
 _MOST_BREAKS = 5  # after being accepted: a request that kills its server must not go on for ever
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dit_service.model.attention import BACKENDS
 from dit_service.model.config import TransformerConfig
-from dit_service.model.layout import Segments
+from dit_service.model.layout import Segments, per_token
 from dit_service.model.rope import rotate
 
 _HEAD_NORM_EPS = 1e-5  # fixed by the architecture; norm_eps of the config is for the rows
@@ -98,17 +98,16 @@ class Block(nn.Module):
 
     def modulated_norm_weights(self, time_NA: Tensor) -> Tensor:
         """The four at every moment, [N, 4, D]: a scale before each part, a gate behind it."""
-        scales_and_gates_N4D = self.adaLN_modulation(time_NA).unflatten(-1, (4, -1))
-        scales_N2D, gates_N2D = scales_and_gates_N4D[:, 0::2], scales_and_gates_N4D[:, 1::2]
-        factors_N4D = torch.stack([1 + scales_N2D, gates_N2D.tanh()], dim=2).flatten(1, 2)
-        return factors_N4D * self.norm_weights()
+        scale1_ND, gate1_ND, scale2_ND, gate2_ND = self.adaLN_modulation(time_NA).chunk(4, dim=-1)
+        factors = [1 + scale1_ND, gate1_ND.tanh(), 1 + scale2_ND, gate2_ND.tanh()]
+        return torch.stack(factors, dim=1) * self.norm_weights()
 
     def forward(
         self, x_TD: Tensor, norm_weights_S4D: Tensor, segments: Segments, backend: str
     ) -> Tensor:
         """One step of the residual stream; `norm_weights_S4D` may be one row for all samples."""
         before_attention, after_attention, before_ffn, after_ffn = (
-            _per_token(weights_SD, segments) for weights_SD in norm_weights_S4D.unbind(1)
+            per_token(weights_SD, segments) for weights_SD in norm_weights_S4D.unbind(1)
         )
         attended_TD = self.attention(
             self.attention_norm1.normalised(x_TD).mul_(before_attention), segments, backend
@@ -116,7 +115,3 @@ class Block(nn.Module):
         x_TD = torch.addcmul(x_TD, after_attention, self.attention_norm2.normalised(attended_TD))
         fed_TD = self.feed_forward(self.ffn_norm1.normalised(x_TD).mul_(before_ffn))
         return torch.addcmul(x_TD, after_ffn, self.ffn_norm2.normalised(fed_TD))
-
-
-def _per_token(vectors_SD: Tensor, segments: Segments) -> Tensor:
-    return vectors_SD if len(vectors_SD) == 1 else vectors_SD.index_select(0, segments.sample_T)

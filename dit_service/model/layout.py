@@ -57,6 +57,11 @@ class Layout:
     joint: Segments
 
 
+def per_token(vectors_SD: Tensor, segments: Segments) -> Tensor:
+    """Each token's row of what the samples have one row of; a single row serves them all."""
+    return vectors_SD if len(vectors_SD) == 1 else vectors_SD.index_select(0, segments.sample_T)
+
+
 def caption_segments(rows: Sequence[int], tables: RopeTables, device: torch.device) -> Segments:
     """Captions alone; `rows` counts their pads, which continue the positions."""
     return _segments([_caption_positions(count) for count in rows], tables, device)

@@ -7,21 +7,20 @@ Shapes: C latent channels of H x W, T packed tokens, S samples, N moments of a s
 blocks, L prompt tokens of width F, D the model's width, A the time embedding's.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dit_service.model.blocks import Block, RMSNorm
 from dit_service.model.config import TransformerConfig
+from dit_service.model.final_layer import FinalLayer
 from dit_service.model.layout import Layout, SampleShape, build_layout, caption_segments
-from dit_service.model.patches import pad_samples, patchify, unpatchify
 from dit_service.model.rope import RopeTables
-from zimage_core.planning.flops import TIME_FREQUENCIES, TIME_HIDDEN
+from dit_service.model.time_embedder import TimeEmbedder
+from dit_service.model.tokens import image_rows, join, pad_samples, patchify, unpatchify
 from zimage_core.planning.limits import padded
 
 
@@ -56,9 +55,9 @@ class ZImageTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.rope_tables = RopeTables(config)
-        patches = f"{config.patch_size}-1"
-        self.all_x_embedder = nn.ModuleDict({patches: nn.Linear(config.patch_dim, config.dim)})
-        self.all_final_layer = nn.ModuleDict({patches: FinalLayer(config)})
+        patch = f"{config.patch_size}-1"
+        self.all_x_embedder = nn.ModuleDict({patch: nn.Linear(config.patch_dim, config.dim)})
+        self.all_final_layer = nn.ModuleDict({patch: FinalLayer(config)})
         self.t_embedder = TimeEmbedder(config.time_dim)
         self.cap_embedder = nn.Sequential(
             RMSNorm(config.cap_feat_dim, config.norm_eps),
@@ -95,17 +94,11 @@ class ZImageTransformer(nn.Module):
     def modulate(self, times_N: Tensor) -> list[Modulation]:
         """A whole schedule, or the moments of a batch; a time is 1 - sigma in float32."""
         time_NA = self.t_embedder(times_N * self.config.t_scale)
-        modulated = (*self.noise_refiner, *self.layers)
-        norm_weights_NB4D = torch.stack(
-            [block.modulated_norm_weights(time_NA) for block in modulated], dim=1
-        )
-        final_scale_ND = self._final_layer.scale(time_NA)
-        return [
-            Modulation(norm_weights_B4D, final_scale_D)
-            for norm_weights_B4D, final_scale_D in zip(
-                norm_weights_NB4D, final_scale_ND, strict=True
-            )
-        ]
+        blocks = cast("Iterable[Block]", (*self.noise_refiner, *self.layers))
+        norm_weights = [block.modulated_norm_weights(time_NA) for block in blocks]
+        scales = self._final_layer.scale(time_NA)
+        moments = zip(torch.stack(norm_weights, dim=1), scales, strict=True)
+        return [Modulation(norm_weights_B4D, scale_D) for norm_weights_B4D, scale_D in moments]
 
     def shape_of(self, latents_CHW: Tensor, caption: Caption) -> SampleShape:
         """What a layout needs to know about a sample."""
@@ -121,120 +114,48 @@ class ZImageTransformer(nn.Module):
         self, samples: Sequence[Sample], layout: Layout, backend: str = "sdpa"
     ) -> list[Tensor]:
         """The velocity of each sample, float32 [C, H, W]; each linear runs once over all."""
-        norm_weights_BS4D, final_scale_SD = _stacked([sample.modulation for sample in samples])
+        norm_weights_BS4D, final_scale_SD = _stack([sample.modulation for sample in samples])
         refiner_weights, layer_weights = norm_weights_BS4D.split(
             [len(self.noise_refiner), len(self.layers)]
         )
 
         image_TD = self._embed_images([sample.latents_CHW for sample in samples])
-        for block, weights_S4D in zip(self.noise_refiner, refiner_weights, strict=True):
-            image_TD = block(image_TD, weights_S4D, layout.image, backend)
+        for block, norm_weights_S4D in zip(self.noise_refiner, refiner_weights, strict=True):
+            image_TD = block(image_TD, norm_weights_S4D, layout.image, backend)
 
-        joint_TD = _join(image_TD, [sample.caption for sample in samples], layout)
-        for block, weights_S4D in zip(self.layers, layer_weights, strict=True):
-            joint_TD = block(joint_TD, weights_S4D, layout.joint, backend)
+        joint_TD = join(image_TD, [sample.caption.rows_TD for sample in samples], layout)
+        for block, norm_weights_S4D in zip(self.layers, layer_weights, strict=True):
+            joint_TD = block(joint_TD, norm_weights_S4D, layout.joint, backend)
 
-        values_TP = self._final_layer(
-            _image_rows(joint_TD, layout), final_scale_SD, layout.image.sample_T
-        )
-        return self._velocities(values_TP, layout)
-
-    @property
-    def _final_layer(self) -> "FinalLayer":
-        (final_layer,) = self.all_final_layer.values()
-        assert isinstance(final_layer, FinalLayer)
-        return final_layer
+        values_TP = self._final_layer(image_rows(joint_TD, layout), final_scale_SD, layout.image)
+        values = values_TP.float().split(list(layout.image.lengths))
+        return [
+            unpatchify(values_KP, shape, self.config.patch_size)
+            for values_KP, shape in zip(values, layout.shapes, strict=True)
+        ]
 
     def _embed_images(self, latents: Sequence[Tensor]) -> Tensor:
         (embedder,) = self.all_x_embedder.values()
-        tokens = [
-            patchify(latents_CHW.to(self.dtype), self.config.patch_size) for latents_CHW in latents
-        ]
-        embedded_TD = embedder(torch.cat(tokens))
-        return pad_samples(embedded_TD, [len(tokens_KP) for tokens_KP in tokens], self.x_pad_token)
+        patch = self.config.patch_size
+        tokens = [patchify(latents_CHW.to(self.dtype), patch) for latents_CHW in latents]
+        lengths = [len(tokens_KP) for tokens_KP in tokens]
+        return pad_samples(embedder(torch.cat(tokens)), lengths, self.x_pad_token)
 
-    def _velocities(self, values_TP: Tensor, layout: Layout) -> list[Tensor]:
-        return [
-            unpatchify(
-                rows[: shape.image_tokens],
-                shape.grid_height,
-                shape.grid_width,
-                self.config.patch_size,
-            )
-            for rows, shape in zip(
-                values_TP.float().split(list(layout.image.lengths)), layout.shapes, strict=True
-            )
-        ]
-
-
-class TimeEmbedder(nn.Module):
-    """A moment, times `t_scale`, as sinusoids through two linears."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(TIME_FREQUENCIES, TIME_HIDDEN), nn.SiLU(), nn.Linear(TIME_HIDDEN, dim)
-        )
-
-    def forward(self, times_N: Tensor) -> Tensor:
-        """The sinusoids are float32, what follows has the weights' type."""
-        half = TIME_FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=times_N.device) / half
-        angles = times_N[:, None].float() * torch.exp(-math.log(10000) * exponents)
-        code = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedded: Tensor = self.mlp(code.to(next(self.mlp.parameters()).dtype))
-        return embedded
-
-
-class FinalLayer(nn.Module):
-    """Image tokens to the values of their patches."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.linear = nn.Linear(config.dim, config.patch_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
-
-    def scale(self, time_NA: Tensor) -> Tensor:
-        """The layer's modulation at every moment, [N, D]."""
-        scale_ND: Tensor = 1 + self.adaLN_modulation(time_NA)
-        return scale_ND
-
-    def forward(self, x_TD: Tensor, scale_SD: Tensor, sample_T: Tensor) -> Tensor:
-        """`scale_SD` may be one row for all samples."""
-        scale = scale_SD if len(scale_SD) == 1 else scale_SD.index_select(0, sample_T)
-        values_TP: Tensor = self.linear(
-            functional.layer_norm(x_TD, x_TD.shape[-1:], eps=1e-6).mul_(scale)
-        )
-        return values_TP
+    @property
+    def _final_layer(self) -> FinalLayer:
+        (final_layer,) = self.all_final_layer.values()
+        return cast("FinalLayer", final_layer)
 
 
 def _blocks(config: TransformerConfig, count: int, *, modulated: bool) -> nn.ModuleList:
     return nn.ModuleList(Block(config, modulated=modulated) for _ in range(count))
 
 
-def _stacked(modulations: list[Modulation]) -> tuple[Tensor, Tensor]:
-    """Modulations by block; samples that share a moment share one row."""
+def _stack(modulations: list[Modulation]) -> tuple[Tensor, Tensor]:
+    """By block, [B, S, 4, D], and for the final layer; one moment for all samples is one row."""
     if all(modulation is modulations[0] for modulation in modulations):
         modulations = modulations[:1]
     return (
         torch.stack([modulation.norm_weights_B4D for modulation in modulations], dim=1),
         torch.stack([modulation.final_scale_D for modulation in modulations]),
-    )
-
-
-def _join(image_TD: Tensor, captions: list[Caption], layout: Layout) -> Tensor:
-    images = image_TD.split(list(layout.image.lengths))
-    return torch.cat(
-        [
-            part
-            for image, caption in zip(images, captions, strict=True)
-            for part in (image, caption.rows_TD)
-        ]
-    )
-
-
-def _image_rows(joint_TD: Tensor, layout: Layout) -> Tensor:
-    samples = joint_TD.split(list(layout.joint.lengths))
-    return torch.cat(
-        [rows[:length] for rows, length in zip(samples, layout.image.lengths, strict=True)]
     )

@@ -35,6 +35,7 @@ class Request:
             if not spec.HasField("negative"):
                 spec.negative.segments.add().prompt.text = ""
             self._given.append(conditioner.read(spec.negative, "spec.negative"))
+        conditioner.refuse_prompts(self._given)
         _replace_embeddings(spec, self._given)
         self._completed = dit_pb2.Completed()
 

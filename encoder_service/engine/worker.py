@@ -42,23 +42,18 @@ def main(port: Port, settings: EncoderSettings) -> None:
         with port.answering(submitted):
             call = submitted.payload
             assert isinstance(call, Encode)
-            expected = seconds_per_token * sum(map(len, call.token_ids))
-            with port.working("encode", expected):
+            token_count = sum(map(len, call.token_ids))
+            began = time.monotonic()
+            with port.working("encode", seconds_per_token * token_count):
                 port.emit(submitted.call, _encode(encoder, call.token_ids, call.hidden_layers))
+            seconds = time.monotonic() - began
+            _log.info("%s prompts, %s tokens in %.3f s", len(call.token_ids), token_count, seconds)
 
 
 def _encode(
     encoder: Qwen3Encoder, token_ids: Sequence[Sequence[int]], hidden_layers: Sequence[int]
 ) -> Encoded:
-    began = time.monotonic()
-    encoded = Encoded(tuple(map(_plain, encoder(token_ids, hidden_layers))))
-    _log.info(
-        "%s prompts, %s tokens in %.1f ms",
-        len(token_ids),
-        sum(map(len, token_ids)),
-        (time.monotonic() - began) * 1e3,
-    )
-    return encoded
+    return Encoded(tuple(map(_plain, encoder(token_ids, hidden_layers))))
 
 
 def _plain(tensor: Tensor) -> TensorData:

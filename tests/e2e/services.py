@@ -1,6 +1,5 @@
 """Our services as the processes they are, for tests that talk to them over real sockets."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -83,10 +82,12 @@ class Service:
 
 
 @contextmanager
-def running(module: str, *flags: str, **environment: str) -> Iterator[Service]:
-    """Starts `python -m module` on a socket of its own and ends it with the block, however it can."""
+def running(
+    module: str, *flags: str, listen: str = "", **environment: str
+) -> Iterator[Service]:
+    """Starts `python -m module`, on a socket of its own, and ends it with the block in any case."""
     folder = Path(tempfile.mkdtemp(prefix="zimage-"))  # pytest's folders are too long for a socket
-    address = f"unix:{folder}/socket"
+    address = listen or f"unix:{folder}/socket"
     process = subprocess.Popen(
         [sys.executable, "-m", module, "--listen", address, "--probes", "127.0.0.1:0", *flags],
         env={**_clean_environment(folder), **environment},
@@ -119,3 +120,10 @@ def answer(call: Callable[..., T], request: Any, **options: Any) -> T:
 def typed(error: Any) -> ZImageError:
     """The error of ours that a status carries."""
     return status.from_status(error.code(), error.details(), error.trailing_metadata() or ())
+
+
+def _clean_environment(folder: Path) -> dict[str, str]:
+    """No settings and no caches of whoever runs the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ZIMAGE_")}
+    caches = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_CONFIG_HOME": str(folder / "config")}
+    return kept | caches

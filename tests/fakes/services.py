@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
-from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from zimage_rpc.types.v1 import types_pb2
 
 from zimage_core.errors import ZImageError
 from zimage_core.wire import status
 from zimage_core.wire.limits import SERVER_OPTIONS
+from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
+from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from zimage_rpc.types.v1 import types_pb2
 
 WIDTH = 4
 """Of the fake encoder's embeddings."""

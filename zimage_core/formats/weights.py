@@ -42,7 +42,8 @@ def files(folder: Path) -> tuple[Path, ...]:
     else:
         paths = tuple(sorted(folder.glob("*.safetensors")))
     if not paths:
-        raise _invalid(folder, "no *.safetensors file in this folder", "FILE_MISSING")
+        what = "no *.safetensors file here" if folder.is_dir() else "no such folder"
+        raise _invalid(folder, what, "FILE_MISSING")
     for path in paths:
         if not path.is_file():
             raise _invalid(path, f"{indexes[0].name} names this file, but it is missing", "FILE_MISSING")

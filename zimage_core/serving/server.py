@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -63,6 +65,8 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
         supervision = asyncio.create_task(worker.supervise())
         try:
             with _stop_signals() as stop:
+                if settings.exit_with_stdin:
+                    _stop_at_end_of_input(stop)
                 await _first(supervision, stop)
             await readiness.drain()
             if not supervision.done():
@@ -131,6 +135,20 @@ def _stop_signals() -> Iterator[asyncio.Event]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+def _stop_at_end_of_input(stop: asyncio.Event) -> None:
+    """Sets the event when standard input ends: whoever started this service is gone."""
+    loop = asyncio.get_running_loop()
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):  # there is no standard input: that is its end, too
+            while os.read(0, 1024):  # not sys.stdin, whose lock would trouble the exit
+                pass
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it stops already
+            loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
 
 
 async def _first(supervision: asyncio.Task[None], stop: asyncio.Event) -> None:

@@ -41,9 +41,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         began = time.monotonic()
         embedding = await client.encode(given, timeout=args.timeout)
         seconds = time.monotonic() - began
-    embedding_file.write(
-        args.output, EmbeddingFile(embedding, None if args.no_prompt else given)
-    )
+    embedding_file.write(args.output, EmbeddingFile(embedding, None if args.no_prompt else given))
     tokens, width = embedding.tensor.shape
     if args.json:
         line = {

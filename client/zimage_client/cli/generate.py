@@ -80,9 +80,7 @@ def add_flags(parser: ArgumentParser) -> None:
     )
 
     files = parser.add_argument_group("output")
-    files.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="default: zimage-SEED.png"
-    )
+    files.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: zimage-SEED.png")
     files.add_argument("--format", choices=("png", "jpeg", "webp"), help="default: by FILE's name")
     files.add_argument("--quality", type=int, help="1 to 100, for JPEG and WebP")
     files.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -163,7 +161,7 @@ def _options(args: Namespace, terminal: Terminal) -> Options:
 
 
 def _snapped(flag: str, side: int | None, terminal: Terminal) -> int | None:
-    """The nearest side that a model can make; what is none at all is left for the server to refuse."""
+    """The nearest side that a model can make; what is no size at all is left to the server."""
     if side is None or side <= 0 or side % _SIDE_MULTIPLE_PX == 0:
         return side
     nearest = max(1, round(side / _SIDE_MULTIPLE_PX)) * _SIDE_MULTIPLE_PX

@@ -33,6 +33,10 @@ _EXIT_CODES: dict[type[ZImageError], int] = {
     InternalError: _FAILED,
     ZImageError: _REFUSED,
 }
+_HINTS = {
+    "UNREACHABLE": "is the service running, and is that where --server or --encoder say?",
+    "INTERNAL": "the service's log knows more",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.note("interrupted")
         return _INTERRUPTED
     except ZImageError as error:
-        terminal.note(f"error: {error.message}")
+        terminal.note(_explained(error))
         return next(code for cls, code in _EXIT_CODES.items() if isinstance(error, cls))
     except OSError as error:
         terminal.note(f"error: {error}")
@@ -64,14 +68,31 @@ def _run(args: Namespace, terminal: Terminal) -> int:
     return _DONE
 
 
+def _explained(error: ZImageError) -> str:
+    """The error in the words of whoever raised it, with what to do next where that helps."""
+    hint = _HINTS.get(error.reason)
+    id_given = error.fields.get("request_id")
+    return "\n".join(
+        [
+            f"error: {error.message}" + (f" (request {id_given})" if id_given else ""),
+            *([hint] if hint else []),
+            *getattr(error, "__notes__", ()),
+        ]
+    )
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="zimage-client", description="Makes pictures with Z-Image.")
+    parser = ArgumentParser(
+        prog="zimage-client", description="Makes pictures with Z-Image.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=version("zimage-grpc"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (command, purpose) in _COMMANDS.items():
-        of_command = commands.add_parser(name, help=purpose, description=purpose)
+        of_command = commands.add_parser(
+            name, help=purpose, description=purpose, allow_abbrev=False
+        )
         command.add_flags(of_command)
-        settings.add_flags(of_command.add_argument_group("services"), ClientSettings)
+        settings.add_flags(of_command, ClientSettings)
     return parser
 
 

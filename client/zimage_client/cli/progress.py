@@ -22,23 +22,22 @@ class ProgressText:
                 return f"{event.message}; trying again in {event.seconds:.1f} s"
             case Accepted():
                 self._count = event.count
-                if event.queue_position:
-                    return f"queued, {event.queue_position} before this one"
-                return "accepted"
-            case Progress(stage="denoising"):
-                return f"{self._picture(event)}step {event.step}/{event.steps}{self._pace(event)}"
-            case Progress(stage="decoding"):
-                return f"{self._picture(event)}decoding"
+                waiting = f", {event.queue_position} before this one"
+                return "queued" + (waiting if event.queue_position else "")
+            case Progress(stage="denoising" | "decoding"):
+                return self._picture(event) + self._work(event)
             case Progress():
                 return event.stage
-            case _:
-                return None
+        return None
 
     def _picture(self, event: Progress) -> str:
         return f"picture {event.index + 1} of {self._count}: " if self._count > 1 else ""
 
-    def _pace(self, event: Progress) -> str:
+    def _work(self, event: Progress) -> str:
+        if event.stage == "decoding":
+            return "decoding"
         now = self._clock()
         first_step, began = self._began.setdefault(event.index, (event.step, now))
         done = event.step - first_step
-        return f", {(now - began) / done:.2f} s/step" if done > 0 else ""
+        pace = f", {(now - began) / done:.2f} s/step" if done > 0 else ""
+        return f"step {event.step}/{event.steps}{pace}"

@@ -21,10 +21,16 @@ def add_flags(parser: ArgumentParser) -> None:
     group.add_argument("--thinking-content", metavar="TEXT", help="content of the think block")
     group.add_argument("--assistant-content", metavar="TEXT", help="beginning of the answer")
     group.add_argument(
-        "--force-think-block", action="store_true", default=None, help="put a think block even when it is empty"
+        "--force-think-block",
+        action="store_true",
+        default=None,
+        help="put a think block even when it is empty",
     )
     group.add_argument(
-        "--strip-quotes", action="store_true", default=None, help="delete double quotes: quoted words are drawn"
+        "--strip-quotes",
+        action="store_true",
+        default=None,
+        help="delete double quotes: quoted words are drawn",
     )
     group.add_argument(
         "--hidden-layer", type=int, metavar="N", help="state to take, from the end (default -2)"

@@ -1,0 +1,386 @@
+"""The DiT service as it runs: real processes, real sockets, the SDK as its users have it."""
+
+import signal
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.services import PATIENCE_SECONDS, Service, answer, running
+from zimage_client import (
+    Accepted,
+    Client,
+    Completed,
+    DeadlineTooShort,
+    DeviceLost,
+    Event,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    Picture,
+    Progress,
+    Unavailable,
+    Waiting,
+)
+from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
+
+PROMPT = "a red circle on a blue background"
+LONG = {"steps": 1000, "width": 128, "height": 128}
+"""Takes minutes unless somebody ends it."""
+
+
+@pytest.fixture(scope="module")
+def encoder(model_folder: Path) -> Iterator[Service]:
+    with running("encoder_service", "--model", str(model_folder)) as service:
+        service.wait_until("SERVING")
+        yield service
+
+
+@pytest.fixture(scope="module")
+def dit(model_folder: Path, encoder: Service) -> Iterator[Service]:
+    with running("dit_service", "--model", str(model_folder), "--encoder", encoder.address) as it:
+        it.wait_until("SERVING")
+        yield it
+
+
+@pytest.fixture
+def client(dit: Service) -> Iterator[Client]:
+    with Client(dit.address) as client:
+        yield client
+
+
+def _pixels(picture: Picture) -> str:
+    assert picture.pixels_sha256
+    return picture.pixels_sha256
+
+
+def _busy(client: Client) -> Generator[Event, None, None]:
+    """A long request that is under way; closing it ends it."""
+    events = client.stream(PROMPT, seed=1, retry=False, **LONG)
+    for event in events:
+        if isinstance(event, Progress) and event.step >= 2:
+            break
+    return events
+
+
+def test_a_prompt_becomes_the_picture_that_diffusers_makes(
+    client: Client, model_folder: Path
+) -> None:
+    import io
+
+    import numpy as np
+    import torch
+    from diffusers import ZImagePipeline
+    from PIL import Image
+
+    pipeline = ZImagePipeline.from_pretrained(model_folder, dtype=torch.float32)
+    [theirs] = pipeline(
+        PROMPT,
+        width=128,
+        height=96,
+        num_inference_steps=8,
+        guidance_scale=0.0,
+        generator=torch.Generator("cpu").manual_seed(5),
+    ).images
+    [ours] = client.generate(PROMPT, width=128, height=96, seed=5).pictures
+    pixels = np.asarray(Image.open(io.BytesIO(ours.data))).astype(int)
+    assert np.abs(pixels - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_events_follow_the_grammar(client: Client) -> None:
+    events = list(client.stream(PROMPT, seed=3, count=2, steps=3))
+    assert isinstance(events[0], Accepted)
+    assert (events[0].forward_count, len(events[0].sigmas)) == (6, 4)
+    assert isinstance(events[-1], Completed)
+    assert sum(isinstance(event, Completed) for event in events) == 1
+    pictures = [event for event in events if isinstance(event, Picture)]
+    assert [(picture.index, picture.seed) for picture in pictures] == [(0, 3), (1, 4)]
+    steps = [
+        (event.index, event.step)
+        for event in events
+        if isinstance(event, Progress) and event.stage == "denoising"
+    ]
+    assert steps == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert events[-1].usage.forward_count == 6
+
+
+def test_raw_messages_are_numbered_and_timed(dit: Service) -> None:
+    spec = dit_pb2.GenerateSpec(seed=1, step_count=1)
+    spec.positive.segments.add().prompt.text = PROMPT
+    stub = dit_pb2_grpc.DitServiceStub(dit.channel)
+    requests = iter([dit_pb2.GenerateRequest(spec=spec)])
+    call = stub.Generate(requests, timeout=PATIENCE_SECONDS)
+    responses = list(call)
+    assert [response.sequence for response in responses] == list(range(1, len(responses) + 1))
+    assert all(response.event_time.seconds for response in responses)
+    assert dict(call.trailing_metadata())["zimage-status"] == "ok"
+
+
+def test_large_pictures_come_in_pieces(client: Client) -> None:
+    [picture] = client.generate(PROMPT, width=704, height=640, steps=1, seed=1).pictures
+    assert len(picture.data) > 1 << 20
+
+
+def test_every_way_to_condition_gives_the_same_picture(
+    client: Client, dit: Service, encoder: Service
+) -> None:
+    [by_service] = client.generate(PROMPT, seed=9).pictures
+    with Client(dit.address, encoder.address) as near_encoder:
+        [by_client] = near_encoder.generate(PROMPT, seed=9).pictures
+        embedding = near_encoder.encode(PROMPT)
+    [by_embedding] = client.generate(embedding, seed=9).pictures
+    assert _pixels(by_service) == _pixels(by_client) == _pixels(by_embedding)
+
+
+@pytest.mark.parametrize("file_format", ["png", "jpeg", "webp"])
+def test_every_format_is_a_file_of_its_kind(client: Client, file_format: str) -> None:
+    import io
+
+    from PIL import Image
+
+    [picture] = client.generate(PROMPT, seed=1, steps=1, format=file_format).pictures
+    image = Image.open(io.BytesIO(picture.data))
+    assert image.format == file_format.upper()
+    assert picture.media_type == f"image/{file_format}"
+
+
+def test_leaving_ends_the_work_at_the_next_step(client: Client, dit: Service) -> None:
+    events = _busy(client)
+    events.close()
+    # Behind a request that still ran, this one would wait for minutes.
+    assert client.generate(PROMPT, seed=1, steps=1, timeout=PATIENCE_SECONDS).pictures
+    assert dit.wait_for_line("Generate CANCELLED")
+
+
+def test_a_deadline_ends_the_work(client: Client) -> None:
+    with pytest.raises(DeadlineTooShort):
+        client.generate(PROMPT, seed=1, timeout=1.0, **LONG)
+    assert client.generate(PROMPT, seed=1, steps=1, timeout=PATIENCE_SECONDS).pictures
+
+
+def test_the_request_id_goes_through_every_hop(dit: Service, encoder: Service) -> None:
+    spec = dit_pb2.GenerateSpec(seed=1, step_count=1)
+    spec.positive.segments.add().prompt.text = PROMPT
+    stub = dit_pb2_grpc.DitServiceStub(dit.channel)
+    requests = iter([dit_pb2.GenerateRequest(spec=spec)])
+    list(stub.Generate(requests, metadata=[("x-request-id", "follow-me")]))
+    for service in (dit, encoder):
+        assert service.wait_for_line('"request_id": "follow-me"')
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"width": 100}, "spec.width_px"),
+        ({"height": 2048}, "spec.height_px"),
+        ({"steps": 0}, "spec.step_count"),
+        ({"guidance": 2.0}, "spec.guidance_scale"),
+        ({"sigmas": [0.1, 0.9]}, "spec.schedule.sigmas"),
+    ],
+)
+def test_bad_requests_are_refused_by_field(
+    client: Client, options: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        client.generate(PROMPT, **options)  # type: ignore[arg-type]
+    assert refusal.value.field == field
+
+
+def test_a_prompt_beyond_the_tables_is_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        client.generate("word " * 1000)
+    assert refusal.value.reason == "TOKEN_LIMIT"
+
+
+def test_embeddings_of_another_shape_or_with_holes_are_refused(
+    client: Client, encoder: Service
+) -> None:
+    from dataclasses import replace
+
+    with Client(encoder=encoder.address) as encoding:
+        embedding = encoding.encode(PROMPT)
+    rows, width = embedding.tensor.shape
+    narrow = replace(
+        embedding.tensor, shape=(rows, width // 2), data=bytes(len(embedding.tensor.data) // 2)
+    )
+    with pytest.raises(InvalidRequest) as refusal:
+        client.generate(replace(embedding, tensor=narrow))
+    assert refusal.value.reason == "EMBEDDING_MISMATCH"
+    holes = replace(embedding.tensor, data=b"\xff" * len(embedding.tensor.data))
+    with pytest.raises(InvalidRequest) as refusal:
+        client.generate(replace(embedding, tensor=holes))
+    assert refusal.value.reason == "EMBEDDING_NOT_FINITE"
+
+
+def test_embeddings_of_another_encoder_are_refused(client: Client, base_folder: Path) -> None:
+    with running("encoder_service", "--model", str(base_folder)) as stranger:
+        stranger.wait_until("SERVING")
+        with Client(encoder=stranger.address) as encoding:
+            embedding = encoding.encode(PROMPT)
+    with pytest.raises(NotReady) as refusal:
+        client.generate(embedding)
+    assert refusal.value.reason == "ENCODER_MISMATCH"
+    assert embedding.identity in refusal.value.message
+
+
+def test_unknown_fields_are_refused(dit: Service) -> None:
+    spec = dit_pb2.GenerateSpec()
+    spec.positive.segments.add().prompt.MergeFromString(b"\xf8\x3f\x01")
+    stub = dit_pb2_grpc.DitServiceStub(dit.channel)
+    with pytest.raises(InvalidRequest) as refusal:
+        answer(
+            lambda spec, **options: list(
+                stub.Generate(iter([dit_pb2.GenerateRequest(spec=spec)]), **options)
+            ),
+            spec,
+        )
+    assert refusal.value.reason == "UNKNOWN_FIELD"
+    assert refusal.value.field == "GenerateRequest.spec.positive.segments[0].prompt"
+
+
+def test_a_killed_worker_costs_time_and_nothing_else(client: Client, dit: Service) -> None:
+    [before] = client.generate(PROMPT, seed=4, steps=60).pictures
+    waits, pixels = [], ""
+    killed = False
+    for event in client.stream(PROMPT, seed=4, steps=60):
+        match event:
+            case Progress(step=step) if step >= 2 and not killed:
+                dit.worker.kill()
+                killed = True
+            case Waiting(reason=reason):
+                waits.append(reason)
+            case Completed(artifacts=(artifact,)):
+                pixels = artifact.pixels_sha256
+    assert waits[0] == "DEVICE_LOST"
+    assert pixels == _pixels(before)
+
+
+def test_without_retry_a_killed_worker_is_an_error(client: Client, dit: Service) -> None:
+    events = _busy(client)
+    dit.worker.kill()
+    with pytest.raises(DeviceLost):
+        list(events)
+    dit.wait_until("SERVING")
+
+
+def test_a_hung_worker_is_replaced(model_folder: Path, encoder: Service) -> None:
+    with running(
+        "dit_service",
+        *("--model", str(model_folder), "--encoder", encoder.address),
+        ZIMAGE_DIT__WATCHDOG__SILENCE_SECONDS="2",
+    ) as dit:
+        dit.wait_until("SERVING")
+        dit.worker.suspend()
+        with Client(dit.address) as client:
+            assert client.generate(PROMPT, seed=1, steps=1).pictures
+        assert dit.wait_for_line("hung")
+
+
+def test_a_killed_front_takes_its_worker_along(model_folder: Path) -> None:
+    with running("dit_service", "--model", str(model_folder)) as dit:
+        dit.wait_until("SERVING")
+        worker = dit.worker
+        dit.process.kill()
+        worker.wait(PATIENCE_SECONDS)
+        assert not psutil.pid_exists(worker.pid)
+
+
+def test_draining_finishes_what_runs(model_folder: Path, encoder: Service) -> None:
+    with running("dit_service", "--model", str(model_folder), "--encoder", encoder.address) as dit:
+        dit.wait_until("SERVING")
+        with Client(dit.address) as client:
+            events = client.stream(PROMPT, seed=1, steps=40)
+            for event in events:
+                if isinstance(event, Progress) and event.step >= 2:
+                    break
+            dit.process.send_signal(signal.SIGTERM)
+            assert isinstance(list(events)[-1], Completed)
+        assert dit.wait_for_exit() == 0
+
+
+def test_a_full_queue_says_when_to_come_back(model_folder: Path, encoder: Service) -> None:
+    with running(
+        "dit_service",
+        *("--model", str(model_folder), "--encoder", encoder.address, "--max-queue-length", "1"),
+    ) as dit:
+        dit.wait_until("SERVING")
+        with Client(dit.address) as client:
+            runs = _busy(client)
+            waits = client.stream(PROMPT, seed=2, retry=False, **LONG)
+            accepted = next(waits)
+            assert isinstance(accepted, Accepted)
+            assert accepted.queue_position == 1
+            with pytest.raises(Overloaded) as refusal:
+                client.generate(PROMPT, seed=3, retry=False)
+            assert refusal.value.reason == "QUEUE_FULL"
+            assert refusal.value.retry_after
+            runs.close()
+            waits.close()
+            assert client.generate(PROMPT, seed=3, steps=1).pictures
+
+
+def test_an_encoder_that_goes_and_comes_back_is_waited_for(model_folder: Path) -> None:
+    flags = ("--model", str(model_folder))
+    with running("encoder_service", *flags) as first:
+        first.wait_until("SERVING")
+        with running("dit_service", *flags, "--encoder", first.address) as dit:
+            dit.wait_until("SERVING")
+            first.process.kill()
+            first.wait_for_exit()
+            with Client(dit.address) as client:
+                with pytest.raises(Unavailable) as refusal:
+                    client.generate(PROMPT, retry=False)
+                assert refusal.value.reason == "ENCODER_UNAVAILABLE"
+                with running("encoder_service", *flags, listen=first.address):
+                    assert client.generate(PROMPT, seed=1, steps=1).pictures
+
+
+def test_without_an_encoder_prompts_are_refused_and_embeddings_taken(
+    model_folder: Path, encoder: Service
+) -> None:
+    with running("dit_service", "--model", str(model_folder)) as dit:
+        with Client(dit.address) as client:
+            assert client.describe().ready in (True, False)  # answers while it loads, too
+            dit.wait_until("SERVING")
+            assert not client.describe().has_encoder
+            with pytest.raises(NotReady) as refusal:
+                client.generate(PROMPT)
+            assert refusal.value.reason == "NO_ENCODER"
+        with Client(dit.address, encoder.address) as client:
+            assert client.generate(PROMPT, seed=1, steps=1).pictures
+
+
+def test_base_is_guided_by_default(base_folder: Path) -> None:
+    with running("encoder_service", "--model", str(base_folder)) as encoder:
+        encoder.wait_until("SERVING")
+        flags = ("--model", str(base_folder), "--encoder", encoder.address)
+        with running("dit_service", *flags) as dit, Client(dit.address) as client:
+            plain = client.generate(PROMPT, seed=1, steps=4)
+            assert plain.accepted.guidance == 2.5
+            assert plain.completed.usage.forward_count == 8
+            assert plain.completed.negative is not None
+            other = client.generate(PROMPT, seed=1, steps=4, negative="blurry")
+            off = client.generate(PROMPT, seed=1, steps=4, guidance=0.0)
+            assert off.completed.usage.forward_count == 4
+            assert len({_pixels(one.pictures[0]) for one in (plain, other, off)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--model", "/nowhere"], 1, "there is no such model folder"),
+        (["--model", "/nowhere", "--listen", "0.0.0.0:0"], 2, "--insecure"),
+        (["--model", "/nowhere", "--device", "mps"], 2, "device mps"),
+        (["--model", "/nowhere", "--devise", "cpu"], 2, "unrecognized"),
+    ],
+)
+def test_what_cannot_be_served_is_said_at_start(flags: list[str], code: int, says: str) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "dit_service", "--listen", "127.0.0.1:0", "--probes", ""]
+    result = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,254 @@
+"""The encoder service as its users meet it: real processes, real sockets, a real small model."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from zimage_rpc.types.v1 import types_pb2
+
+from tests.e2e.services import PATIENCE_SECONDS, Service, answer, running, typed
+from zimage_core.errors import DeviceLost, InvalidRequest, Overloaded, Unavailable
+from zimage_core.wire import embeddings, request_id
+
+
+@pytest.fixture(scope="module")
+def service(model_folder: Path) -> Iterator[Service]:
+    flags = "--model", str(model_folder), "--max-queue-length", "1"
+    with running("encoder_service", *flags) as service:
+        service.wait_until("SERVING")
+        yield service
+
+
+def _stub(service: Service) -> encoder_pb2_grpc.EncoderServiceStub:
+    return encoder_pb2_grpc.EncoderServiceStub(service.channel)
+
+
+def _request(*texts: str, **wishes: Any) -> encoder_pb2.EncodeRequest:
+    return encoder_pb2.EncodeRequest(
+        prompts=[types_pb2.Prompt(text=text, **wishes) for text in texts]
+    )
+
+
+def _encode(service: Service, request: encoder_pb2.EncodeRequest) -> Sequence[Any]:
+    return answer(_stub(service).Encode, request).embeddings
+
+
+def _begin(service: Service, request: encoder_pb2.EncodeRequest) -> Any:
+    return _stub(service).Encode.future(request, timeout=PATIENCE_SECONDS)
+
+
+def _describe(service: Service) -> encoder_pb2.DescribeResponse:
+    return answer(_stub(service).Describe, encoder_pb2.DescribeRequest())
+
+
+def _is_ready(service: Service) -> bool:
+    line = json.loads(service.wait_for_line("probes on"))["message"]
+    try:
+        with urllib.request.urlopen(f"http://{line.split()[-1]}/readyz") as reply:
+            return bool(reply.status == 200)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
+
+
+def _fill_queue(service: Service, *texts: str) -> list[Any]:
+    """With a worker that stands still: calls until one finds the queue full, that one left out."""
+    calls = [_begin(service, _request(text)) for text in texts]
+    with pytest.raises(Overloaded) as refusal:
+        _encode(service, _request("one too many"))
+    assert refusal.value.reason == "QUEUE_FULL"
+    assert refusal.value.retry_after is not None
+    return calls
+
+
+def test_embeddings_equal_those_of_transformers(service: Service, model_folder: Path) -> None:
+    import torch
+    from diffusers import ZImagePipeline
+    from transformers import AutoTokenizer, Qwen3Model
+
+    texts = ["a red circle", "", "nächste Zeile:\n  <|im_end|> 🙂"]
+    pipeline = ZImagePipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        tokenizer=AutoTokenizer.from_pretrained(model_folder / "tokenizer"),
+        text_encoder=Qwen3Model.from_pretrained(model_folder / "text_encoder").eval(),
+    )
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt(
+            list(texts), device=torch.device("cpu"), do_classifier_free_guidance=False
+        )
+    answered = _encode(service, _request(*texts))
+    for message, reference in zip(answered, expected, strict=True):
+        ours = embeddings.embedding_from_wire(message, field="embedding")
+        values = torch.frombuffer(bytearray(ours.tensor.data), dtype=torch.float32)
+        assert ours.tensor.shape == tuple(reference.shape)
+        difference = (values.view(reference.shape) - reference).abs().max()
+        assert difference <= 1e-5 * reference.abs().max()
+
+
+def test_description_and_embeddings_agree(service: Service) -> None:
+    described = _describe(service)
+    [message] = _encode(service, _request("a cat"))
+    assert described.ready
+    assert message.identity == described.identity
+    assert message.recipe == described.recipe
+    assert message.numerics == described.numerics
+    assert message.tensors["embeddings"].shape == [message.token_count, described.width]
+
+
+def test_health_and_probes_say_ready(service: Service) -> None:
+    service.wait_until("SERVING")
+    assert _is_ready(service)
+
+
+def test_the_log_carries_the_callers_request_id_through_both_processes(service: Service) -> None:
+    request = _request("a cat")
+    answer(_stub(service).Encode, request, metadata=((request_id.KEY, "walked-through"),))
+    service.wait_for_line("EncoderService/Encode OK")
+    lines = [json.loads(line) for line in service.log if "walked-through" in line]
+    assert {line["process"] for line in lines} == {"MainProcess", "worker"}
+
+
+@pytest.mark.parametrize(
+    ("request_message", "reason", "field", "allowed"),
+    [
+        (_request(), "PROMPT_COUNT", "prompts", "1 to 32"),
+        (_request(*["x"] * 33), "PROMPT_COUNT", "prompts", "1 to 32"),
+        (_request("x", hidden_layer=-1), "HIDDEN_LAYER", "prompts[0].hidden_layer", "-4 to -2"),
+        (_request("x", hidden_layer=-5), "HIDDEN_LAYER", "prompts[0].hidden_layer", "-4 to -2"),
+        (_request("x", hidden_layer=2), "HIDDEN_LAYER", "prompts[0].hidden_layer", "-4 to -2"),
+        (_request("short", "long" * 200), "TOKEN_LIMIT", "prompts[1].text", "512"),
+        (_request("x" * (1 << 20), system="y"), "TOKEN_LIMIT", "prompts[0].text", "1048576"),
+    ],
+)
+def test_bad_requests_are_refused_by_field(
+    service: Service,
+    request_message: encoder_pb2.EncodeRequest,
+    reason: str,
+    field: str,
+    allowed: str,
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        _encode(service, request_message)
+    assert (refusal.value.reason, refusal.value.field) == (reason, field)
+    assert refusal.value.fields["allowed"] == allowed
+    assert refusal.value.fields["given"] in refusal.value.message
+
+
+def test_a_field_of_a_newer_client_is_refused(service: Service) -> None:
+    request = _request("x")
+    request.prompts[0].MergeFromString(b"\xfa\x07\x01!")  # field 127, one byte
+    with pytest.raises(InvalidRequest, match=r"prompts\[0\]: field 127") as refusal:
+        _encode(service, request)
+    assert refusal.value.reason == "UNKNOWN_FIELD"
+
+
+def test_a_full_queue_refuses_and_serves_those_inside(service: Service) -> None:
+    worker = service.worker
+    worker.suspend()
+    calls = _fill_queue(service, "first", "second")
+    worker.resume()
+    assert [len(call.result().embeddings) for call in calls] == [1, 1]
+
+
+def test_a_killed_worker_is_replaced(service: Service) -> None:
+    [before] = _encode(service, _request("a cat"))
+    worker = service.worker
+    worker.suspend()
+    calls = _fill_queue(service, "running", "waiting")
+    worker.kill()
+    for call in calls:
+        lost = typed(call.exception())
+        assert isinstance(lost, DeviceLost)
+        assert lost.retry_after is not None
+    service.wait_until("SERVING")
+    assert service.worker.pid != worker.pid
+    assert _encode(service, _request("a cat")) == [before]
+
+
+def test_it_speaks_while_it_loads_and_drains_to_its_end(model_folder: Path) -> None:
+    with running("encoder_service", "--model", str(model_folder)) as service:
+        service.wait_for_line("listens on")
+        described = _describe(service)
+        assert not described.ready
+        assert described.max_prompt_count == 32
+        assert not _is_ready(service)
+        with pytest.raises(Unavailable) as refusal:
+            _encode(service, _request("too early"))
+        assert refusal.value.reason == "LOADING"
+        assert refusal.value.retry_after is not None
+
+        service.wait_until("SERVING")
+        worker = service.worker
+        worker.suspend()
+        call = _begin(service, _request("in flight"))
+        _describe(service)  # the call before it has arrived too
+        service.process.send_signal(signal.SIGTERM)
+        service.wait_for_line("draining")
+        worker.resume()
+        assert len(call.result().embeddings) == 1
+        assert service.wait_for_exit() == 0
+        worker.wait(PATIENCE_SECONDS)
+
+
+def test_a_hung_worker_is_killed(model_folder: Path) -> None:
+    silence = {"ZIMAGE_ENCODER__WATCHDOG__SILENCE_SECONDS": "5"}
+    with running("encoder_service", "--model", str(model_folder), **silence) as service:
+        service.wait_until("SERVING")
+        worker = service.worker
+        worker.suspend()
+        with pytest.raises(DeviceLost):
+            _encode(service, _request("never"))
+        service.wait_for_line("hung")
+        worker.wait(PATIENCE_SECONDS)
+
+
+def test_no_worker_outlives_its_front(service: Service) -> None:
+    worker = service.worker
+    service.process.kill()
+    worker.wait(PATIENCE_SECONDS)
+
+
+def test_it_does_not_start_without_what_it_needs(model_folder: Path, tmp_path: Path) -> None:
+    nothing = _complaint("--model", str(tmp_path))
+    assert nothing[0] == 1
+    assert "tokenizer.json is missing" in nothing[1]
+
+    (tmp_path / "tokenizer").symlink_to(model_folder / "tokenizer")
+    no_encoder = _complaint("--model", str(tmp_path))
+    assert no_encoder[0] == 1
+    assert "text_encoder: no such folder" in no_encoder[1]
+
+    assert _complaint()[0] == 2
+    open_to_all = _complaint("--model", str(model_folder), "--listen", "0.0.0.0:0")  # noqa: S104
+    assert open_to_all[0] == 2
+    assert "--insecure" in open_to_all[1]
+
+
+def _complaint(*flags: str) -> tuple[int, str]:
+    """The exit code and the last line of a service that cannot start."""
+    command = [sys.executable, "-m", "encoder_service", "--probes", "", "--listen", "127.0.0.1:0"]
+    ended = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stderr.splitlines()[-1]
+
+
+def test_it_prints_its_settings(model_folder: Path) -> None:
+    command = [sys.executable, "-m", "encoder_service", "--model", str(model_folder)]
+    shown = subprocess.run(
+        [*command, "--max-queue-length", "3", "--print-config"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "max_queue_length = 3  # flag" in shown.stdout
+    assert "max_hidden_layer = -2  # built in" in shown.stdout
