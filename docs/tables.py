@@ -1,9 +1,10 @@
-"""Writes the tables in docs/ from the code, or proves them fresh.
+"""Writes the tables of the documents from the code, or proves them fresh.
 
     python docs/tables.py            rewrites what stands between the markers
     python docs/tables.py --check    changes nothing; exits 1 and names what is stale
 """
 
+import ast
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,17 @@ from pathlib import Path
 from zimage_core import errors, settings
 from zimage_core.wire import limits, status
 
-DOCS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "ARCHITECTURE.md"]
+ROOMS = (
+    "protos/zimage_rpc",
+    "zimage_core",
+    "encoder_service",
+    "dit_service",
+    "client",
+    "demo_model",
+    "bench",
+)
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -52,7 +63,26 @@ def settings_rows(program: str) -> Callable[[], Iterator[tuple[str, ...]]]:
     return rows
 
 
+def file_rows() -> Iterator[tuple[str, ...]]:
+    """Every source file, with the first sentence of what it says of itself."""
+    yield "file", "purpose"
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")) + sorted((ROOT / room).rglob("*.proto")):
+            if path.name != "__init__.py" or path.stat().st_size:
+                yield f"`{path.relative_to(ROOT)}`", _purpose(path)
+
+
+def _purpose(path: Path) -> str:
+    if path.suffix == ".proto":
+        said = path.read_text().splitlines()[0].removeprefix("//")
+    else:
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+    paragraph = " ".join(said.split("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0].rstrip(".:")
+
+
 TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
+    "files": file_rows,
     "errors": error_rows,
     "limits": limit_rows,
     **{f"settings_{program}": settings_rows(program) for program in settings.PROGRAMS},
@@ -63,7 +93,7 @@ def main() -> int:
     """Runs the command line."""
     check = sys.argv[1:] == ["--check"]
     stale = []
-    for page in sorted(DOCS.rglob("*.md")):
+    for page in PAGES:
         text = page.read_text()
         fresh = _MARKED.sub(lambda found: found[1] + _table(TABLES[found[2]]()) + found[3], text)
         if fresh != text:

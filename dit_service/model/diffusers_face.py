@@ -28,11 +28,17 @@ class DiffusersFace(nn.Module):
         return self.transformer.device
 
     def forward(
-        self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor], *, return_dict: bool = False
+        self,
+        x: list[Tensor],
+        t: Tensor,
+        cap_feats: list[Tensor],
+        *,
+        return_dict: bool = True,
+        joint_attention_kwargs: None = None,
     ) -> tuple[list[Tensor]]:
         """Latents [C, 1, H, W], times [S], prompt embeddings [L, F]; velocities [C, 1, H, W]."""
-        if return_dict:
-            raise ValueError("only return_dict=False is supported")
+        if return_dict or joint_attention_kwargs is not None:
+            raise ValueError("return_dict=False is the only form, without joint_attention_kwargs")
         captions = self.transformer.encode_captions(cap_feats)
         modulations = self.transformer.modulate(t)
         samples = [

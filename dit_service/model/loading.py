@@ -79,6 +79,7 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Vae:
 
 def read_scheduler(folder: Path) -> SchedulerConfig:
     """Reads `scheduler/`; settings that make another schedule are refused by name."""
+    _check_family(folder)
     path = folder / "scheduler" / "scheduler_config.json"
     values = _read_json(path)
     _check_class(values, _SCHEDULER, path)
