@@ -1,26 +1,35 @@
-"""The transformer's forward on a CPU against diffusers and against its bare matmuls and attention (C5, C6).
+"""The transformer's forward on a CPU against diffusers and against its own bare arithmetic: C5, C6.
 
     python -m bench.dit [--write]
 
-"step" is what a service pays per step; "whole" adds the caption and the modulation, which diffusers computes anew in
-every forward.
+The floor is the matmuls and attention calls of a forward on tensors that are there already. "step"
+is what a service pays per step; "whole" adds the caption and the modulation, which diffusers
+computes anew in every forward. Processes run with the heap that our worker sets up; --stock-heap
+leaves it as the C library has it.
 """
 
 import argparse
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
+from torch.nn import functional
 
 from bench.timing import compare, machine, write_results
-from dit_service.model.config import TransformerConfig
+from demo_model.random_model import Shape, build
+from dit_service.model.heap import prepare_heap
+from dit_service.model.layout import Layout
+from dit_service.model.loading import load_transformer
 from dit_service.model.transformer import Sample, ZImageTransformer
+from zimage_core.planning.flops import TIME_FREQUENCIES, TIME_HIDDEN, DitShape
 from zimage_core.planning.limits import padded
 
-SHAPE: dict[str, Any] = {
+SIZES = {
     "dim": 768,
     "n_layers": 6,
     "n_refiner_layers": 2,
@@ -30,11 +39,20 @@ SHAPE: dict[str, Any] = {
     "axes_dims": [16, 24, 24],
     "axes_lens": [544, 128, 128],
 }
-SINGLE = [(16, 30), (32, 30), (64, 120), (96, 120)]
-"""Latent side and prompt tokens of C5."""
+MIXED = (20, 45, 90, 180)
+CASES = [
+    ("C5", "float32", 16, (30,)),
+    ("C5", "float32", 32, (30,)),
+    ("C5", "float32", 64, (120,)),
+    ("C6", "float32", 16, MIXED),
+    ("C6", "float32", 32, MIXED),
+    ("C6", "float32", 48, MIXED),
+    ("C5", "bfloat16", 64, (120,)),
+    ("C6", "bfloat16", 16, MIXED),
+]
+"""Target, type, the side of the latents, and the prompt tokens of each sample."""
 
-MIXED = [(16, (20, 45, 90, 180)), (32, (20, 45, 90, 180)), (64, (20, 45, 90, 180))]
-"""Latent side and prompt tokens of the four samples of C6."""
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -45,166 +63,180 @@ class Inputs:
 
     @classmethod
     def random(cls, side: int, token_counts: tuple[int, ...], dtype: torch.dtype) -> "Inputs":
-        width = SHAPE["cap_feat_dim"]
         return cls(
             latents=[torch.randn(16, side, side) for _ in token_counts],
             times=torch.linspace(0.1, 0.7, len(token_counts)),
-            features=[torch.randn(count, width, dtype=dtype) for count in token_counts],
+            features=[torch.randn(count, 512, dtype=dtype) for count in token_counts],
         )
 
     def alone(self) -> list["Inputs"]:
         return [
-            Inputs([latents], self.times[index : index + 1], [self.features[index]])
-            for index, latents in enumerate(self.latents)
+            Inputs([latents], time.unsqueeze(0), [features])
+            for latents, time, features in zip(self.latents, self.times, self.features, strict=True)
         ]
 
 
 class Models:
-    """Ours and diffusers' on the same weights."""
+    """Ours and diffusers' on the same weights, each loaded its own way."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.theirs = ZImageTransformer2DModel(**SHAPE).to(dtype).eval()
-        self.ours = ZImageTransformer(TransformerConfig.from_values(dict(self.theirs.config)))
-        self.ours.load_state_dict(self.theirs.state_dict())
-        self.ours.to(dtype)
+        self.ours: ZImageTransformer = load_transformer(folder, torch.device("cpu"), dtype)
+        self.theirs: Any = ZImageTransformer2DModel.from_pretrained(  # type: ignore[no-untyped-call]
+            folder / "transformer", torch_dtype=dtype, low_cpu_mem_usage=False
+        )
 
-    def diffusers(self, inputs: Inputs) -> Callable[[], object]:
-        latents = [x.unsqueeze(1).to(self.dtype) for x in inputs.latents]
+    def diffusers(self, inputs: Inputs) -> Run:
+        latents = [latents.unsqueeze(1).to(self.dtype) for latents in inputs.latents]
         return lambda: self.theirs(latents, inputs.times, inputs.features, return_dict=False)
 
-    def step(self, inputs: Inputs) -> Callable[[], object]:
-        samples = self._samples(inputs)
-        layout = self._layout(samples)
+    def step(self, inputs: Inputs) -> Run:
+        samples, layout = self._samples(inputs), self._layout(inputs)
         return lambda: self.ours(samples, layout)
 
-    def whole(self, inputs: Inputs) -> Callable[[], object]:
-        layout = self._layout(self._samples(inputs))
+    def whole(self, inputs: Inputs) -> Run:
+        layout = self._layout(inputs)
         return lambda: self.ours(self._samples(inputs), layout)
+
+    def step_floor(self, inputs: Inputs) -> "Floor":
+        return Floor(self.ours.config, self.dtype).step(inputs)
+
+    def whole_floor(self, inputs: Inputs) -> "Floor":
+        return Floor(self.ours.config, self.dtype).step(inputs).preparation(inputs)
 
     def _samples(self, inputs: Inputs) -> list[Sample]:
         captions = self.ours.encode_captions(inputs.features)
         modulations = self.ours.modulate(inputs.times)
         parts = zip(inputs.latents, captions, modulations, strict=True)
-        return [Sample(latents, caption, modulation) for latents, caption, modulation in parts]
+        return [Sample(*part) for part in parts]
 
-    def _layout(self, samples: list[Sample]) -> Any:
-        return self.ours.layout([self.ours.shape_of(s.latents_CHW, s.caption) for s in samples])
+    def _layout(self, inputs: Inputs) -> Layout:
+        samples = self._samples(inputs)
+        shapes = [self.ours.shape_of(sample.latents_CHW, sample.caption) for sample in samples]
+        return self.ours.layout(shapes)
 
 
 class Floor:
-    """The matmuls and attention calls of a forward, on tensors that are there already."""
+    """A list of bare calls, each on tensors of its own."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.calls: list[Callable[[], object]] = []
-
-    @classmethod
-    def step(cls, inputs: Inputs, dtype: torch.dtype) -> "Floor":
-        floor = cls(dtype)
-        dim, patch_dim = SHAPE["dim"], 64
-        image = [padded(x[0].numel() // 4) for x in inputs.latents]
-        joint = [rows + padded(len(c)) for rows, c in zip(image, inputs.features, strict=True)]
-        floor.linear(sum(image), patch_dim, dim)
-        floor.blocks(SHAPE["n_refiner_layers"], image)
-        floor.blocks(SHAPE["n_layers"], joint)
-        floor.linear(sum(image), dim, patch_dim)
-        return floor
-
-    @classmethod
-    def whole(cls, inputs: Inputs, dtype: torch.dtype) -> "Floor":
-        floor = cls.step(inputs, dtype)
-        dim, moments = SHAPE["dim"], len(inputs.times)
-        captions = [padded(len(features)) for features in inputs.features]
-        floor.linear(sum(captions), SHAPE["cap_feat_dim"], dim)
-        floor.blocks(SHAPE["n_refiner_layers"], captions)
-        floor.linear(moments, 256, 1024)
-        floor.linear(moments, 1024, 256)
-        for _ in range(SHAPE["n_layers"] + SHAPE["n_refiner_layers"]):
-            floor.linear(moments, 256, 4 * dim)
-        floor.linear(moments, 256, dim)
-        return floor
-
-    def blocks(self, count: int, lengths: list[int]) -> None:
-        dim, ffn_dim, rows = SHAPE["dim"], int(SHAPE["dim"] / 3 * 8), sum(lengths)
-        for _ in range(count):
-            for _ in range(3):
-                self.linear(rows, dim, dim)
-            for length in lengths:
-                self.attention(length)
-            self.linear(rows, dim, dim)
-            self.linear(rows, dim, ffn_dim)
-            self.linear(rows, dim, ffn_dim)
-            self.linear(rows, ffn_dim, dim)
-
-    def linear(self, rows: int, width: int, out_width: int) -> None:
-        x = torch.randn(rows, width, dtype=self.dtype)
-        weight = torch.randn(out_width, width, dtype=self.dtype)
-        out = torch.empty(rows, out_width, dtype=self.dtype)
-        self.calls.append(lambda: torch.mm(x, weight.t(), out=out))
-
-    def attention(self, length: int) -> None:
-        heads = SHAPE["n_heads"]
-        q, k, v = torch.randn(
-            3, 1, length, heads, SHAPE["dim"] // heads, dtype=self.dtype
-        ).transpose(2, 3)
-        self.calls.append(lambda: functional.scaled_dot_product_attention(q, k, v))
+    def __init__(self, shape: DitShape, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.calls: list[Run] = []
 
     def __call__(self) -> None:
         for call in self.calls:
             call()
 
+    def step(self, inputs: Inputs) -> "Floor":
+        shape = self.shape
+        images = [padded(latents[0].numel() // 4) for latents in inputs.latents]
+        captions = [padded(len(features)) for features in inputs.features]
+        joint = [image + caption for image, caption in zip(images, captions, strict=True)]
+        self._linear(sum(images), shape.patch_dim, shape.dim)
+        self._blocks(shape.n_refiner_layers, images)
+        self._blocks(shape.n_layers, joint)
+        self._linear(sum(images), shape.dim, shape.patch_dim)
+        return self
 
-def c5(models: Models, side: int, tokens: int, rounds: int) -> dict[str, Any]:
-    inputs = Inputs.random(side, (tokens,), models.dtype)
+    def preparation(self, inputs: Inputs) -> "Floor":
+        shape, moments = self.shape, len(inputs.times)
+        captions = [padded(len(features)) for features in inputs.features]
+        self._linear(sum(captions), shape.cap_feat_dim, shape.dim)
+        self._blocks(shape.n_refiner_layers, captions)
+        self._linear(moments, TIME_FREQUENCIES, TIME_HIDDEN)
+        self._linear(moments, TIME_HIDDEN, shape.time_dim)
+        for _ in range(shape.n_layers + shape.n_refiner_layers):
+            self._linear(moments, shape.time_dim, 4 * shape.dim)
+        self._linear(moments, shape.time_dim, shape.dim)
+        return self
+
+    def _blocks(self, count: int, lengths: list[int]) -> None:
+        dim, ffn_dim, rows = self.shape.dim, self.shape.ffn_dim, sum(lengths)
+        for _ in range(count):
+            for _ in range(3):
+                self._linear(rows, dim, dim)
+            for length in lengths:
+                self._attention(length)
+            self._linear(rows, dim, dim)
+            self._linear(rows, dim, ffn_dim)
+            self._linear(rows, dim, ffn_dim)
+            self._linear(rows, ffn_dim, dim)
+
+    def _linear(self, rows: int, width: int, out_width: int) -> None:
+        x = torch.randn(rows, width, dtype=self.dtype)
+        weight = torch.randn(out_width, width, dtype=self.dtype)
+        out = torch.empty(rows, out_width, dtype=self.dtype)
+        self.calls.append(lambda: torch.mm(x, weight.t(), out=out))
+
+    def _attention(self, length: int) -> None:
+        shape = (3, 1, length, self.shape.n_heads, self.shape.head_dim)
+        q, k, v = torch.randn(shape, dtype=self.dtype).transpose(2, 3)
+        self.calls.append(lambda: functional.scaled_dot_product_attention(q, k, v))
+
+
+def c5(models: Models, inputs: Inputs, rounds: int) -> dict[str, float]:
     timings = compare(
         rounds,
-        step_floor=Floor.step(inputs, models.dtype),
+        step_floor=models.step_floor(inputs),
         step=models.step(inputs),
-        whole_floor=Floor.whole(inputs, models.dtype),
+        whole_floor=models.whole_floor(inputs),
         whole=models.whole(inputs),
         diffusers=models.diffusers(inputs),
     )
     return {
-        "target": "C5",
-        "dtype": str(models.dtype).removeprefix("torch."),
-        "latents": f"{side}x{side}",
-        "prompt_tokens": tokens,
-        "step_of_floor": round(timings.ratio("step_floor", "step"), 3),
-        "whole_of_floor": round(timings.ratio("whole_floor", "whole"), 3),
-        "diffusers_of_floor": round(timings.ratio("whole_floor", "diffusers"), 3),
-        "whole_over_diffusers": round(timings.ratio("diffusers", "whole"), 3),
-        "step_over_diffusers": round(timings.ratio("diffusers", "step"), 3),
-        "step_ms": round(timings.median("step") * 1e3, 1),
+        "step_of_floor": timings.ratio("step_floor", "step"),
+        "whole_of_floor": timings.ratio("whole_floor", "whole"),
+        "diffusers_of_floor": timings.ratio("whole_floor", "diffusers"),
+        "step_over_diffusers": timings.ratio("diffusers", "step"),
+        "whole_over_diffusers": timings.ratio("diffusers", "whole"),
+        "step_seconds": timings.median("step"),
     }
 
 
-def c6(models: Models, side: int, token_counts: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    inputs = Inputs.random(side, token_counts, models.dtype)
-    steps = [models.step(single) for single in inputs.alone()]
-    floors = [Floor.step(single, models.dtype) for single in inputs.alone()]
+def c6(models: Models, inputs: Inputs, rounds: int) -> dict[str, float]:
     timings = compare(
         rounds,
         packed=models.step(inputs),
         packed_whole=models.whole(inputs),
-        singles=lambda: [step() for step in steps],
-        packed_floor=Floor.step(inputs, models.dtype),
-        singles_floor=lambda: [floor() for floor in floors],
+        singles=_one_by_one([models.step(single) for single in inputs.alone()]),
+        packed_floor=models.step_floor(inputs),
+        singles_floor=_one_by_one([models.step_floor(single) for single in inputs.alone()]),
         diffusers_batch=models.diffusers(inputs),
     )
     return {
-        "target": "C6",
-        "dtype": str(models.dtype).removeprefix("torch."),
-        "latents": f"4 of {side}x{side}",
-        "prompt_tokens": list(token_counts),
-        "packed_over_diffusers": round(timings.ratio("diffusers_batch", "packed"), 3),
-        "packed_whole_over_diffusers": round(timings.ratio("diffusers_batch", "packed_whole"), 3),
-        "packed_over_singles": round(timings.ratio("singles", "packed"), 3),
-        "bare_packed_over_singles": round(timings.ratio("singles_floor", "packed_floor"), 3),
-        "packed_of_floor": round(timings.ratio("packed_floor", "packed"), 3),
-        "packed_ms": round(timings.median("packed") * 1e3, 1),
+        "packed_over_diffusers": timings.ratio("diffusers_batch", "packed"),
+        "packed_whole_over_diffusers": timings.ratio("diffusers_batch", "packed_whole"),
+        "packed_over_singles": timings.ratio("singles", "packed"),
+        "bare_packed_over_singles": timings.ratio("singles_floor", "packed_floor"),
+        "packed_of_floor": timings.ratio("packed_floor", "packed"),
+        "packed_seconds": timings.median("packed"),
     }
+
+
+def _one_by_one(runs: list[Run]) -> Run:
+    def run() -> None:
+        for single in runs:
+            single()
+
+    return run
+
+
+def _measured(folder: Path, only: str | None, rounds: int) -> Iterator[dict[str, Any]]:
+    loaded = ""
+    for target, dtype, side, token_counts in CASES:
+        if only not in (None, target):
+            continue
+        if dtype != loaded:
+            models, loaded = Models(folder, getattr(torch, dtype)), dtype
+        inputs = Inputs.random(side, token_counts, models.dtype)
+        figures = (c5 if target == "C5" else c6)(models, inputs, rounds)
+        yield {
+            "target": target,
+            "dtype": dtype,
+            "latents": f"{side}x{side}",
+            "prompt_tokens": token_counts,
+            **{name: round(figure, 3) for name, figure in figures.items()},
+        }
 
 
 @torch.inference_mode()
@@ -212,24 +244,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--write", action="store_true", help="keep the figures in bench/results/dit.json"
-    )
+    parser.add_argument("--write", action="store_true", help="keep the figures in bench/results")
+    parser.add_argument("--only", choices=["C5", "C6"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=["C5", "C6"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--stock-heap", action="store_true")
     arguments = parser.parse_args()
+    if not arguments.stock_heap:
+        prepare_heap()
     torch.set_num_threads(arguments.threads)
-    rows = []
-    for dtype in arguments.dtypes:
-        models = Models(getattr(torch, dtype))
-        for benchmark, cases in ((c5, SINGLE), (c6, MIXED)):
-            if arguments.only in (None, benchmark.__name__.upper()):
-                for side, tokens in cases:
-                    rows.append(benchmark(models, side, tokens, arguments.rounds))
-                    print(rows[-1], flush=True)
-    results = {"machine": machine("torch", "diffusers"), "threads": arguments.threads, "rows": rows}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        build(folder, Shape(transformer=SIZES))
+        rows = []
+        for row in _measured(folder, arguments.only, arguments.rounds):
+            print(row, flush=True)
+            rows.append(row)
+    results = {
+        "machine": machine("torch", "diffusers"),
+        "threads": arguments.threads,
+        "heap": "stock" if arguments.stock_heap else "prepared",
+        "rows": rows,
+    }
     print(results["machine"])
     if arguments.write:
         print(write_results("dit", results))

@@ -1,7 +1,7 @@
 """Builds a seeded random model of the true Z-Image architecture as a diffusers folder.
 
-The embedded stack answers with it where no trained weights are at hand: real loaders, real services, real
-arithmetic, pictures of noise. `python -m demo_model.random_model FOLDER` writes one.
+The embedded stack answers with it where no trained weights are at hand: real loaders, real
+services, real arithmetic, pictures of noise. `python -m demo_model.random_model FOLDER` writes one.
 """
 
 import json
@@ -25,15 +25,18 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _THINK_TOKENS = ("<think>", "</think>")
 _CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
 )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model; the defaults are those of the demo model (5.1 M parameters, 128x128 pixels)."""
+    """The sizes of a model; by default the demo model's: 5.1 M parameters, 128x128 pixels."""
 
     transformer: dict[str, Any] = field(
         default_factory=lambda: {
@@ -89,7 +92,7 @@ def build(folder: Path, shape: Shape | None = None, seed: int = 0) -> None:
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """Qwen's splitting and special tokens over bare bytes: every text has tokens, nothing was trained."""
+    """Qwen's special tokens over bare bytes: every text has tokens, nothing was trained."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[])
@@ -100,8 +103,8 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in _THINK_TOKENS])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",  # noqa: S106 - no password
+        pad_token="<|endoftext|>",  # noqa: S106
         model_max_length=131072,
         padding_side="right",
     )
@@ -142,7 +145,7 @@ def _pipeline(shape: Shape) -> ZImagePipeline:
 
 
 def _randomised(model: torch.nn.Module, spread: float) -> torch.nn.Module:
-    """Moves every vector off its initial constant: zeroed pad tokens, biases and gates would hide faults."""
+    """Moves every vector off its initial constant: zeroed pads, biases and gates hide faults."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2 or 1 in parameter.shape:

@@ -1,7 +1,7 @@
 """Writes the tables of the documents from the code, or proves them fresh.
 
-    python docs/tables.py            rewrites what stands between the markers
-    python docs/tables.py --check    changes nothing; exits 1 and names what is stale
+python docs/tables.py            rewrites what stands between the markers
+python docs/tables.py --check    changes nothing; exits 1 and names what is stale
 """
 
 import ast
@@ -31,11 +31,11 @@ def error_rows() -> Iterator[tuple[str, ...]]:
     """One row for each class that a caller can meet."""
     yield "class", "gRPC status", "usual reason", "meaning"
     for cls in vars(errors).values():
-        if isinstance(cls, type) and issubclass(cls, errors.ZImageError):
-            if cls is not errors.ZImageError:
-                code = status.code_of(cls("")).name
-                meaning = " ".join((cls.__doc__ or "").split())
-                yield f"`{cls.__name__}`", code, f"`{cls.default_reason}`", meaning
+        is_error = isinstance(cls, type) and issubclass(cls, errors.ZImageError)
+        if is_error and cls is not errors.ZImageError:
+            code = status.code_of(cls("")).name
+            meaning = " ".join((cls.__doc__ or "").split())
+            yield f"`{cls.__name__}`", code, f"`{cls.default_reason}`", meaning
 
 
 def limit_rows() -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from zimage_core.tensors import TensorData
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Front to worker: the prompts of one call, as token ids, with the hidden state wanted of each."""
+    """Front to worker: the prompts of one call as token ids, with the hidden state each wants."""
 
     token_ids: tuple[tuple[int, ...], ...]
     hidden_layers: tuple[int, ...]
@@ -25,7 +25,7 @@ class Encoder:
     """Worker to front: what was loaded."""
 
     identities: tuple[str, ...]
-    """The identity of each hidden state, from the token table on (index 0) to the deepest computed."""
+    """The identity of each hidden state from the token table, entry 0, to the deepest computed."""
     layer_count: int
     max_hidden_layer: int
     width: int

@@ -50,7 +50,7 @@ def read_token_limit(model: Path) -> int:
 
 
 def check_hidden_layers(prompts: Sequence[Prompt], layer_count: int, deepest: int) -> None:
-    """Raises InvalidRequest when a prompt wants a state that the encoder lacks or does not compute."""
+    """Raises InvalidRequest when a prompt wants a state that is not there or not computed."""
     shallowest = -(layer_count + 1)
     for index, prompt in enumerate(prompts):
         layer = hidden_layer(prompt)
@@ -71,7 +71,7 @@ def check_hidden_layers(prompts: Sequence[Prompt], layer_count: int, deepest: in
 
 
 class Tokenizer:
-    """The model's own tokenizer; a token's name typed in a prompt is that token, as in diffusers."""
+    """The model's own; a token's name typed in a prompt is that token, as it is in diffusers."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
@@ -128,7 +128,7 @@ def _too_long(index: int, prompt: Prompt, given: int, allowed: int, unit: str) -
     parts = _parts(prompt)
     field = f"prompts[{index}].{max(parts, key=lambda name: len(parts[name]))}"
     return InvalidRequest(
-        f"{field}: {given} {unit} given, {allowed} allowed, all parts of the chat counted; shorten it",
+        f"{field}: {given} {unit} given, {allowed} allowed, the whole chat counted; shorten it",
         reason="TOKEN_LIMIT",
         fields={"field": field, "given": str(given), "allowed": str(allowed), "unit": unit},
     )

@@ -1,4 +1,4 @@
-"""A prompt before and after encoding, as plain data: what users, files, pipes and the wire speak of."""
+"""A prompt before and after encoding, as plain data: what users, files and the wire speak of."""
 
 from dataclasses import dataclass
 

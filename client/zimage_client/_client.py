@@ -1,5 +1,6 @@
 """The asynchronous client."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,6 +16,7 @@ from zimage_client._options import Options, check_names, spec
 from zimage_client._reading import malformed
 from zimage_client._replay import Replay
 from zimage_core.embeddings import Embedding, Prompt
+from zimage_core.errors import Unavailable
 
 
 class AsyncClient:
@@ -78,10 +80,10 @@ class AsyncClient:
         *,
         timeout: float | None = _calls.ENCODE_SECONDS,
     ) -> Embedding | list[Embedding]:
-        """Encodes one prompt, or several together, in order."""
+        """Encodes one prompt, or several together, in order; waits for an encoder that loads."""
         given = [prompt] if isinstance(prompt, str | Prompt) else prompt
         prompts = [Prompt(one) if isinstance(one, str) else one for one in given]
-        encoded = await _calls.encode(self._channels.encoder(), prompts, timeout, metadata())
+        encoded = await self._encode(prompts, Replay(timeout=timeout))
         return encoded[0] if given is not prompt else encoded
 
     async def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
@@ -93,6 +95,17 @@ class AsyncClient:
     ) -> EncoderDescription:
         """What the encoder service is and can do; answered while it loads, too."""
         return await _calls.describe_encoder(self._channels.encoder(), timeout, metadata())
+
+    async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
+        channel, same_id = self._channels.encoder(), metadata()
+        while True:
+            try:
+                return await _calls.encode(channel, prompts, replay.within(None), same_id)
+            except Unavailable as error:
+                if error.reason != "LOADING":
+                    raise  # gRPC has tried that again already
+                pause = replay.pause_after(error)
+            await asyncio.sleep(pause)
 
 
 def _generated(

@@ -193,10 +193,10 @@ def _private_folder() -> Iterator[Path]:
 
 def _runtime_folder() -> Path:
     """The user's folder for such things, if it is ours and leaves room for a socket's name."""
-    with warnings.catch_warnings(action="ignore"):  # it warns where it has to fall back to /tmp
-        folder = platformdirs.user_runtime_path("zimage")
-    longest = len(os.fsencode(folder / "stack-xxxxxxxx" / "encoder.sock"))
     with contextlib.suppress(OSError):
+        with warnings.catch_warnings(action="ignore"):  # of having to fall back to /tmp
+            folder = platformdirs.user_runtime_path("zimage")
+        longest = len(os.fsencode(folder / "stack-xxxxxxxx" / "encoder.sock"))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid == os.getuid() and longest <= _LONGEST_SOCKET_PATH:
             return folder

@@ -71,7 +71,7 @@ class Generation:
                     completed = event  # held back until the status says that this is all
                 elif event is not None:
                     yield event
-        if completed is None or len(completed.artifacts) != len(self._delivered):
+        if completed is None or not self._delivered.are_all(len(completed.artifacts)):
             raise _reading.malformed("it ended before all pictures were there")
         yield completed
 

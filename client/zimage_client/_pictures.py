@@ -67,5 +67,6 @@ class Delivered:
             )
         return False
 
-    def __len__(self) -> int:
-        return len(self._sha256)
+    def are_all(self, count: int) -> bool:
+        """Whether these are the pictures of a request for so many."""
+        return self._sha256.keys() == set(range(count))

@@ -40,7 +40,9 @@ class Packer:
             )
             for shared, forward in asked
         ]
-        return self._model(samples, self._layout(self._shapes(asked)), self._backend)
+        layout = self._layout(self._shapes(asked))
+        velocities: list[Tensor] = self._model(samples, layout, self._backend)
+        return velocities
 
     def flops(self, asked: Sequence[tuple[Conditioned, Forward]]) -> int:
         """How much arithmetic a call for these would be."""

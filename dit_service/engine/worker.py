@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from zimage_core.wire.identities import encoder_identities
 
 from dit_service import messages
 from dit_service.engine import device as devices
@@ -17,6 +16,7 @@ from zimage_core.planning.limits import caption_token_limit, side_limit_px
 from zimage_core.serving.child import Port
 from zimage_core.settings import DitSettings
 from zimage_core.tensors import TensorData
+from zimage_core.wire.identities import encoder_identities
 
 _LOADING_SECONDS = 600.0
 """What a cold load of 12 GB from a slow disk may take; the watchdog allows several times that."""

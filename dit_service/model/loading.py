@@ -41,10 +41,8 @@ class SchedulerConfig:
 def load_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> ZImageTransformer:
     """Reads `transformer/`, one file or many, tensor by tensor onto the device."""
     _check_family(folder)
-    values = _read_json(folder / "transformer" / "config.json")
-    config = TransformerConfig.from_values(values)
     with torch.device("meta"):
-        transformer = ZImageTransformer(config)
+        transformer = ZImageTransformer(_read_config(folder / "transformer" / "config.json"))
     wanted = {name: weight.shape for name, weight in transformer.state_dict().items()}
     weights: dict[str, Tensor] = {}
     for name, weight in _tensors(folder / "transformer"):
@@ -96,6 +94,14 @@ def read_scheduler(folder: Path) -> SchedulerConfig:
         ) from None
 
 
+def _read_config(path: Path) -> TransformerConfig:
+    values = _read_json(path)
+    try:
+        return TransformerConfig.from_values(values)
+    except InvalidModel as error:
+        raise _invalid(error.reason, error.message, path) from None
+
+
 def _check_family(folder: Path) -> None:
     if not folder.is_dir():
         raise _invalid("MODEL_NOT_FOUND", "there is no such model folder", folder)
@@ -130,10 +136,7 @@ def _check_tensor(
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor, mapped rather than read; a file is closed before the next opens."""
-    index = folder / f"{_WEIGHTS}.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [_WEIGHTS]
-    for file in files:
-        path = folder / file
+    for path in _weight_files(folder):
         if not path.is_file():
             raise _invalid("MODEL_NOT_FOUND", "the weights are missing", path)
         try:
@@ -144,6 +147,16 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise _invalid(
                 "WEIGHTS_UNREADABLE", f"the weights cannot be read: {error}", path
             ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / f"{_WEIGHTS}.index.json"
+    if not index.is_file():
+        return [folder / _WEIGHTS]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise _invalid("CONFIG_MALFORMED", "the index has no weight_map", index)
+    return [folder / str(file) for file in sorted(set(weight_map.values()))]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,15 +5,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zimage_client import AsyncClient
-from zimage_rpc.dit.v1 import dit_pb2
-from zimage_rpc.types.v1 import types_pb2
-
 from dit_service import messages
+from zimage_client import AsyncClient
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding, Prompt
 from zimage_core.errors import InvalidRequest, NotReady, Unavailable
 from zimage_core.settings import DitSettings
 from zimage_core.wire import embeddings
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 _log = logging.getLogger(__name__)
 

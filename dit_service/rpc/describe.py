@@ -2,14 +2,13 @@
 
 from importlib import metadata
 
-from zimage_rpc.dit.v1 import dit_pb2
-from zimage_rpc.types.v1 import types_pb2
-
 from dit_service import messages
 from dit_service.rpc.conditioning import pinned_identity
 from dit_service.rpc.spec import Resolver
 from zimage_core.settings import DitSettings
 from zimage_core.wire import tensors
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 _VARIANTS = {"turbo": dit_pb2.Model.VARIANT_TURBO, "base": dit_pb2.Model.VARIANT_BASE}
 

@@ -6,7 +6,6 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
-from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
 from dit_service import messages
 from dit_service.rpc import describe
@@ -17,6 +16,7 @@ from dit_service.rpc.spec import Resolver
 from zimage_core.errors import InvalidRequest
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
+from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 

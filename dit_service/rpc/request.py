@@ -7,8 +7,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from google.protobuf.duration_pb2 import Duration
-from zimage_rpc.dit.v1 import dit_pb2
-from zimage_rpc.types.v1 import types_pb2
 
 from dit_service import messages
 from dit_service.rpc import describe
@@ -18,6 +16,8 @@ from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.pictures import files
 from zimage_core.serving.worker import Worker
 from zimage_core.wire.limits import CHUNK_BYTES
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 _Answers = AsyncGenerator[dit_pb2.GenerateResponse, None]
 

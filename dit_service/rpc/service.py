@@ -1,14 +1,14 @@
 """Puts the front together."""
 
 import grpc.aio
-from zimage_client import AsyncClient
-from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.generate import DitServicer
+from zimage_client import AsyncClient
 from zimage_core.serving.server import Service
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
+from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
 
 def service(settings: DitSettings) -> Service:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from zimage_rpc.dit.v1 import dit_pb2
-
 from dit_service import messages
 from zimage_core.errors import InvalidRequest
 from zimage_core.pictures import files
 from zimage_core.planning import schedule, sizes, variants
 from zimage_core.settings import DitSettings
+from zimage_rpc.dit.v1 import dit_pb2
 
 _FORMATS = {
     dit_pb2.Output.FORMAT_UNSPECIFIED: "png",

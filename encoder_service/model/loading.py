@@ -1,4 +1,4 @@
-"""From a folder of files to an encoder on its device: what is read, where it goes, in which type."""
+"""From a folder of files to an encoder on its device: what is read, to where, in which type."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ _FAMILY = "qwen3"
 
 
 def load(folder: Path, deepest: int, device: str, dtype: str) -> Qwen3Encoder:
-    """Reads `text_encoder/` as far as the hidden state `deepest`; "auto" chooses device and type."""
+    """Reads `text_encoder/` up to the hidden state `deepest`; "auto" chooses device and type."""
     config = _config(folder)
     if not -config.num_hidden_layers - 1 <= deepest <= -1:
         raise InvalidSettings(
@@ -49,9 +49,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_type(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The type of that name, or for "auto" the fastest one that costs nothing. A CPU only multiplies
-    bfloat16 fast with instructions for it; without them, and for files that hold more than that,
-    float32 is as fast or exacter."""
+    """The type of that name, or for "auto" the fastest one that costs nothing: a CPU multiplies
+    bfloat16 fast only with instructions for it, and files that hold more would lose by it."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     if device.type != "cpu":
@@ -81,7 +80,7 @@ def _config(folder: Path) -> Qwen3Config:
 
 
 def _refuse_sliding_windows(folder: Path, config: Qwen3Config, layer_count: int) -> None:
-    kinds = set(config.layer_types[:layer_count])
+    kinds = set((config.layer_types or [])[:layer_count])
     if kinds - {"full_attention"}:
         raise _invalid(folder / "config.json", f"layers of kind {sorted(kinds)} are not supported")
 
@@ -103,9 +102,7 @@ def _stored(folder: Path, encoder: Qwen3Encoder) -> dict[str, torch.dtype]:
     return {name: _TYPES[found[name].element_type] for name in encoder.state_dict()}
 
 
-def _read(
-    encoder: Qwen3Encoder, folder: Path, device: torch.device, dtype: torch.dtype
-) -> None:
+def _read(encoder: Qwen3Encoder, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """One tensor at a time, straight to the device: never two copies of more than one."""
     wanted = encoder.state_dict()
     for path in weights.files(folder):

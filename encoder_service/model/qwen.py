@@ -1,6 +1,7 @@
 """The text encoder: Qwen3's own layers as transformers has them, run over packed prompts."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Qwen3Encoder(nn.Module):
 
     def __init__(self, config: Qwen3Config, deepest: int) -> None:
         super().__init__()
+        config = copy(config)
         config._attn_implementation = _PACKED_ATTENTION
         self.layer_count = config.num_hidden_layers
         self.width = config.hidden_size
@@ -30,8 +32,10 @@ class Qwen3Encoder(nn.Module):
         run = min(self.layer_count + 1 + deepest, self.layer_count)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, index) for index in range(run))
-        self.norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps) if deepest == -1 else None
-        with torch.device("cpu"):  # its table is computed, not loaded, and lives on the CPU until moved
+        self.norm: nn.Module = nn.Identity()
+        if deepest == -1:
+            self.norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        with torch.device("cpu"):  # computed and not loaded, so it must be real where it is made
             self.rotary_emb = Qwen3RotaryEmbedding(config)
 
     @torch.inference_mode()
@@ -49,7 +53,7 @@ class Qwen3Encoder(nn.Module):
         return [taken[index] for index in range(len(lengths))]
 
     def _states(self, token_ids: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """The hidden states from the token table on, [1, all tokens, width], each as it is asked for."""
+        """The hidden states from the token table on, [1, all tokens, width], one by one."""
         lengths = [len(ids) for ids in token_ids]
         device = self.embed_tokens.weight.device
         packed = torch.tensor([token for ids in token_ids for token in ids], device=device)
@@ -73,9 +77,9 @@ def _attend_within_prompts(
     scaling: float,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each prompt alone, [1, heads, tokens, head size] to [1, tokens, heads, head
-    size]. One call per prompt keeps the fast kernel; a mask over all prompts would leave it and cost
-    the square of all tokens."""
+    """Causal attention of each prompt alone, from [1, heads, tokens, head size] to [1, tokens,
+    heads, head size]. One call per prompt keeps the fast kernel; a mask over all prompts would
+    leave it and cost the square of all tokens."""
     if query.device.type == "mps":  # not every torch we support shares key heads there
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))

@@ -10,8 +10,6 @@ from importlib.metadata import version
 from typing import Any
 
 import grpc.aio
-from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from zimage_rpc.types.v1 import types_pb2
 
 from encoder_service import messages
 from encoder_service.prompt import TokenIds, Tokenizer, check_hidden_layers, hidden_layer
@@ -21,6 +19,8 @@ from zimage_core.serving.worker import Worker
 from zimage_core.tensors import TensorData, byte_count
 from zimage_core.wire import embeddings
 from zimage_core.wire.limits import MESSAGE_BYTES, PROMPTS_PER_ENCODE
+from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from zimage_rpc.types.v1 import types_pb2
 
 _RETRY_AFTER_SECONDS = 1.0
 _ENVELOPE_BYTES = 1024

@@ -1,13 +1,13 @@
 """Puts the front together."""
 
 import grpc.aio
-from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 from encoder_service.prompt import Tokenizer, read_token_limit
 from encoder_service.rpc.encode import EncoderServicer
 from zimage_core.serving.server import Service
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import EncoderSettings
+from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 
 def service(settings: EncoderSettings) -> Service:

@@ -1,4 +1,4 @@
-"""The committed generated code is what the protos say, and asks for no newer libraries than we do."""
+"""The generated code is what the protos say, and asks for no newer libraries than we do."""
 
 import re
 import subprocess
@@ -63,5 +63,7 @@ def test_the_floor_of_protobuf_is_the_stamp_in_the_messages() -> None:
 @pytest.mark.skipif(not BUF.exists(), reason="buf comes with npm, which is not installed")
 @pytest.mark.parametrize("command", [["lint"], ["format", "--diff", "--exit-code"]])
 def test_buf_is_content(command: list[str]) -> None:
-    check = subprocess.run([str(BUF), *command], cwd=ROOT, capture_output=True, text=True)
+    check = subprocess.run(
+        [str(BUF), *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert check.returncode == 0, check.stdout + check.stderr

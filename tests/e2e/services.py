@@ -73,6 +73,12 @@ class Service:
         self._reader.join(PATIENCE_SECONDS)
         return code
 
+    def close(self) -> None:
+        """Lets go of what the process has left."""
+        self.channel.close()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -82,9 +88,7 @@ class Service:
 
 
 @contextmanager
-def running(
-    module: str, *flags: str, listen: str = "", **environment: str
-) -> Iterator[Service]:
+def running(module: str, *flags: str, listen: str = "", **environment: str) -> Iterator[Service]:
     """Starts `python -m module`, on a socket of its own, and ends it with the block in any case."""
     folder = Path(tempfile.mkdtemp(prefix="zimage-"))  # pytest's folders are too long for a socket
     address = listen or f"unix:{folder}/socket"
@@ -102,10 +106,9 @@ def running(
         sys.stderr.write("".join(service.log))  # pytest shows it with the failure
         raise
     finally:
-        service.channel.close()
         process.kill()
         service.wait_for_exit()
-        process.stderr.close()
+        service.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 

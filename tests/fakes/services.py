@@ -65,7 +65,7 @@ class FakeDit(dit_pb2_grpc.DitServiceServicer):
             ),
         )
 
-    async def Generate(  # type: ignore[override]  # noqa: N802
+    async def Generate(  # noqa: N802
         self, requests: AsyncIterator[dit_pb2.GenerateRequest], context: Any
     ) -> AsyncIterator[dit_pb2.GenerateResponse]:
         request = await anext(requests)

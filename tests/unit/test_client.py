@@ -343,7 +343,7 @@ class TestPatience:
     def test_a_server_that_comes_back_is_waited_for_anew(self) -> None:
         replay, gone = self.replay(), Unavailable("", reason="UNREACHABLE", retry_after=1)
         loading = Unavailable("", reason="LOADING", retry_after=1)
-        for error in [gone] * 10 + [loading] * 100 + [gone] * 10:
+        for error in [gone] * 5 + [loading] * 100 + [gone] * 5:
             self.now += replay.pause_after(error)
 
     def test_reasons_in_turn_do_not_go_on_for_ever(self) -> None:
@@ -429,6 +429,11 @@ class TestEncoding:
         assert [prompt.text for prompt in encoder.prompts] == ["four", "a", "bcd"]
         assert encoder.prompts[0].system == "s"
 
+    async def test_a_loading_encoder_is_waited_for(self) -> None:
+        encoder = FakeEncoder(*[LOADING] * 5)  # as often as gRPC tries by itself
+        async with client_of(encoder=encoder) as client:
+            assert (await client.encode("abc")).token_count == 4
+
     async def test_with_an_encoder_embeddings_are_sent(self) -> None:
         dit, encoder = FakeDit(), FakeEncoder()
         async with client_of(dit, encoder) as client:
@@ -477,13 +482,6 @@ class TestEncoding:
         assert encoder.prompts[1].hidden_layer == -3
         sent = dit.specs[0].positive.segments[0].embedding
         assert sent.tensors["embeddings"].data == embedding.tensor.data
-
-    async def test_an_encoder_that_loads_is_waited_for(self) -> None:
-        loading = [LOADING] * 6  # gRPC's own five attempts do not do
-        dit, encoder = FakeDit(), FakeEncoder(*loading)
-        async with client_of(dit, encoder) as client:
-            result = await client.generate("abc", guidance=0)
-        assert len(result.pictures) == 1
 
     async def test_prompts_are_encoded_once_for_all_tries(self) -> None:
         dit, encoder = FakeDit([LOST], [LOST]), FakeEncoder()

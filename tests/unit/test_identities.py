@@ -17,7 +17,6 @@ from zimage_core.wire.identities import encoder_identities
 Tensors = dict[str, torch.Tensor]
 
 
-
 @pytest.fixture
 def model(model_folder: Path, tmp_path: Path) -> Path:
     """A copy to change: three layers, values that fit bfloat16."""
@@ -72,7 +71,10 @@ def _nudge(name: str) -> Callable[[Tensors], Tensors]:
 def _in_two_prefixed_files(model: Path) -> None:
     tensors = load_file(_weights(model))
     _weights(model).unlink()
-    tensors |= {"lm_head.weight": torch.ones(3), "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    tensors |= {
+        "lm_head.weight": torch.ones(3),
+        "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+    }
     for index in range(2):
         names = sorted(tensors)[index::2]
         save_file(
@@ -120,7 +122,9 @@ def test_the_same_values_in_another_form_are_the_same_encoder(
 
 def test_float16_counts_by_its_values(model: Path) -> None:
     special = torch.tensor([0.0, -0.0, 6e-8, 65504.0, 1 / 3]).half()
-    _rewrite(model, lambda found: {k: v.half() for k, v in found.items()} | {"norm.weight": special})
+    _rewrite(
+        model, lambda found: {k: v.half() for k, v in found.items()} | {"norm.weight": special}
+    )
     halves = _identities(model)
     _rewrite(model, lambda found: {name: tensor.float() for name, tensor in found.items()})
     assert _identities(model) == halves

@@ -55,7 +55,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     )
     base.backend_tokenizer.train_from_iterator([*ODD_TEXTS, "a red circle on a cat"] * 9, trainer)
     learned = json.loads(base.backend_tokenizer.to_str())["model"]
-    theirs = Qwen2Tokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]])
+    merges: Any = [tuple(pair) for pair in learned["merges"]]
+    theirs = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges)
     names = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
     theirs.add_tokens([AddedToken(name, special=name.startswith("<|")) for name in names])
     folder = tmp_path_factory.mktemp("qwen")
@@ -133,7 +134,9 @@ def test_padding_and_truncation_in_the_file_are_ignored(
     assert Tokenizer(tmp_path).encode(prompts, 99) == demo[0].encode(prompts, 99)
 
 
-def test_the_longest_prompt_is_taken_and_one_token_more_refused(demo: tuple[Tokenizer, Any]) -> None:
+def test_the_longest_prompt_is_taken_and_one_token_more_refused(
+    demo: tuple[Tokenizer, Any],
+) -> None:
     tokenizer, _ = demo
     [ids] = tokenizer.encode([Prompt("a cat")], 24)
     assert len(ids) == 24

@@ -1,11 +1,11 @@
 import pytest
-from zimage_rpc.dit.v1 import dit_pb2
-from zimage_rpc.types.v1 import types_pb2
 
 from zimage_core.embeddings import Embedding, Numerics, Prompt, Recipe
 from zimage_core.errors import InvalidRequest
 from zimage_core.tensors import TensorData
 from zimage_core.wire import embeddings, request_id, strict, tensors
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 EMBEDDING = Embedding(
     tensor=TensorData("bfloat16", (2, 3), bytes(range(12))),

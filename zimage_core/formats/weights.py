@@ -1,6 +1,6 @@
 """Safetensors files read without a tensor library: names, types, shapes and the bytes themselves.
 
-A file is eight bytes with the header's length, the header in JSON, then the elements of all tensors.
+A file is the header's length in eight bytes, the header in JSON, then the elements of all tensors.
 """
 
 import json
@@ -46,7 +46,9 @@ def files(folder: Path) -> tuple[Path, ...]:
         raise _invalid(folder, what, "FILE_MISSING")
     for path in paths:
         if not path.is_file():
-            raise _invalid(path, f"{indexes[0].name} names this file, but it is missing", "FILE_MISSING")
+            raise _invalid(
+                path, f"{indexes[0].name} names this file, but it is missing", "FILE_MISSING"
+            )
     return paths
 
 

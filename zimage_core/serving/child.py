@@ -77,8 +77,8 @@ class Port:
 
     @contextmanager
     def answering(self, submitted: pipe.Submit) -> Iterator[None]:
-        """Ends the call as the block ends. A fault of the call is its answer and no more; a fault of
-        the device leaves the block and ends this process."""
+        """Ends the call as the block ends. A fault of the call is its answer and no more; a fault
+        of the device leaves the block and ends this process."""
         context = request_id.current.set(submitted.request_id)
         try:
             yield
@@ -125,7 +125,7 @@ def is_sticky(error: BaseException) -> bool:
 def _answer(error: Exception, request: str) -> ZImageError:
     if "OutOfMemoryError" in _class_names(error):
         return Overloaded(
-            "the device's memory cannot hold this request; ask for smaller or fewer pictures",
+            "the device's memory cannot hold this request; ask for less at once",
             reason="DEVICE_MEMORY",
         )
     return InternalError("internal error", fields={"request_id": request})

@@ -1,4 +1,4 @@
-"""A service's command line: flags to settings, settings to a running service, errors to one line."""
+"""A service's command line: from flags to a running service, and an error to one line."""
 
 import asyncio
 import sys

@@ -10,7 +10,7 @@ _LONGEST_REQUEST_SECONDS = 5.0
 
 
 async def start(address: str, is_ready: Callable[[], bool]) -> asyncio.Server:
-    """Listens on host:port; /livez is 200 while the event loop turns, /readyz while the model is ready."""
+    """Listens on host:port; /livez is 200 while the loop turns, /readyz once the model is ready."""
 
     def answer(path: str) -> tuple[HTTPStatus, str]:
         match path:

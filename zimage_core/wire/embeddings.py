@@ -1,10 +1,9 @@
 """Prompts and embeddings to and from their messages."""
 
-from zimage_rpc.types.v1 import types_pb2
-
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding, Numerics, Prompt, Recipe
 from zimage_core.errors import InvalidRequest
 from zimage_core.wire import tensors
+from zimage_rpc.types.v1 import types_pb2
 
 _TENSOR = "embeddings"
 
@@ -50,7 +49,7 @@ def embedding_to_wire(embedding: Embedding) -> types_pb2.PromptEmbedding:
 
 
 def embedding_from_wire(message: types_pb2.PromptEmbedding, *, field: str) -> Embedding:
-    """The embedding of a message; raises InvalidRequest unless it holds one [tokens, width] tensor."""
+    """The embedding of a message; raises InvalidRequest unless it is one [tokens, width] tensor."""
     if set(message.tensors) != {_TENSOR}:
         raise _invalid(f"{field}.tensors", f"{sorted(message.tensors)}", f"exactly {_TENSOR!r}")
     tensor = tensors.from_wire(message.tensors[_TENSOR], field=f"{field}.tensors[{_TENSOR!r}]")

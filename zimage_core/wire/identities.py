@@ -1,10 +1,10 @@
 """Which encoder made an embedding: a digest of everything that decides its values.
 
-It is a chain: each hidden state's identity covers the tokenizer, the numbers in the config that decide
-the arithmetic, the token table and the layers up to that state. So an encoder that was loaded deeper
-has the same identity at the same state, and checkpoints that differ in layers nobody uses are no
-strangers. Tensors count by canonical name and value: shards, a "model." prefix or a wider type that
-holds the same values change nothing.
+It is a chain: each hidden state's identity covers the tokenizer, the numbers in the config that
+decide the arithmetic, the token table and the layers up to that state. So an encoder that was
+loaded deeper has the same identity at the same state, and checkpoints that differ in layers nobody
+uses are no strangers. Tensors count by canonical name and value: shards, a "model." prefix or a
+wider type that holds the same values change nothing.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ _VERSION = 1
 def encoder_identities(
     model: Path, deepest: int, cache_folder: Path | None = None
 ) -> tuple[str, ...]:
-    """The identity of each hidden state of the encoder in a model folder, from the token table, entry
-    [0], to `deepest`, entry [-1]. `deepest` counts from the end: -1 is after the final norm.
+    """The identity of each hidden state of the encoder in a model folder, from the token table,
+    entry [0], to `deepest`, entry [-1]. `deepest` counts from the end: -1 is after the final norm.
 
-    The first call reads the encoder whole; later ones answer from the user's cache while the size and
-    time of every file stay.
+    The first call reads the encoder whole; later ones answer from the user's cache while the size
+    and time of every file stay.
     """
     encoder = model / "text_encoder"
     paths = encoder / "config.json", model / "tokenizer" / "tokenizer.json", *weights.files(encoder)
@@ -109,7 +109,9 @@ def _arithmetic(config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "activation": config.get("hidden_act", "silu"),
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "rope": {key: float(value) if isinstance(value, int) else value for key, value in rope.items()},
+        "rope": {
+            key: float(value) if isinstance(value, int) else value for key, value in rope.items()
+        },
     }
 
 
@@ -117,7 +119,9 @@ def _token_rules(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the ids of a text. Padding, truncation and decoding do not, and the versions of
     the library write the same rule in more than one way."""
     model = {key: value for key, value in tokenizer["model"].items() if value}
-    merges = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", ()))
+    merges = (
+        pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", ())
+    )
     added = sorted(tokenizer.get("added_tokens") or (), key=operator.itemgetter("id"))
     return {
         "model": {**model, "merges": list(merges)},
@@ -145,7 +149,7 @@ def _remembered(entry: Path, stamp: object) -> list[str]:
 
 
 def _remember(entry: Path, stamp: object, identities: list[str]) -> None:
-    """Keeps them for the next start; where the user's cache cannot be written, that takes longer."""
+    """Keeps them for the next start, which takes longer where nothing can be written."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as file:

@@ -1,9 +1,8 @@
 """The tensor codec: messages to plain tensors and back, no byte copied twice."""
 
-from zimage_rpc.types.v1 import types_pb2
-
 from zimage_core.errors import InvalidRequest
 from zimage_core.tensors import TensorData, byte_count
+from zimage_rpc.types.v1 import types_pb2
 
 _TO_WIRE = {
     "float32": types_pb2.ELEMENT_TYPE_FLOAT32,

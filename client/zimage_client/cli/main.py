@@ -35,6 +35,7 @@ _EXIT_CODES: dict[type[ZImageError], int] = {
 }
 _HINTS = {
     "UNREACHABLE": "is the service running, and is that where --server or --encoder say?",
+    "UNIMPLEMENTED": "--server is for a DiT service, --encoder for an encoder service",
     "INTERNAL": "the service's log knows more",
 }
 

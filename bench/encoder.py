@@ -1,0 +1,134 @@
+"""C1: a 32-token prompt through the encoder against diffusers' `encode_prompt`, on a CPU in bfloat16.
+
+    python -m bench.encoder [--write]
+
+The model has the released encoder's shape, 36 layers in distinct memory, with random weights that both sides share: 8
+GB. The values do not matter to the time, so all layers hold copies of the first one's. Both sides go from text to
+embedding; diffusers pads to 512 tokens and runs all layers, ours runs the prompt's tokens through those it needs.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from bench.timing import compare, machine, write_results
+from demo_model.random_model import byte_level_tokenizer
+from encoder_service.model.qwen import Qwen3Encoder
+from encoder_service.prompt import Tokenizer
+from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Prompt
+
+TARGET = 8.0
+PROMPT = "a red circle!"
+TOKEN_COUNT = 32
+"""Of that prompt and the chat around it, with a tokenizer that knows bytes alone."""
+
+QWEN3_4B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
+
+
+def random_model(layer_count: int) -> Qwen3Model:
+    """In bfloat16, every layer in memory of its own."""
+    config = Qwen3Config(**QWEN3_4B | {"num_hidden_layers": layer_count})
+    with torch.device("meta"):
+        model = Qwen3Model(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.rotary_emb = Qwen3RotaryEmbedding(config)
+    torch.manual_seed(0)
+    for parameter in (model.embed_tokens.weight, *model.layers[0].parameters()):
+        nn.init.normal_(parameter, std=0.02)
+    nn.init.ones_(model.norm.weight)
+    for layer in model.layers[1:]:
+        layer.load_state_dict(model.layers[0].state_dict())
+    return model.requires_grad_(False).eval()
+
+
+def ours(model: Qwen3Model, tokenizer: Tokenizer) -> Callable[[], Tensor]:
+    with torch.device("meta"):
+        encoder = Qwen3Encoder(model.config, DEFAULT_HIDDEN_LAYER)
+    needed = encoder.state_dict().keys()
+    shared = {name: tensor for name, tensor in model.state_dict().items() if name in needed}
+    encoder.load_state_dict(shared, assign=True)
+
+    def encode() -> Tensor:
+        token_ids = tokenizer.encode([Prompt(PROMPT)], TOKEN_COUNT)
+        return encoder(token_ids, [DEFAULT_HIDDEN_LAYER])[0]
+
+    return encode
+
+
+def theirs(model: Qwen3Model) -> Callable[[], Tensor]:
+    pipeline = ZImagePipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        text_encoder=model,
+        tokenizer=byte_level_tokenizer(),
+    )
+
+    @torch.inference_mode()
+    def encode() -> Tensor:
+        [embedding], _ = pipeline.encode_prompt(
+            [PROMPT], device=torch.device("cpu"), do_classifier_free_guidance=False
+        )
+        return embedding
+
+    return encode
+
+
+def measure(layer_count: int, rounds: int) -> dict[str, Any]:
+    model = random_model(layer_count)
+    with tempfile.TemporaryDirectory() as scratch:
+        byte_level_tokenizer().save_pretrained(scratch)
+        runs = {"ours": ours(model, Tokenizer(Path(scratch))), "diffusers": theirs(model)}
+    left, right = (run().float() for run in runs.values())
+    timings = compare(rounds, **runs)
+    return {
+        "what": f"C1: {TOKEN_COUNT} tokens, Qwen3-4B shape, bfloat16, {layer_count} of 36 layers",
+        "target": TARGET,
+        "ratio": round(timings.ratio("diffusers", "ours"), 2),
+        "ours_seconds": round(timings.median("ours"), 3),
+        "diffusers_seconds": round(timings.median("diffusers"), 3),
+        "largest_relative_difference": float((left - right).abs().max() / right.abs().max()),
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "machine": machine("torch", "transformers", "diffusers"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="keep the figures")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--layers", type=int, default=36, help="fewer where 8 GB are not free; ours runs one less"
+    )
+    arguments = parser.parse_args()
+    result = measure(arguments.layers, arguments.rounds)
+    for name, value in result.items():
+        print(f"{name}: {value}")
+    if arguments.write:
+        print(write_results("encoder", result))
+
+
+if __name__ == "__main__":
+    main()

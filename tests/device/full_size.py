@@ -1,0 +1,48 @@
+"""The trained model's sizes, on tensors without memory and a device that need not be there."""
+
+import torch
+
+from dit_service.model.config import TransformerConfig
+from dit_service.model.layout import Layout
+from dit_service.model.transformer import Sample, ZImageTransformer
+
+CONFIG = TransformerConfig(
+    dim=3840,
+    n_layers=30,
+    n_refiner_layers=2,
+    n_heads=30,
+    in_channels=16,
+    cap_feat_dim=2560,
+    patch_size=2,
+    axes_dims=(32, 48, 48),
+    axes_lens=(1536, 512, 512),
+    norm_eps=1e-5,
+    rope_theta=256.0,
+    t_scale=1000.0,
+)
+CUDA = torch.device("cuda", 0)
+
+
+def fake_transformer() -> ZImageTransformer:
+    """In bfloat16 on a fake GPU; only inside `FakeTensorMode`, where the loader's way is taken."""
+    with torch.device("meta"):
+        transformer = ZImageTransformer(CONFIG)
+    weights = {
+        name: torch.empty(weight.shape, dtype=torch.bfloat16, device=CUDA)
+        for name, weight in transformer.state_dict().items()
+    }
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.requires_grad_(False)
+
+
+def fake_samples(
+    transformer: ZImageTransformer, *samples: tuple[int, int, int]
+) -> tuple[list[Sample], Layout]:
+    """Samples of (latent height, latent width, prompt tokens), each at its own moment."""
+    features = [torch.empty(length, CONFIG.cap_feat_dim, device=CUDA) for *_, length in samples]
+    captions = transformer.encode_captions(features)
+    modulations = transformer.modulate(torch.empty(len(samples), device=CUDA))
+    latents = [torch.empty(16, height, width, device=CUDA) for height, width, _ in samples]
+    packed = [Sample(*parts) for parts in zip(latents, captions, modulations, strict=True)]
+    shapes = [transformer.shape_of(sample.latents_CHW, sample.caption) for sample in packed]
+    return packed, transformer.layout(shapes)
