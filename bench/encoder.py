@@ -1,10 +1,11 @@
-"""C1: a 32-token prompt through the encoder against diffusers' `encode_prompt`, on a CPU in bfloat16.
+"""C1: a 32-token prompt in bfloat16 on a CPU, against diffusers' `encode_prompt`.
 
     python -m bench.encoder [--write]
 
-The model has the released encoder's shape, 36 layers in distinct memory, with random weights that both sides share: 8
-GB. The values do not matter to the time, so all layers hold copies of the first one's. Both sides go from text to
-embedding; diffusers pads to 512 tokens and runs all layers, ours runs the prompt's tokens through those it needs.
+The model has the shape of the released encoder and random weights that both sides share, 8 GB in
+36 layers of distinct memory. Values do not matter to the time, so all layers are copies of one.
+Both sides go from text to embedding; diffusers pads to 512 tokens and runs all layers, ours runs
+the prompt's own tokens through the layers it needs.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import ZImagePipeline
-from torch import Tensor, nn
+from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -44,12 +45,12 @@ QWEN3_4B: dict[str, Any] = {
 }
 
 
-def random_model(layer_count: int) -> Qwen3Model:
+def random_model(layer_count: int) -> Any:
     """In bfloat16, every layer in memory of its own."""
     config = Qwen3Config(**QWEN3_4B | {"num_hidden_layers": layer_count})
     with torch.device("meta"):
-        model = Qwen3Model(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
+        model: Any = Qwen3Model(config)
+    model.to(torch.bfloat16).to_empty(device="cpu")
     model.rotary_emb = Qwen3RotaryEmbedding(config)
     torch.manual_seed(0)
     for parameter in (model.embed_tokens.weight, *model.layers[0].parameters()):
@@ -60,22 +61,22 @@ def random_model(layer_count: int) -> Qwen3Model:
     return model.requires_grad_(False).eval()
 
 
-def ours(model: Qwen3Model, tokenizer: Tokenizer) -> Callable[[], Tensor]:
+def ours(model: Any, tokenizer: Tokenizer) -> Callable[[], Any]:
     with torch.device("meta"):
         encoder = Qwen3Encoder(model.config, DEFAULT_HIDDEN_LAYER)
     needed = encoder.state_dict().keys()
     shared = {name: tensor for name, tensor in model.state_dict().items() if name in needed}
     encoder.load_state_dict(shared, assign=True)
 
-    def encode() -> Tensor:
+    def encode() -> Any:
         token_ids = tokenizer.encode([Prompt(PROMPT)], TOKEN_COUNT)
         return encoder(token_ids, [DEFAULT_HIDDEN_LAYER])[0]
 
     return encode
 
 
-def theirs(model: Qwen3Model) -> Callable[[], Tensor]:
-    pipeline = ZImagePipeline(
+def theirs(model: Any) -> Callable[[], Any]:
+    pipeline: Any = ZImagePipeline(
         scheduler=None,
         vae=None,
         transformer=None,
@@ -84,7 +85,7 @@ def theirs(model: Qwen3Model) -> Callable[[], Tensor]:
     )
 
     @torch.inference_mode()
-    def encode() -> Tensor:
+    def encode() -> Any:
         [embedding], _ = pipeline.encode_prompt(
             [PROMPT], device=torch.device("cpu"), do_classifier_free_guidance=False
         )

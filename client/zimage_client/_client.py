@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Self, Unpack, overload
 
 from zimage_client import _calls
@@ -113,11 +112,5 @@ def _generated(
 ) -> Generated:
     if accepted is None or completed is None:
         raise malformed("it lacks its first or its last event")
-    return Generated(
-        tuple(
-            replace(picture, pixels_sha256=completed.artifacts[picture.index].pixels_sha256)
-            for picture in sorted(pictures, key=lambda picture: picture.index)
-        ),
-        accepted,
-        completed,
-    )
+    in_order = sorted(pictures, key=lambda picture: picture.index)
+    return Generated(tuple(in_order), accepted, completed)

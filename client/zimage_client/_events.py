@@ -65,8 +65,8 @@ class Picture:
     data: bytes
     media_type: str
     sha256: str
-    pixels_sha256: str = ""
-    """Of its rows of 8-bit RGB; known once all is completed, so only in Generated."""
+    pixels_sha256: str
+    """Of its rows of 8-bit RGB."""
 
 
 @dataclass(frozen=True, slots=True)

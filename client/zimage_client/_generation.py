@@ -60,7 +60,7 @@ class Generation:
                 await self._is_guided(), self._encode
             )
             self._encoded = True
-        assembly, completed = Assembly(self._spec.seed), None
+        assembly, completed = Assembly(), None
         responses = _calls.generate(
             self._channels.dit(), self._request(), self._replay.within(None), self._metadata
         )

@@ -14,8 +14,7 @@ _log = logging.getLogger(__name__)
 class Assembly:
     """The pictures of one try; they come one after the other."""
 
-    def __init__(self, first_seed: int) -> None:
-        self._first_seed = first_seed
+    def __init__(self) -> None:
         self._index = 0
         self._data = bytearray()
 
@@ -29,22 +28,24 @@ class Assembly:
                 f"picture {self._index} at byte {len(self._data)}"
             )
         self._data += piece.data
-        if not piece.HasField("digest"):
+        if not piece.HasField("artifact"):
             return None
+        digest = piece.artifact.digest
         data, self._data = bytes(self._data), bytearray()
         sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 != piece.digest.sha256:
+        if sha256 != digest.sha256:
             raise InternalError(
                 f"picture {self._index} was damaged on its way: its checksum is wrong",
                 reason="CHECKSUM",
-                fields={"expected": piece.digest.sha256, "received": sha256},
+                fields={"expected": digest.sha256, "received": sha256},
             )
         return Picture(
             index=self._index,
-            seed=self._first_seed + self._index,
+            seed=piece.artifact.seed,
             data=data,
-            media_type=piece.digest.media_type,
+            media_type=digest.media_type,
             sha256=sha256,
+            pixels_sha256=piece.artifact.pixels_sha256,
         )
 
 

@@ -35,7 +35,7 @@ class SampleShape(NamedTuple):
         return padded(self.image_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
     """A packed sequence: sample s owns the rows from `bounds[s]` to `bounds[s + 1]`.
 
@@ -48,7 +48,7 @@ class Segments:
     rope: Rope
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The sequences of a forward: the pictures alone, then each followed by its caption."""
 

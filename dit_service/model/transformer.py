@@ -24,14 +24,14 @@ from dit_service.model.tokens import image_rows, join, pad_samples, patchify, un
 from zimage_core.planning.limits import padded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Caption:
     """What a prompt gives to every step of its pictures; its rows include the pads."""
 
     rows_TD: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Modulation:
     """What one moment of a schedule gives to every block."""
 
@@ -39,7 +39,7 @@ class Modulation:
     final_scale_D: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One picture at one moment."""
 
@@ -84,7 +84,7 @@ class ZImageTransformer(nn.Module):
         lengths = [len(features_LF) for features_LF in features]
         rows = [padded(length) for length in lengths]
         segments = caption_segments(rows, self.rope_tables, self.device)
-        tokens_TD = self.cap_embedder(torch.cat(list(features)))
+        tokens_TD = self.cap_embedder(torch.cat([features_LF.float() for features_LF in features]))
         tokens_TD = pad_samples(tokens_TD, lengths, self.cap_pad_token)
         for block in cast("Iterable[Block]", self.context_refiner):
             tokens_TD = block(tokens_TD, block.norm_weights(), segments, backend)

@@ -101,13 +101,12 @@ class Request:
         spec, file_format = self._spec, self._resolved.file_format
         size = spec.width_px, spec.height_px
         file = files.encode(rgb, size, file_format, spec.output.quality)
-        digest = types_pb2.Digest(
-            sha256=hashlib.sha256(file).hexdigest(),
-            size_bytes=len(file),
-            media_type=files.MEDIA_TYPES[file_format],
-        )
-        self._completed.artifacts.add(
-            digest=digest,
+        artifact = self._completed.artifacts.add(
+            digest=types_pb2.Digest(
+                sha256=hashlib.sha256(file).hexdigest(),
+                size_bytes=len(file),
+                media_type=files.MEDIA_TYPES[file_format],
+            ),
             seed=self._resolved.seeds[index],
             pixels_sha256=hashlib.sha256(rgb).hexdigest(),
         )
@@ -119,7 +118,7 @@ class Request:
             )
             for offset in range(0, len(file), CHUNK_BYTES)
         ]
-        chunks[-1].digest.CopyFrom(digest)
+        chunks[-1].artifact.CopyFrom(artifact)
         return chunks
 
     def _final(

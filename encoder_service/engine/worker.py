@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from importlib.metadata import version
 
 import torch
@@ -14,6 +13,7 @@ from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import NotReady
 from zimage_core.formats import weights
 from zimage_core.serving.child import Port
+from zimage_core.serving.pipe import Submit
 from zimage_core.settings import EncoderSettings
 from zimage_core.tensors import TensorData
 from zimage_core.wire.identities import encoder_identities
@@ -26,34 +26,45 @@ _WARM_UP_TOKENS = 32
 
 def main(port: Port, settings: EncoderSettings) -> None:
     """Serves calls until the process ends."""
-    folder = settings.model / "text_encoder"
     with port.working("load", _loading_seconds(settings)):
-        encoder = loading.load(folder, settings.max_hidden_layer, settings.device, settings.dtype)
+        encoder = loading.load(
+            settings.model / "text_encoder",
+            settings.max_hidden_layer,
+            settings.device,
+            settings.dtype,
+        )
         identities = encoder_identities(settings.model, settings.max_hidden_layer)
-        _encode(encoder, [[0] * _WARM_UP_TOKENS], [encoder.deepest])  # touches every weight
-        began = time.monotonic()
-        _encode(encoder, [[0] * _WARM_UP_TOKENS], [encoder.deepest])
-        seconds_per_token = (time.monotonic() - began) / _WARM_UP_TOKENS
+        seconds_per_token = _warm_up(encoder)
     port.ready(_description(encoder, identities))
     while True:
         submitted = port.next_call()
-        if port.is_cancelled(submitted.call):
-            continue
-        with port.answering(submitted):
-            call = submitted.payload
-            assert isinstance(call, Encode)
-            token_count = sum(map(len, call.token_ids))
-            began = time.monotonic()
-            with port.working("encode", seconds_per_token * token_count):
-                port.emit(submitted.call, _encode(encoder, call.token_ids, call.hidden_layers))
-            seconds = time.monotonic() - began
-            _log.info("%s prompts, %s tokens in %.3f s", len(call.token_ids), token_count, seconds)
+        if not port.is_cancelled(submitted.call):
+            with port.answering(submitted):
+                _answer(port, encoder, submitted, seconds_per_token)
 
 
-def _encode(
-    encoder: Qwen3Encoder, token_ids: Sequence[Sequence[int]], hidden_layers: Sequence[int]
-) -> Encoded:
-    return Encoded(tuple(map(_plain, encoder(token_ids, hidden_layers))))
+def _warm_up(encoder: Qwen3Encoder) -> float:
+    """Touches every weight, then measures the seconds a token takes."""
+    prompt = [[0] * _WARM_UP_TOKENS]
+    encoder(prompt, [encoder.deepest])
+    began = time.monotonic()
+    [state] = encoder(prompt, [encoder.deepest])
+    _plain(state)
+    return (time.monotonic() - began) / _WARM_UP_TOKENS
+
+
+def _answer(port: Port, encoder: Qwen3Encoder, submitted: Submit, seconds_per_token: float) -> None:
+    call = submitted.payload
+    assert isinstance(call, Encode)
+    token_count = sum(map(len, call.token_ids))
+    began = time.monotonic()
+    with port.working("encode", seconds_per_token * token_count):
+        states = encoder(
+            call.token_ids, call.hidden_layers, lambda: port.is_cancelled(submitted.call)
+        )
+        port.emit(submitted.call, Encoded(tuple(map(_plain, states))))
+    seconds = time.monotonic() - began
+    _log.info("%s prompts, %s tokens in %.3f s", len(call.token_ids), token_count, seconds)
 
 
 def _plain(tensor: Tensor) -> TensorData:

@@ -1,6 +1,6 @@
 """The text encoder: Qwen3's own layers as transformers has them, run over packed prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
+
+from zimage_core.errors import Cancelled
 
 _PACKED_ATTENTION = "zimage_packed"
 
@@ -40,14 +42,20 @@ class Qwen3Encoder(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: Sequence[Sequence[int]], hidden_layers: Sequence[int]
+        self,
+        token_ids: Sequence[Sequence[int]],
+        hidden_layers: Sequence[int],
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> list[Tensor]:
         """For each prompt the hidden state it asks for, [its token count, width]. Each linear runs
-        once over the tokens of all prompts, without padding; no prompt sees another."""
+        once over the tokens of all prompts, without padding; no prompt sees another. Raises
+        Cancelled after the layer at which nobody waits any more."""
         lengths = [len(ids) for ids in token_ids]
         wanted = [self.layer_count + 1 + layer for layer in hidden_layers]
         taken: dict[int, Tensor] = {}
         for depth, state in zip(range(max(wanted) + 1), self._states(token_ids), strict=False):
+            if is_cancelled():
+                raise Cancelled("nobody waits for these prompts any more")
             rows = state[0].split(lengths)
             taken |= {index: rows[index] for index, layer in enumerate(wanted) if layer == depth}
         return [taken[index] for index in range(len(lengths))]

@@ -122,7 +122,7 @@ def happy(spec: dit_pb2.GenerateSpec, step_count: int = 2) -> Iterator[Step]:
     for index, data in enumerate(pictures):
         for step in range(1, step_count + 1):
             yield progress(dit_pb2.Progress.STAGE_DENOISING, index, step, step_count)
-        yield from pieces(index, data)
+        yield from pieces(index, data, seed=spec.seed + index)
     yield completed(spec, pictures)
 
 
@@ -153,17 +153,25 @@ def progress(
     )
 
 
-def pieces(index: int, data: bytes, *, sha256: str | None = None) -> Iterator[Step]:
+def artifact(index: int, data: bytes, seed: int) -> dit_pb2.Artifact:
+    """What is said of a finished picture."""
+    return dit_pb2.Artifact(
+        digest=types_pb2.Digest(
+            sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data), media_type="image/png"
+        ),
+        seed=seed,
+        pixels_sha256=f"pixels {index}",
+    )
+
+
+def pieces(index: int, data: bytes, *, seed: int = 0, sha256: str | None = None) -> Iterator[Step]:
     """A picture in two pieces; the checksum is right unless given."""
     half = len(data) // 2
-    digest = types_pb2.Digest(
-        sha256=sha256 or hashlib.sha256(data).hexdigest(),
-        size_bytes=len(data),
-        media_type="image/png",
-    )
+    made = artifact(index, data, seed)
+    made.digest.sha256 = sha256 or made.digest.sha256
     for piece in (
         dit_pb2.ArtifactChunk(image_index=index, offset=0, data=data[:half]),
-        dit_pb2.ArtifactChunk(image_index=index, offset=half, data=data[half:], digest=digest),
+        dit_pb2.ArtifactChunk(image_index=index, offset=half, data=data[half:], artifact=made),
     ):
         yield dit_pb2.GenerateResponse(artifact_chunk=piece)
 
@@ -173,16 +181,7 @@ def completed(spec: dit_pb2.GenerateSpec, pictures: Sequence[bytes]) -> dit_pb2.
     return dit_pb2.GenerateResponse(
         completed=dit_pb2.Completed(
             artifacts=[
-                dit_pb2.Artifact(
-                    digest=types_pb2.Digest(
-                        sha256=hashlib.sha256(data).hexdigest(),
-                        size_bytes=len(data),
-                        media_type="image/png",
-                    ),
-                    seed=spec.seed + index,
-                    pixels_sha256=f"pixels {index}",
-                )
-                for index, data in enumerate(pictures)
+                artifact(index, data, spec.seed + index) for index, data in enumerate(pictures)
             ]
         )
     )

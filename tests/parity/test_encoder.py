@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from encoder_service.model.loading import load
 from encoder_service.model.qwen import Qwen3Encoder
+from zimage_core.errors import Cancelled
 
 TOLERANCE = 1e-5
 """Relative to the reference's largest absolute value."""
@@ -128,6 +129,14 @@ def test_each_linear_runs_once_whatever_the_batch(model: Model) -> None:
     runs = _counted(encoder)
     encoder(_prompts([5, 9, 200]), [-2, -2, -2])
     assert runs == [f"layers.{layer}.mlp.up_proj" for layer in range(LAYER_COUNT - 1)]
+
+
+def test_a_cancelled_run_ends_at_the_next_layer(model: Model) -> None:
+    encoder = load(model.folder, -2, "cpu", "float32")
+    runs = _counted(encoder)
+    with pytest.raises(Cancelled):
+        encoder(_prompts([5, 9]), [-2, -2], lambda: len(runs) == 2)
+    assert len(runs) == 2
 
 
 def test_half_precision_is_that_of_transformers(model: Model) -> None:

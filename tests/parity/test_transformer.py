@@ -67,10 +67,8 @@ def ours(
 def theirs(
     model: Any, latents: list[Tensor], features: list[Tensor], times: Tensor
 ) -> list[Tensor]:
-    dtype = model.dtype
-    stacked = [latents_CHW.unsqueeze(1).to(dtype) for latents_CHW in latents]
-    captions = [features_LF.to(dtype) for features_LF in features]
-    velocities = model(stacked, times, captions, return_dict=False)[0]
+    stacked = [latents_CHW.unsqueeze(1).to(model.dtype) for latents_CHW in latents]
+    velocities = model(stacked, times, features, return_dict=False)[0]
     return [velocity.squeeze(1).float() for velocity in velocities]
 
 
@@ -84,6 +82,15 @@ def difference(one: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_single(pair: Pair, length: int, size: tuple[int, int]) -> None:
     inputs = pair.inputs((size, length))
+    [velocity], [reference] = ours(pair.ours, *inputs), theirs(pair.theirs, *inputs)
+    assert difference(velocity, reference) <= TOLERANCE
+
+
+@torch.inference_mode()
+def test_embedding_in_another_type(pair: Pair) -> None:
+    """An encoder that computes in bfloat16 costs the transformer no precision of its own."""
+    latents, features, times = pair.inputs((SIZES[0], 33))
+    inputs = latents, [features_LF.bfloat16() for features_LF in features], times
     [velocity], [reference] = ours(pair.ours, *inputs), theirs(pair.theirs, *inputs)
     assert difference(velocity, reference) <= TOLERANCE
 

@@ -86,9 +86,9 @@ class TestGenerate:
 
     def test_sides_are_snapped_and_told(self, dit: FakeDit, capsys: Captured) -> None:
         assert main(["generate", "x", "--width", "1000", "--height", "5"]) == 0
-        assert (dit.specs[0].width_px, dit.specs[0].height_px) == (992, 16)
+        assert (dit.specs[0].width_px, dit.specs[0].height_px) == (1008, 16)
         said = capsys.readouterr().err
-        assert "--width 1000 is no multiple of 16: 992 is used" in said
+        assert "--width 1000 is no multiple of 16: 1008 is used" in said
         assert "--height 5 is no multiple of 16: 16 is used" in said
 
     def test_sides_that_are_none_are_left_to_the_server(self, dit: FakeDit) -> None:

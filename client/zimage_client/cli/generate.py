@@ -17,6 +17,7 @@ from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.files import write_whole
 from zimage_core.formats import embedding as embedding_file
+from zimage_core.planning import sizes
 from zimage_core.settings import ClientSettings
 
 _SIDE_MULTIPLE_PX = 16
@@ -164,7 +165,7 @@ def _snapped(flag: str, side: int | None, terminal: Terminal) -> int | None:
     """The nearest side that a model can make; what is no size at all is left to the server."""
     if side is None or side <= 0 or side % _SIDE_MULTIPLE_PX == 0:
         return side
-    nearest = max(1, round(side / _SIDE_MULTIPLE_PX)) * _SIDE_MULTIPLE_PX
+    nearest = sizes.snapped(side, _SIDE_MULTIPLE_PX)
     terminal.note(f"{flag} {side} is no multiple of {_SIDE_MULTIPLE_PX}: {nearest} is used")
     return nearest
 

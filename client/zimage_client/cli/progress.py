@@ -19,7 +19,9 @@ class ProgressText:
         match event:
             case Waiting():
                 self._began.clear()
-                return f"{event.message}; trying again in {event.seconds:.1f} s"
+                away = event.reason == "UNREACHABLE"
+                trouble = "the service cannot be reached" if away else event.message
+                return f"{trouble}; trying again in {event.seconds:.1f} s"
             case Accepted():
                 self._count = event.count
                 waiting = f", {event.queue_position} before this one"

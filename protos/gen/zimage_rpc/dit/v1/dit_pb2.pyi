@@ -462,7 +462,7 @@ class ArtifactChunk(_message.Message):
     IMAGE_INDEX_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
     image_index: _builtins.int
     """Which picture, counted from 0."""
     offset: _builtins.int
@@ -470,8 +470,8 @@ class ArtifactChunk(_message.Message):
     data: _builtins.bytes
     """The bytes, 1 MiB at most."""
     @_builtins.property
-    def digest(self) -> _types_pb2.Digest:
-        """The whole file; only in its last piece."""
+    def artifact(self) -> Global___Artifact:
+        """The finished picture; only in its last piece."""
 
     def __init__(
         self,
@@ -479,11 +479,11 @@ class ArtifactChunk(_message.Message):
         image_index: _builtins.int = ...,
         offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
-        digest: _types_pb2.Digest | None = ...,
+        artifact: Global___Artifact | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "digest", b"digest", "image_index", b"image_index", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "data", b"data", "image_index", b"image_index", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
