@@ -19,7 +19,7 @@ help: ## this list
 
 setup: $(READY) ## virtual environment with everything, exact versions
 
-$(READY): pyproject.toml constraints.txt protos/package-lock.json
+$(READY): pyproject.toml constraints.txt protos/package.json
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), sys.version'
 	@if [ "$$(uname)" = Linux ] && [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null; then \
 	  echo "No NVIDIA driver here. If pip turns to the large CUDA build, stop it and give the CPU"; \
@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt protos/package-lock.json
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	if command -v npm >/dev/null; then npm ci --prefix protos --ignore-scripts --no-audit --no-fund --silent; fi
+	if command -v npm >/dev/null; then npm install --prefix protos --no-package-lock --ignore-scripts --no-audit --no-fund --silent; fi
 	touch $@
 
 run: $(READY) ## a picture from a prompt, through the embedded services

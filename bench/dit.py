@@ -82,7 +82,7 @@ class Models:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.ours: ZImageTransformer = load_transformer(folder, torch.device("cpu"), dtype)
-        self.theirs: Any = ZImageTransformer2DModel.from_pretrained(  # type: ignore[no-untyped-call]
+        self.theirs: Any = ZImageTransformer2DModel.from_pretrained(
             folder / "transformer", torch_dtype=dtype, low_cpu_mem_usage=False
         )
 

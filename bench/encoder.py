@@ -108,7 +108,9 @@ def measure(layer_count: int, rounds: int) -> dict[str, Any]:
         "ours_seconds": round(timings.median("ours"), 3),
         "diffusers_seconds": round(timings.median("diffusers"), 3),
         "largest_relative_difference": float((left - right).abs().max() / right.abs().max()),
-        "rounds": rounds,
+        "every_round": {
+            name: [round(seconds, 3) for seconds in each] for name, each in timings.seconds.items()
+        },
         "threads": torch.get_num_threads(),
         "machine": machine("torch", "transformers", "diffusers"),
     }

@@ -65,7 +65,7 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Vae:
     _check_family(folder)
     _check_class(_read_json(folder / "vae" / "config.json"), "AutoencoderKL", folder / "vae")
     try:
-        model: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+        model: Any = AutoencoderKL.from_pretrained(
             folder / "vae", torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
