@@ -9,6 +9,11 @@ import pytest
 IN_CI = bool(os.environ.get("CI"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make parity` must be able to fail: this spoils our side of the comparison on purpose."""
+    parser.addoption("--move-a-weight", type=float, default=0.0, metavar="BY")
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No settings of whoever runs the tests reach them."""

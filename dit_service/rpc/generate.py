@@ -9,11 +9,11 @@ import grpc.aio
 
 from dit_service import messages
 from dit_service.rpc import describe
-from dit_service.rpc.admission import Admission
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.request import Request
 from dit_service.rpc.spec import Resolver
 from zimage_core.errors import InvalidRequest
+from zimage_core.serving.admission import Admission
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc

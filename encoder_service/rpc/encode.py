@@ -4,8 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +13,8 @@ import grpc.aio
 from encoder_service import messages
 from encoder_service.prompt import TokenIds, Tokenizer, check_hidden_layers, hidden_layer
 from zimage_core.embeddings import CHAT_FORMAT, DEFAULT_HIDDEN_LAYER, Embedding, Numerics, Recipe
-from zimage_core.errors import DeadlineTooShort, InvalidRequest, Overloaded
+from zimage_core.errors import DeadlineTooShort, InvalidRequest
+from zimage_core.serving.admission import Admission
 from zimage_core.serving.worker import Worker
 from zimage_core.tensors import TensorData, byte_count
 from zimage_core.wire import embeddings
@@ -22,7 +22,6 @@ from zimage_core.wire.limits import MESSAGE_BYTES, PROMPTS_PER_ENCODE
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
 
-_RETRY_AFTER_SECONDS = 1.0
 _ENVELOPE_BYTES = 1024
 """More than everything in an embedding's message but the elements."""
 
@@ -38,8 +37,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         self._worker = worker
         self._tokenizer = tokenizer
         self._token_limit = token_limit
-        self._max_queue_length = max_queue_length
-        self._call_count = 0
+        self._admission = Admission(max_queue_length)
 
     async def Encode(  # noqa: N802 - as the proto names it
         self, request: encoder_pb2.EncodeRequest, context: _Context
@@ -47,7 +45,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         """All prompts or none, in one batch of the worker."""
         if not 1 <= len(request.prompts) <= PROMPTS_PER_ENCODE:
             raise _wrong_prompt_count(len(request.prompts))
-        with self._place_in_queue():
+        with self._admission.place():
             encoder = self._worker.loaded(messages.Encoder)
             prompts = [embeddings.prompt_from_wire(prompt) for prompt in request.prompts]
             check_hidden_layers(prompts, encoder.layer_count, encoder.max_hidden_layer)
@@ -81,22 +79,6 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             answer.layer_count = encoder.layer_count
             answer.max_hidden_layer = encoder.max_hidden_layer
         return answer
-
-    @contextmanager
-    def _place_in_queue(self) -> Iterator[None]:
-        """One call is with the worker, some wait; more are turned away before any work."""
-        if self._call_count > self._max_queue_length:
-            raise Overloaded(
-                f"{self._max_queue_length} calls are waiting already; try again later or elsewhere",
-                reason="QUEUE_FULL",
-                fields={"allowed": str(self._max_queue_length)},
-                retry_after=_RETRY_AFTER_SECONDS,
-            )
-        self._call_count += 1
-        try:
-            yield
-        finally:
-            self._call_count -= 1
 
     async def _run(self, call: messages.Encode) -> messages.Encoded:
         [encoded] = [event async for event in self._worker.call(call)]

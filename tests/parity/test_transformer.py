@@ -46,8 +46,11 @@ def pair(
     if request.param == "odd":
         folder = tmp_path_factory.mktemp("models") / "odd"
         build(folder, Shape(transformer=Shape().transformer | ODD))
+    transformer = load_transformer(folder, torch.device("cpu"), torch.float32)
+    moved_by = request.config.getoption("--move-a-weight")
+    transformer.get_parameter("layers.0.feed_forward.w2.weight")[3, 5] += moved_by
     return Pair(
-        load_transformer(folder, torch.device("cpu"), torch.float32),
+        transformer,
         ZImageTransformer2DModel.from_pretrained(
             folder / "transformer", low_cpu_mem_usage=False
         ).eval(),
