@@ -64,10 +64,10 @@ bench-dit: ## C5, C6, C7: a forward against diffusers and the bare matmuls, and 
 	$(BIN)/python -m bench.overhead
 
 proto: ## generated code and wire snapshot from the protos
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python protos/generate.py
+	$(BIN)/python protos/generate.py
 
 proto-check: ## proves them fresh; buf's lint and format
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python protos/generate.py --check
+	$(BIN)/python protos/generate.py --check
 	@if [ -x $(BUF) ]; then $(BUF) lint && $(BUF) format -d --exit-code; \
 	elif [ -n "$$CI" ]; then echo "buf is missing: npm is needed" >&2; exit 1; \
 	else echo "SKIPPED: buf lint and format, because npm is not installed" >&2; fi

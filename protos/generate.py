@@ -78,7 +78,11 @@ def differences(left: Path, right: Path) -> Iterator[str]:
 
 def _protoc(sources: list[str], *options: str) -> None:
     includes = [f"-I{PROTOS}", f"-I{files('grpc_tools') / '_proto'}"]
-    if protoc.main(["protoc", *includes, *options, *sources]) != 0:
+    plugins = [
+        f"--plugin={name}={Path(sys.executable).with_name(name)}"
+        for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+    ]
+    if protoc.main(["protoc", *includes, *plugins, *options, *sources]) != 0:
         raise SystemExit("protoc failed")
 
 
