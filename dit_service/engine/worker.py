@@ -10,6 +10,7 @@ from dit_service import messages
 from dit_service.engine import device as devices
 from dit_service.engine.generate import Generator
 from dit_service.model import loading
+from dit_service.model.heap import prepare_heap
 from zimage_core.errors import InvalidModel
 from zimage_core.planning import variants
 from zimage_core.planning.limits import caption_token_limit, side_limit_px
@@ -33,6 +34,7 @@ class _Loaded:
 @torch.inference_mode()
 def main(port: Port, settings: DitSettings) -> None:
     """The worker's entry."""
+    prepare_heap()
     with port.working("load", _LOADING_SECONDS):
         loaded = _load(port, settings)
     _warm_up(loaded)

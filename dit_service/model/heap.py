@@ -17,7 +17,7 @@ def prepare_heap() -> None:
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
+    os.putenv("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for it at its first allocation
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

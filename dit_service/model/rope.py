@@ -15,7 +15,8 @@ class Rope(NamedTuple):
     """The rotation of every token, float32, laid out so that neighbours in a pair meet by a shift.
 
     Pair i of a head is the elements 2i and 2i + 1. The even one takes -sin of the next element, the
-    odd one sin of the previous; each table holds zeros in between.
+    odd one sin of the previous, and the tables hold zeros in between. Both are one element short:
+    the last element has no next and the first no previous.
     """
 
     cos_T1E: Tensor
@@ -41,17 +42,18 @@ class RopeTables:
         even_E = torch.arange(angles_TE.shape[-1], device="cpu") % 2 == 0
         return Rope(
             cos_T1E.to(device),
-            torch.where(even_E, -sin_T1E, 0.0).to(device),
-            torch.where(even_E, 0.0, sin_T1E).to(device),
+            torch.where(even_E, -sin_T1E, 0.0)[..., :-1].contiguous().to(device),
+            torch.where(even_E, 0.0, sin_T1E)[..., 1:].contiguous().to(device),
         )
 
 
 def rotate(x_THE: Tensor, rope: Rope) -> Tensor:
     """Turns queries or keys by their positions, in float32 whatever their type."""
     x = x_THE.float()
+    rest = x.shape[-1] - 1
     turned_THE = x * rope.cos_T1E
-    turned_THE.addcmul_(x.roll(-1, dims=-1), rope.from_next_T1E)
-    turned_THE.addcmul_(x.roll(1, dims=-1), rope.from_previous_T1E)
+    turned_THE.narrow(-1, 0, rest).addcmul_(x.narrow(-1, 1, rest), rope.from_next_T1E)
+    turned_THE.narrow(-1, 1, rest).addcmul_(x.narrow(-1, 0, rest), rope.from_previous_T1E)
     return turned_THE.to(x_THE.dtype)
 
 

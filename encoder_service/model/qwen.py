@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RotaryEmbedding,
 )
 
-from zimage_core.errors import Cancelled
+from zimage_core.errors import Cancelled, NotReady
 
 _PACKED_ATTENTION = "zimage_packed"
 
@@ -50,15 +50,27 @@ class Qwen3Encoder(nn.Module):
         """For each prompt the hidden state it asks for, [its token count, width]. Each linear runs
         once over the tokens of all prompts, without padding; no prompt sees another. Raises
         Cancelled after the layer at which nobody waits any more."""
+        self._refuse_unknown_tokens(token_ids)
         lengths = [len(ids) for ids in token_ids]
         wanted = [self.layer_count + 1 + layer for layer in hidden_layers]
         taken: dict[int, Tensor] = {}
         for depth, state in zip(range(max(wanted) + 1), self._states(token_ids), strict=False):
             if is_cancelled():
                 raise Cancelled("nobody waits for these prompts any more")
-            rows = state[0].split(lengths)
+            rows = state.squeeze(0).split(lengths)
             taken |= {index: rows[index] for index, layer in enumerate(wanted) if layer == depth}
         return [taken[index] for index in range(len(lengths))]
+
+    def _refuse_unknown_tokens(self, token_ids: Sequence[Sequence[int]]) -> None:
+        """A GPU would be lost to this process after looking up one of them."""
+        highest, rows = max(map(max, token_ids)), self.embed_tokens.num_embeddings
+        if highest >= rows:
+            raise NotReady(
+                f"token {highest} is not among the {rows} that the text encoder knows: "
+                "the tokenizer beside it belongs to another model",
+                reason="TOKENIZER_MISMATCH",
+                fields={"given": str(highest), "allowed": f"0 to {rows - 1}"},
+            )
 
     def _states(self, token_ids: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """The hidden states from the token table on, [1, all tokens, width], one by one."""
@@ -66,8 +78,8 @@ class Qwen3Encoder(nn.Module):
         device = self.embed_tokens.weight.device
         packed = torch.tensor([token for ids in token_ids for token in ids], device=device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        state = self.embed_tokens(packed)[None]
-        rotation = self.rotary_emb(state, positions[None])
+        state = self.embed_tokens(packed).unsqueeze(0)
+        rotation = self.rotary_emb(state, positions.unsqueeze(0))
         yield state
         for depth, layer in enumerate(self.layers, 1):
             state = layer(state, position_embeddings=rotation, prompt_lengths=lengths)

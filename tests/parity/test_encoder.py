@@ -1,6 +1,6 @@
 """E5: the encoder against transformers' hidden states, whatever else is in the batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,15 @@ BATCHES = {
     "mixed": [1, 200, 8, 33, 64],
     "a full call": [8 + 3 * index for index in range(32)],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine threads wait for each other longer than these small layers take."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("encoder")
     written.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    return Model(folder, Qwen3Model.from_pretrained(folder))
+    reference: Any = Qwen3Model.from_pretrained(folder).requires_grad_(False)
+    moved_by = request.config.getoption("--move-a-weight")
+    reference.get_parameter("layers.0.mlp.down_proj.weight")[3, 5] += moved_by
+    return Model(folder, reference)
 
 
 def _prompts(lengths: Sequence[int]) -> list[tuple[int, ...]]:

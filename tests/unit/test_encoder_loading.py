@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encoder_service.model.loading import choose_device, choose_type, load
-from zimage_core.errors import InvalidModel, InvalidSettings
+from zimage_core.errors import InvalidModel, InvalidSettings, NotReady
 
 CPU = torch.device("cpu")
 
@@ -98,6 +98,13 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
 def test_a_state_the_encoder_lacks_is_refused(folder: Path, deepest: int) -> None:
     with pytest.raises(InvalidSettings, match="max_hidden_layer"):
         load(folder, deepest, "cpu", "auto")
+
+
+def test_tokens_of_another_models_tokenizer_are_refused(folder: Path) -> None:
+    encoder = load(folder, -2, "cpu", "auto")
+    with pytest.raises(NotReady, match="token 261 is not among the 261") as refusal:
+        encoder([[1, 2], [260, 261]], [-2, -2])
+    assert refusal.value.reason == "TOKENIZER_MISMATCH"
 
 
 def test_a_device_that_is_not_here_is_refused() -> None:
