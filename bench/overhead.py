@@ -17,6 +17,7 @@ from demo_model.random_model import build
 from dit_service import messages
 from dit_service.engine.generate import Generator
 from dit_service.model import loading
+from dit_service.model.heap import prepare_heap
 from encoder_service.model.loading import load as load_encoder
 from encoder_service.prompt import Tokenizer
 from zimage_client import Client
@@ -37,7 +38,7 @@ class OneProcess:
 
     def __init__(self, folder: Path) -> None:
         cpu = torch.device("cpu")
-        self._tokenizer = Tokenizer(folder)
+        self._tokenizer = Tokenizer(folder / "tokenizer")
         self._encoder = load_encoder(
             folder / "text_encoder", DEFAULT_HIDDEN_LAYER, "cpu", "float32"
         )
@@ -75,6 +76,7 @@ async def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the figures")
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
+    prepare_heap()  # as the service's worker does, before the first tensor
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         build(folder)

@@ -21,6 +21,12 @@ class Generate:
     cfg_normalization: float
     cfg_truncation: float
 
+    @property
+    def token_count(self) -> int:
+        """Of both conditionings together."""
+        sides = (self.positive, self.negative)
+        return sum(side.shape[0] for side in sides if side is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Denoised:

@@ -8,10 +8,11 @@ import grpc.aio
 
 from zimage_client import _reading
 from zimage_client._channel import Metadata
+from zimage_client._conditioning import prompt_message
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled
-from zimage_core.wire import embeddings, status
+from zimage_core.wire import status
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
@@ -27,7 +28,7 @@ async def encode(
     metadata: Metadata,
 ) -> list[Embedding]:
     """The embeddings of some prompts, in order."""
-    request = encoder_pb2.EncodeRequest(prompts=[embeddings.prompt_to_wire(p) for p in prompts])
+    request = encoder_pb2.EncodeRequest(prompts=[prompt_message(p) for p in prompts])
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
     with _typed_errors():
         response = await stub.Encode(request, timeout=timeout, metadata=metadata)

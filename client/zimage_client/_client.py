@@ -11,7 +11,7 @@ from zimage_client._conditioning import Condition, Prompts, conditioning
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_client._events import Accepted, Completed, Event, Generated, Picture
 from zimage_client._generation import Generation
-from zimage_client._options import Options, check_names, spec
+from zimage_client._options import Options, check_timeout, spec
 from zimage_client._reading import malformed
 from zimage_client._replay import Replay
 from zimage_core.embeddings import Embedding, Prompt
@@ -60,7 +60,6 @@ class AsyncClient:
 
         Use `contextlib.aclosing` around it where the loop may be left before its end.
         """
-        check_names(options)
         retry = options.get("retry")
         return Generation(
             self._channels,
@@ -80,6 +79,7 @@ class AsyncClient:
         timeout: float | None = _calls.ENCODE_SECONDS,
     ) -> Embedding | list[Embedding]:
         """Encodes one prompt, or several together, in order; waits for an encoder that loads."""
+        check_timeout(timeout)
         given = [prompt] if isinstance(prompt, str | Prompt) else prompt
         prompts = [Prompt(one) if isinstance(one, str) else one for one in given]
         encoded = await self._encode(prompts, Replay(timeout=timeout))

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from zimage_core.embeddings import Embedding, Prompt
+from zimage_core.errors import InvalidRequest
 from zimage_core.wire import embeddings
 from zimage_rpc.types.v1 import types_pb2
 
@@ -45,10 +46,26 @@ def conditioning(positive: Condition, negative: Condition | None) -> Conditionin
 def message(side: Prompt | Embedding) -> types_pb2.Conditioning:
     """The message of one side."""
     if isinstance(side, Prompt):
-        segment = types_pb2.Segment(prompt=embeddings.prompt_to_wire(side))
+        segment = types_pb2.Segment(prompt=prompt_message(side))
     else:
         segment = types_pb2.Segment(embedding=embeddings.embedding_to_wire(side))
     return types_pb2.Conditioning(segments=[segment])
+
+
+def prompt_message(prompt: Prompt) -> types_pb2.Prompt:
+    """The message of a prompt; raises InvalidRequest for text that UTF-8 cannot say."""
+    for part in ("text", "system", "thinking", "assistant"):
+        text = getattr(prompt, part)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"the prompt's {part} has no UTF-8 form: {text[error.start]!a} at character "
+                f"{error.start} is half a character, as bytes read in a wrong encoding are",
+                reason="TEXT_ENCODING",
+                fields={"field": part, "given": ascii(text[error.start])},
+            ) from None
+    return embeddings.prompt_to_wire(prompt)
 
 
 def _prompt(text: str, other: Prompt | Embedding | None = None) -> Prompt:

@@ -41,7 +41,6 @@ class DitDescription:
     """A DiT service; while it loads, what only the loaded model tells is None."""
 
     version: str
-    features: tuple[str, ...]
     ready: bool
     has_encoder: bool
     """Whether it takes prompts; without an encoder it takes embeddings alone."""
@@ -69,6 +68,5 @@ class EncoderDescription:
     """An encoder service; while it loads, what only the loaded model tells is None."""
 
     version: str
-    features: tuple[str, ...]
     ready: bool
     model: Encoder | None

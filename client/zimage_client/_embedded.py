@@ -38,22 +38,23 @@ _LOG_LINES_SHOWN = 15
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the services of a stack listen; empty for one that was not wanted."""
+    """Where the services of a stack listen."""
 
     server: str
+    """Empty without a DiT."""
     encoder: str
 
 
 @asynccontextmanager
 async def embedded_stack(
-    say: Callable[[str], None], *, encoder: bool = True, dit: bool = True
+    say: Callable[[str], None], *, dit: bool = True
 ) -> AsyncIterator[Addresses]:
-    """Runs the wanted services while the block does; `say` hears what goes on until they serve."""
+    """Runs the services while the block does; `say` hears what goes on until they serve."""
     _refuse_what_cannot_work()
     with _private_folder() as folder:
         addresses = Addresses(
             server=f"unix:{folder / 'dit.sock'}" if dit else "",
-            encoder=f"unix:{folder / 'encoder.sock'}" if encoder else "",
+            encoder=f"unix:{folder / 'encoder.sock'}",
         )
         model = await _model(folder, say)
         say("starting the embedded services")
@@ -65,10 +66,8 @@ async def embedded_stack(
                 return await running.enter_async_context(child)
 
             async with AsyncClient(addresses.server, addresses.encoder) as client:
-                started: list[tuple[_Child, _Describe]] = []
-                if encoder:
-                    child = await start("encoder_service", addresses.encoder)
-                    started.append((child, client.describe_encoder))
+                child = await start("encoder_service", addresses.encoder)
+                started: list[tuple[_Child, _Describe]] = [(child, client.describe_encoder)]
                 if dit:
                     child = await start(
                         "dit_service", addresses.server, "--encoder", addresses.encoder

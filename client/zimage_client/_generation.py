@@ -114,5 +114,5 @@ class Generation:
         return description.model.default_guidance > 0
 
     async def _encode(self, prompts: Sequence[Prompt]) -> Sequence[Embedding]:
-        seconds = self._replay.within(_calls.ENCODE_SECONDS)
+        seconds = self._replay.within(None)  # a busy encoder is no reason to give up
         return await _calls.encode(self._channels.encoder(), prompts, seconds, self._metadata)

@@ -15,6 +15,8 @@ from zimage_rpc.dit.v1 import dit_pb2
 SEED_LIMIT = 1 << 32
 """Seeds are drawn below this; any 64-bit integer may be given."""
 
+_LONGEST_TIMEOUT_SECONDS = 1e9  # gRPC takes much more, and infinity, for a time that is over
+
 
 class Options(TypedDict, total=False):
     """The options of `generate` and `stream`."""
@@ -80,7 +82,19 @@ _CHOICES: Mapping[str, tuple[str, Mapping[str, int]]] = {
 }
 
 
-def check_names(options: Mapping[str, object]) -> None:
+def check_timeout(seconds: float | None) -> None:
+    """Raises InvalidRequest for what is no time to wait."""
+    if seconds is None:
+        return
+    if not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST_TIMEOUT_SECONDS:
+        raise _invalid(
+            "timeout",
+            seconds,
+            f"allowed: more than 0 and at most {_LONGEST_TIMEOUT_SECONDS:.0e} seconds, or none",
+        )
+
+
+def _check_names(options: Mapping[str, object]) -> None:
     """Raises TypeError for an option that does not exist, as Python does for an argument."""
     for name in options:
         if name not in Options.__annotations__:
@@ -93,7 +107,10 @@ def spec(options: Options) -> dit_pb2.GenerateSpec:
     """The message of the options that go to the server as they are, with a seed for sure.
 
     The seed is drawn here, so that a request that has to be sent again is the same request.
+    Raises for any option that cannot be meant, those that stay here included.
     """
+    _check_names(options)
+    check_timeout(options.get("timeout"))
     message = dit_pb2.GenerateSpec(seed=secrets.randbelow(SEED_LIMIT))
     for name, value in options.items():
         if value is None:
@@ -110,6 +127,8 @@ def spec(options: Options) -> dit_pb2.GenerateSpec:
                 message.schedule.sigmas.extend(value)  # type: ignore[arg-type]
             except (TypeError, ValueError) as error:
                 raise _invalid(name, value, str(error)) from None
+            if not message.schedule.sigmas:
+                raise _invalid(name, value, "an empty schedule makes no picture")
     return message
 
 

@@ -128,7 +128,6 @@ def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
     """What a DiT service is."""
     return DitDescription(
         version=message.version,
-        features=tuple(message.features),
         ready=message.ready,
         has_encoder=message.has_encoder,
         model=_model(message.model) if message.ready else None,
@@ -152,7 +151,7 @@ def encoder_description(message: encoder_pb2.DescribeResponse) -> EncoderDescrip
         if message.ready
         else None
     )
-    return EncoderDescription(message.version, tuple(message.features), message.ready, model)
+    return EncoderDescription(message.version, message.ready, model)
 
 
 def _model(message: dit_pb2.Model) -> Model:

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 from zimage_core.errors import Overloaded, Unavailable, ZImageError
 
-_ENCODER_AWAY = "ENCODER_UNAVAILABLE"
 _PATIENCE_SECONDS = {
     "LOADING": 600.0,  # large weights on a slow disk
     "DEVICE_LOST": 600.0,  # the same, once more
-    "DRAINING": 60.0,  # another replica, or this one's successor
     "QUEUE_FULL": 60.0,
-    _ENCODER_AWAY: 60.0,
+    "ENCODER_UNAVAILABLE": 60.0,
 }
 _LONGEST_PATIENCE_SECONDS = max(_PATIENCE_SECONDS.values())
 _SHORT_PATIENCE_SECONDS = 10.0  # nobody there: more often a wrong address than a restart
-_MOST_BREAKS = 5  # after being accepted: a request that kills its server must not go on for ever
+_RESTART_PATIENCE_SECONDS = 60.0  # nobody there any more: a restart
+_MOST_BREAKS = 5  # while worked on: a request that kills its server must not go on for ever
+_UNREACHABLE = "UNREACHABLE"
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
 
@@ -50,7 +50,8 @@ class Replay:
         self._enabled = enabled
         self._deadline = None if timeout is None else clock() + timeout
         self._silence: _Silence | None = None
-        self._was_taken = False
+        self._was_met = False
+        self._was_worked_on = False
         self._breaks = 0
 
     def within(self, limit: float | None) -> float | None:
@@ -61,34 +62,41 @@ class Replay:
         return left if limit is None else min(limit, left)
 
     def taken(self) -> None:
-        """The server took the request: if it breaks now, that may be the request's own fault."""
-        self._was_taken = True
+        """The server took the request; if it breaks in the queue, another one did that."""
+        self._was_met = True
+        self._was_worked_on = False
 
     def worked(self) -> None:
-        """The server works on it: what failed before is forgotten."""
+        """The server works on it: what failed before is forgotten, a break may be its own fault."""
+        self._was_worked_on = True
         self._silence = None
 
     def pause_after(self, error: ZImageError) -> float:
         """Seconds until the next try; raises the error when there shall be none."""
         if not self._enabled or not _may_pass(error):
             raise error
-        self._breaks += self._was_taken and error.reason != _ENCODER_AWAY
-        self._was_taken = False
+        self._breaks += self._was_worked_on
+        self._was_worked_on = False
+        self._was_met |= error.reason != _UNREACHABLE
         now = self._clock()
         silence = self._silence = self._silence or _Silence(began=now)
         if error.reason != silence.reason:
             silence.reason, silence.reason_began = error.reason, now
         pause = _pause(silence.failures) if error.retry_after is None else error.retry_after
         silence.failures += 1
-        patience = _PATIENCE_SECONDS.get(error.reason, _SHORT_PATIENCE_SECONDS)
         too_late = min(
-            silence.reason_began + patience,
+            silence.reason_began + self._patience(error.reason),
             silence.began + _LONGEST_PATIENCE_SECONDS,
             float("inf") if self._deadline is None else self._deadline,
         )
         if self._breaks > _MOST_BREAKS or now + pause >= too_late:
             raise error
         return pause
+
+    def _patience(self, reason: str) -> float:
+        if reason == _UNREACHABLE and self._was_met:
+            return _RESTART_PATIENCE_SECONDS
+        return _PATIENCE_SECONDS.get(reason, _SHORT_PATIENCE_SECONDS)
 
 
 def _pause(failures: int) -> float:

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Self, TypeVar, Unpack, overload
 
 from zimage_client import _calls
@@ -14,6 +14,7 @@ from zimage_client._description import DitDescription, EncoderDescription
 from zimage_client._events import Event, Generated
 from zimage_client._options import Options
 from zimage_core.embeddings import Embedding, Prompt
+from zimage_core.errors import Cancelled
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ class Client:
 
     def stream(self, prompt: Condition, **options: Unpack[Options]) -> Generator[Event, None, None]:
         """Makes pictures and tells how it goes on; leaving the loop early cancels the request."""
-        return _iterate(self._loop, self._client.stream(prompt, **options))
+        return _iterate(self, self._loop, self._client.stream(prompt, **options))
 
     @overload
     def encode(self, prompt: str | Prompt, *, timeout: float | None = ...) -> Embedding: ...
@@ -92,6 +93,8 @@ class _LoopThread:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise Cancelled("the client was closed with this call in flight") from None
         except BaseException:
             future.cancel()
             raise
@@ -131,8 +134,9 @@ async def _serve(
 
 
 def _iterate(
-    loop: _LoopThread, events: AsyncGenerator[Event, None]
+    owner: Client, loop: _LoopThread, events: AsyncGenerator[Event, None]
 ) -> Generator[Event, None, None]:
+    """The events; holds the client, which ends its loop when nobody does."""
     try:
         while (event := loop.run(_next(events))) is not None:
             yield event

@@ -22,6 +22,7 @@ Emit = Callable[[object], None]
 
 _SLOWEST_SECONDS_PER_FLOP = 1e-9
 _SLOWEST_SECONDS_PER_PIXEL = 1e-3
+_SLOWEST_SECONDS_PER_TOKEN = 1e-1
 """What is expected before anything was measured: no device in use is slower."""
 
 
@@ -35,13 +36,15 @@ class Generator:
         self._vae = vae
         self._packer = Packer(model, backend)
         self._fence = Fence(model.device)
+        self._conditioning = Pace("condition", _SLOWEST_SECONDS_PER_TOKEN, announce)
         self._denoising = Pace("denoise", _SLOWEST_SECONDS_PER_FLOP, announce)
         self._decoding = Pace("decode", _SLOWEST_SECONDS_PER_PIXEL, announce)
 
     def run(self, request: messages.Generate, emit: Emit) -> None:
         """Emits an event before every step, each picture when it is done, and last what it took."""
         denoised, decoded = self._denoising.seconds, self._decoding.seconds
-        shared = self._condition(request)
+        with self._conditioning.working(request.token_count):
+            shared = self._condition(request)
         forward_count = 0
         for index, seed in enumerate(request.seeds):
             run = self._begin(request, seed)

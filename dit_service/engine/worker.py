@@ -1,7 +1,7 @@
 """The worker process: loads the model once, then runs request after request on the device."""
 
+import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from zimage_core.wire.identities import encoder_identities
 
 _LOADING_SECONDS = 600.0
 """What a cold load of 12 GB from a slow disk may take; the watchdog allows several times that."""
+
+_STEP_EVENT_SECONDS = 0.05
 
 ATTENTION_BACKEND = "sdpa"
 
@@ -43,7 +45,26 @@ def main(port: Port, settings: DitSettings) -> None:
         submitted = port.next_call()
         with port.answering(submitted):
             assert isinstance(submitted.payload, messages.Generate)
-            loaded.generator.run(submitted.payload, partial(port.emit, submitted.call))
+            loaded.generator.run(submitted.payload, _Events(port, submitted.call))
+
+
+class _Events:
+    """A request's events on their way out. Fast steps are told only now and then: on a CPU each
+    message takes time from the work."""
+
+    def __init__(self, port: Port, call: int) -> None:
+        self._port = port
+        self._call = call
+        self._told = 0.0
+
+    def __call__(self, event: object) -> None:
+        now = time.monotonic()
+        is_step = isinstance(event, messages.Denoised) and event.step > 0
+        if is_step and now - self._told < _STEP_EVENT_SECONDS:
+            self._port.refuse_cancelled(self._call)
+            return
+        self._told = now
+        self._port.emit(self._call, event)
 
 
 def _load(port: Port, settings: DitSettings) -> _Loaded:
@@ -53,6 +74,13 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     variant = _variant(settings, scheduler.shift)
     transformer = loading.load_transformer(settings.model, device, compute_type)
     vae = loading.load_vae(settings.model, device, vae_type)
+    if vae.latent_channels != transformer.config.in_channels:
+        raise InvalidModel(
+            f"{settings.model}: the VAE has {vae.latent_channels} latent channels and the "
+            f"transformer {transformer.config.in_channels}; they do not belong together",
+            reason="FOREIGN_VAE",
+            fields={"path": str(settings.model / "vae")},
+        )
     side_multiple_px = vae.factor * transformer.config.patch_size
     description = messages.Model(
         name=settings.model.resolve().name,

@@ -1,163 +1,133 @@
 """From what a request says to what the model takes: prompts are encoded by the configured encoder,
-embeddings are checked against the one that this model belongs to."""
+embeddings are checked."""
 
-import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dit_service import messages
+from dit_service.rpc.pin import CheckedEmbedding, EncoderPin
 from zimage_client import AsyncClient
-from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding, Prompt
-from zimage_core.errors import InvalidRequest, NotReady, Unavailable
+from zimage_core.embeddings import Prompt
+from zimage_core.errors import InvalidRequest, NotReady, Unavailable, ZImageError
 from zimage_core.settings import DitSettings
 from zimage_core.wire import embeddings
-from zimage_rpc.dit.v1 import dit_pb2
+from zimage_core.wire.limits import PROMPT_BYTES
 from zimage_rpc.types.v1 import types_pb2
-
-_log = logging.getLogger(__name__)
 
 _ENCODER_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """An embedding that the model can take, and whether its encoder is surely the right one."""
+class Side:
+    """The positive or the negative side of a request."""
 
-    embedding: Embedding
-    identity_verified: bool
+    field: str
+    """Its path in the request."""
+    content: Prompt | CheckedEmbedding
 
-    def provenance(self) -> dit_pb2.ConditioningProvenance:
-        """Where it came from, as Completed tells it."""
-        return dit_pb2.ConditioningProvenance(
-            embedding_digest=digest_of(self.embedding),
-            identity=types_pb2.EncoderIdentity(sha256=self.embedding.identity),
-            recipe=embeddings.recipe_to_wire(self.embedding.recipe),
-            numerics=embeddings.numerics_to_wire(self.embedding.numerics),
-            token_count=self.embedding.token_count,
-            identity_verified=self.identity_verified,
-        )
+    @property
+    def hidden_layer(self) -> int:
+        """The hidden state that it is made of."""
+        if isinstance(self.content, Prompt):
+            assert self.content.hidden_layer is not None
+            return self.content.hidden_layer
+        return self.content.embedding.recipe.hidden_layer
 
 
 class Conditioner:
-    """Knows the encoder service, if there is one, and the encoder that the model belongs to."""
+    """Knows the encoder service, if there is one, and which embeddings are taken."""
 
     def __init__(self, settings: DitSettings, encoder: AsyncClient | None) -> None:
-        self._settings = settings
+        self.pin = EncoderPin(settings)
+        self._address = settings.encoder
         self._encoder = encoder
-        self._warned = False
 
     @property
     def has_encoder(self) -> bool:
         """Whether prompts can be given."""
         return self._encoder is not None
 
-    def read(self, message: types_pb2.Conditioning, field: str) -> Prompt | Embedding:
-        """What the message says; raises InvalidRequest unless it is one prompt or one embedding."""
+    def read(self, message: types_pb2.Conditioning, field: str, model: messages.Model) -> Side:
+        """What the message says, unless it is more or less than one prompt or fit embedding."""
         if len(message.segments) != 1:
-            raise InvalidRequest(
-                f"{field}.segments: {len(message.segments)} given, this model takes exactly 1",
-                reason="SEGMENTS",
-                fields={"field": f"{field}.segments", "given": str(len(message.segments))},
-            )
-        field, segment = f"{field}.segments[0]", message.segments[0]
-        match segment.WhichOneof("content"):
-            case "prompt":
-                return embeddings.prompt_from_wire(segment.prompt)
-            case "embedding":
-                return embeddings.embedding_from_wire(segment.embedding, field=f"{field}.embedding")
-            case other:
-                raise InvalidRequest(
-                    f"{field}.content: {other or 'nothing'} given, "
-                    "allowed is a prompt or an embedding",
-                    reason="SEGMENT_CONTENT",
-                    fields={"field": f"{field}.content", "given": str(other)},
-                )
+            raise _refusal(f"{field}.segments", len(message.segments), "exactly 1", "SEGMENTS")
+        segment = message.segments[0]
+        kind = segment.WhichOneof("content")
+        field = f"{field}.segments[0].{kind or 'content'}"
+        if kind == "prompt":
+            self._refuse_prompt(segment.prompt, field)
+            return Side(field, embeddings.prompt_from_wire(segment.prompt))
+        if kind == "embedding":
+            embedding = embeddings.embedding_from_wire(segment.embedding, field=field)
+            return Side(field, self.pin.check(embedding, model, field))
+        allowed = "a prompt or an embedding"
+        raise _refusal(field, kind or "nothing", allowed, "SEGMENT_CONTENT")
 
-    async def resolve(
-        self, given: Sequence[Prompt | Embedding], model: messages.Model
-    ) -> list[Conditioning]:
-        """Has the prompts among them encoded, all in one call; checks the rest the same way."""
-        prompts = [item for item in given if isinstance(item, Prompt)]
-        encoded = iter(await self._encode(prompts))
-        whole = [next(encoded) if isinstance(item, Prompt) else item for item in given]
-        return [self._checked(embedding, model) for embedding in whole]
+    async def resolve(self, sides: Sequence[Side], model: messages.Model) -> list[CheckedEmbedding]:
+        """The sides as embeddings; those that are prompts are encoded in one call."""
+        texts = [side for side in sides if isinstance(side.content, Prompt)]
+        encoded = iter(await self._encode(texts, model))
+        return [
+            next(encoded) if isinstance(side.content, Prompt) else side.content for side in sides
+        ]
 
-    def refuse_prompts(self, given: Sequence[Prompt | Embedding]) -> None:
-        """Raises NotReady if there is a prompt and nobody to encode it."""
-        if self._encoder is None and any(isinstance(item, Prompt) for item in given):
-            raise NotReady(
-                "this DiT service has no encoder; start it with --encoder ADDRESS, or encode at "
-                "the client's side and send the embedding",
-                reason="NO_ENCODER",
-            )
-
-    async def _encode(self, prompts: list[Prompt]) -> list[Embedding]:
-        if not prompts:
+    async def _encode(self, sides: list[Side], model: messages.Model) -> list[CheckedEmbedding]:
+        if not sides:
             return []
         assert self._encoder is not None
+        prompts = [side.content for side in sides if isinstance(side.content, Prompt)]
         try:
-            return await self._encoder.encode(prompts)
-        except Unavailable as error:
-            address = self._settings.encoder
-            raise Unavailable(
-                f"the encoder service at {address} is not available: {error.message}",
-                reason="ENCODER_UNAVAILABLE",
-                fields={**error.fields, "encoder": address},
-                retry_after=error.retry_after or _ENCODER_RETRY_SECONDS,
+            encoded = await self._encoder.encode(prompts, timeout=None)
+        except ZImageError as error:
+            raise self._retold(error, sides) from error
+        try:
+            pairs = zip(encoded, sides, strict=True)
+            return [self.pin.check(embedding, model, side.field) for embedding, side in pairs]
+        except InvalidRequest as error:  # not the caller's fault
+            raise NotReady(
+                f"the encoder service at {self._address} is not for this model: {error.message}",
+                reason="ENCODER_MISMATCH",
+                fields=error.fields,
             ) from error
 
-    def _checked(self, embedding: Embedding, model: messages.Model) -> Conditioning:
-        tokens, width = embedding.tensor.shape
-        if width != model.caption_width:
-            raise _mismatch("width", width, f"{model.caption_width} for this model")
-        if not 1 <= tokens <= model.max_token_count:
-            raise _mismatch("token count", tokens, f"1 to {model.max_token_count} for this model")
-        pinned = self._pinned(embedding.recipe.hidden_layer, model)
-        if pinned and embedding.identity != pinned:
+    def _retold(self, error: ZImageError, sides: Sequence[Side]) -> ZImageError:
+        """The encoder's error in the words of our own request."""
+
+        def renamed(text: str) -> str:
+            return re.sub(r"\bprompts\[(\d+)\]", lambda found: sides[int(found[1])].field, text)
+
+        fields = {name: renamed(value) for name, value in error.fields.items()}
+        if isinstance(error, Unavailable):
+            return Unavailable(
+                f"the encoder service at {self._address} is not available: {error.message}",
+                reason="ENCODER_UNAVAILABLE",
+                fields={**fields, "encoder": self._address},
+                retry_after=error.retry_after or _ENCODER_RETRY_SECONDS,
+            )
+        return type(error)(
+            renamed(error.message),
+            reason=error.reason,
+            fields=fields,
+            retry_after=error.retry_after,
+        )
+
+    def _refuse_prompt(self, prompt: types_pb2.Prompt, field: str) -> None:
+        if self._encoder is None:
             raise NotReady(
-                f"the embedding comes from encoder {embedding.identity or '(unnamed)'} at hidden "
-                f"layer {embedding.recipe.hidden_layer}; this model belongs to {pinned}",
-                reason="ENCODER_MISMATCH",
-                fields={"given": embedding.identity, "allowed": pinned},
+                f"{field}: this DiT service has no encoder; start it with --encoder ADDRESS, or "
+                "encode at the client's side and send embeddings: the positive one, and the "
+                "negative one unless guidance is 0",
+                reason="NO_ENCODER",
+                fields={"field": field},
             )
-        if not pinned and not self._warned:
-            self._warned = True
-            _log.warning(
-                "no encoder is pinned: embeddings of any encoder of width %s are taken; set "
-                "encoder_identity to insist on one (this one is %s)",
-                model.caption_width,
-                embedding.identity or "unnamed",
-            )
-        return Conditioning(embedding, identity_verified=bool(pinned))
-
-    def _pinned(self, hidden_layer: int, model: messages.Model) -> str:
-        """The identity to insist on at a hidden layer: of the files, else of the settings."""
-        known = model.encoder_identities
-        if known and -len(known) <= hidden_layer <= -1:
-            return known[hidden_layer]
-        return self._settings.encoder_identity
+        if prompt.ByteSize() > PROMPT_BYTES:
+            raise _refusal(field, f"{prompt.ByteSize()} bytes", f"{PROMPT_BYTES}", "PROMPT_BYTES")
 
 
-def digest_of(embedding: Embedding) -> types_pb2.Digest:
-    """The embedding's name by content."""
-    tensor = embedding.tensor
-    return types_pb2.Digest(
-        sha256=tensor.sha256,
-        size_bytes=len(tensor.data),
-        media_type=f"application/x-tensor; type={tensor.element_type}",
-    )
-
-
-def pinned_identity(model: messages.Model, settings: DitSettings) -> str:
-    """The identity that Describe tells: the one at the usual hidden layer."""
-    if model.encoder_identities:
-        return model.encoder_identities[DEFAULT_HIDDEN_LAYER]
-    return settings.encoder_identity
-
-
-def _mismatch(what: str, given: int, allowed: str) -> InvalidRequest:
+def _refusal(field: str, given: object, allowed: str, reason: str) -> InvalidRequest:
     return InvalidRequest(
-        f"the embedding's {what} is {given}; allowed is {allowed}",
-        reason="EMBEDDING_MISMATCH",
-        fields={"field": "embeddings", "given": str(given), "allowed": allowed},
+        f"{field}: {given} given, allowed is {allowed}",
+        reason=reason,
+        fields={"field": field, "given": str(given), "allowed": allowed},
     )

@@ -3,7 +3,7 @@
 from importlib import metadata
 
 from dit_service import messages
-from dit_service.rpc.conditioning import pinned_identity
+from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.spec import Resolver
 from zimage_core.settings import DitSettings
 from zimage_core.wire import tensors
@@ -14,11 +14,13 @@ _VARIANTS = {"turbo": dit_pb2.Model.VARIANT_TURBO, "base": dit_pb2.Model.VARIANT
 
 
 def response(
-    model: messages.Model | None, settings: DitSettings, has_encoder: bool
+    model: messages.Model | None, settings: DitSettings, conditioner: Conditioner
 ) -> dit_pb2.DescribeResponse:
     """`model` is None while it loads."""
     answer = dit_pb2.DescribeResponse(
-        version=metadata.version("zimage-grpc"), ready=model is not None, has_encoder=has_encoder
+        version=metadata.version("zimage-grpc"),
+        ready=model is not None,
+        has_encoder=conditioner.has_encoder,
     )
     if model is None:
         return answer
@@ -36,7 +38,7 @@ def response(
             default_guidance_scale=resolver.variant.guidance,
         )
     )
-    if pinned := pinned_identity(model, settings):
+    if pinned := conditioner.pin.usual(model):
         answer.model.encoder_identity.sha256 = pinned
     return answer
 

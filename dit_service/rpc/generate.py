@@ -1,5 +1,7 @@
 """The DiT service on the wire: a request comes in, its events go out."""
 
+import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -17,6 +19,8 @@ from zimage_core.serving.admission import Admission
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
+
+_FIRST_MESSAGE_SECONDS = 30.0  # a silent caller would hold up a drain
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -36,7 +40,7 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         """Answers while the model loads, with less."""
         model = self._worker.description
         assert model is None or isinstance(model, messages.Model)
-        return describe.response(model, self._settings, self._conditioner.has_encoder)
+        return describe.response(model, self._settings, self._conditioner)
 
     async def Generate(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[dit_pb2.GenerateRequest], context: _Context
@@ -44,10 +48,11 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         """From the spec to the last event; cancelling it ends the work at the next step."""
         spec = await _only_spec(request_iterator)
         model = self._worker.loaded(messages.Model)
-        request = Request(Resolver(model, self._settings).resolve(spec), self._conditioner)
+        resolved = Resolver(model, self._settings).resolve(spec)
+        request = Request(resolved, self._conditioner, model)
         with self._admission.place() as requests_before:
             numbers = itertools.count(1)
-            async with aclosing(request.events(self._worker, model, requests_before)) as events:
+            async with aclosing(request.events(self._worker, requests_before)) as events:
                 async for event in events:
                     event.sequence = next(numbers)
                     event.event_time.GetCurrentTime()
@@ -55,11 +60,13 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
 
 
 async def _only_spec(requests: AsyncIterator[dit_pb2.GenerateRequest]) -> dit_pb2.GenerateSpec:
-    """The spec in the first message. Later messages have no meaning yet and are refused unread."""
-    async for request in requests:
-        if request.WhichOneof("payload") == "spec":
-            return request.spec
-        break
+    """The spec in the first message; what comes after it is not read."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_FIRST_MESSAGE_SECONDS):
+            async for request in requests:
+                if request.WhichOneof("payload") == "spec":
+                    return request.spec
+                break
     raise InvalidRequest(
         "GenerateRequest.payload: the first message must hold the spec",
         reason="NO_SPEC",

@@ -10,9 +10,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from dit_service import messages
 from dit_service.rpc import describe
-from dit_service.rpc.conditioning import Conditioner, Conditioning, digest_of
+from dit_service.rpc.conditioning import Conditioner, Side
+from dit_service.rpc.pin import CheckedEmbedding
 from dit_service.rpc.spec import Resolved
-from zimage_core.embeddings import Embedding, Prompt
+from zimage_core.embeddings import Prompt
 from zimage_core.pictures import files
 from zimage_core.serving.worker import Worker
 from zimage_core.wire.limits import CHUNK_BYTES
@@ -25,33 +26,34 @@ _Answers = AsyncGenerator[dit_pb2.GenerateResponse, None]
 class Request:
     """Knows what was asked for and keeps the account of what was done."""
 
-    def __init__(self, resolved: Resolved, conditioner: Conditioner) -> None:
+    def __init__(self, resolved: Resolved, conditioner: Conditioner, model: messages.Model) -> None:
         self._arrived = time.monotonic()
         self._resolved = resolved
         self._spec = spec = resolved.spec
         self._conditioner = conditioner
-        self._given = [conditioner.read(spec.positive, "spec.positive")]
+        self._model = model
+        self._sides = [conditioner.read(spec.positive, "spec.positive", model)]
         if resolved.is_guided:
             if not spec.HasField("negative"):
-                spec.negative.segments.add().prompt.text = ""
-            self._given.append(conditioner.read(spec.negative, "spec.negative"))
-        conditioner.refuse_prompts(self._given)
-        _replace_embeddings(spec, self._given)
+                empty = spec.negative.segments.add().prompt
+                empty.hidden_layer = self._sides[0].hidden_layer
+            self._sides.append(conditioner.read(spec.negative, "spec.negative", model))
+        _tell_effective(spec, self._sides)
         self._completed = dit_pb2.Completed()
 
-    async def events(self, worker: Worker, model: messages.Model, requests_before: int) -> _Answers:
+    async def events(self, worker: Worker, requests_before: int) -> _Answers:
         """Every answer, in the order of the grammar, without its number and time."""
         yield self._accepted(requests_before)
-        if any(isinstance(item, Prompt) for item in self._given):
+        if any(isinstance(side.content, Prompt) for side in self._sides):
             yield _progress(dit_pb2.Progress.STAGE_ENCODING)
-        conditionings = await self._conditioner.resolve(self._given, model)
+        checked = await self._conditioner.resolve(self._sides, self._model)
         self._completed.usage.encode_time.CopyFrom(self._since_arrival())
         yield _progress(dit_pb2.Progress.STAGE_QUEUED)
-        async with aclosing(worker.call(self._work(conditionings))) as events:
+        async with aclosing(worker.call(self._work(checked))) as events:
             async for event in events:
                 async for answer in self._answers(event):
                     yield answer
-        yield self._final(conditionings, model)
+        yield self._final(checked)
 
     def _accepted(self, requests_before: int) -> dit_pb2.GenerateResponse:
         return dit_pb2.GenerateResponse(
@@ -63,8 +65,8 @@ class Request:
             )
         )
 
-    def _work(self, conditionings: Sequence[Conditioning]) -> messages.Generate:
-        positive, *negative = (conditioning.embedding.tensor for conditioning in conditionings)
+    def _work(self, checked: Sequence[CheckedEmbedding]) -> messages.Generate:
+        positive, *negative = (side.embedding.tensor for side in checked)
         spec = self._spec
         return messages.Generate(
             positive=positive,
@@ -121,25 +123,25 @@ class Request:
         chunks[-1].artifact.CopyFrom(artifact)
         return chunks
 
-    def _final(
-        self, conditionings: Sequence[Conditioning], model: messages.Model
-    ) -> dit_pb2.GenerateResponse:
-        positive, *negative = (conditioning.provenance() for conditioning in conditionings)
+    def _final(self, checked: Sequence[CheckedEmbedding]) -> dit_pb2.GenerateResponse:
+        positive, *negative = (side.provenance() for side in checked)
         self._completed.positive.CopyFrom(positive)
         if negative:
             self._completed.negative.CopyFrom(negative[0])
-        self._completed.numeric_plan.CopyFrom(describe.numeric_plan(model))
+        self._completed.numeric_plan.CopyFrom(describe.numeric_plan(self._model))
         return dit_pb2.GenerateResponse(completed=self._completed)
 
     def _since_arrival(self) -> Duration:
         return _duration(time.monotonic() - self._arrived)
 
 
-def _replace_embeddings(spec: dit_pb2.GenerateSpec, given: Sequence[Prompt | Embedding]) -> None:
-    """The answer names embeddings by their digests."""
-    for conditioning, item in zip((spec.positive, spec.negative), given, strict=False):
-        if isinstance(item, Embedding):
-            conditioning.segments[0].embedding_digest.CopyFrom(digest_of(item))
+def _tell_effective(spec: dit_pb2.GenerateSpec, sides: Sequence[Side]) -> None:
+    """Accepted tells every layer, and embeddings by their digests."""
+    for conditioning, side in zip((spec.positive, spec.negative), sides, strict=False):
+        if isinstance(side.content, Prompt):
+            conditioning.segments[0].prompt.hidden_layer = side.hidden_layer
+        else:
+            conditioning.segments[0].embedding_digest.CopyFrom(side.content.digest)
 
 
 def _progress(

@@ -20,6 +20,7 @@ _FORMATS = {
     dit_pb2.Output.FORMAT_WEBP: "webp",
 }
 _LARGEST_SEED = 2**63 - 1
+_SMALLEST_SHIFT = 1e-3
 _LARGEST_REAL = 1e4
 """Far beyond anything useful for guidance, its bounds and the shift, and safe in float32."""
 
@@ -53,9 +54,10 @@ class Resolver:
 
     def __init__(self, model: messages.Model, settings: DitSettings) -> None:
         self.variant = variants.VARIANTS[model.variant]
+        multiple = model.side_multiple_px
         self.limits = dit_pb2.Limits(
-            side_multiple_px=model.side_multiple_px,
-            max_side_px=min(settings.max_side_px, model.max_side_px),
+            side_multiple_px=multiple,
+            max_side_px=min(settings.max_side_px, model.max_side_px) // multiple * multiple,
             max_token_count=model.max_token_count,
             max_image_count=settings.max_image_count,
             max_step_count=settings.max_step_count,
@@ -100,9 +102,7 @@ class Resolver:
 
     def _decide_schedule(self, spec: dit_pb2.GenerateSpec) -> tuple[float, ...]:
         asked = spec.schedule
-        asked.shift = _real(asked, "spec.schedule.shift", self._shift)
-        if asked.shift <= 0:
-            raise _refusal("spec.schedule.shift", asked.shift, "above 0", "SHIFT")
+        asked.shift = _real(asked, "spec.schedule.shift", self._shift, lowest=_SMALLEST_SHIFT)
         if asked.sigmas:
             return self._decide_own_sigmas(spec)
         asked.rule = asked.rule or dit_pb2.Schedule.RULE_OFFICIAL
@@ -176,11 +176,11 @@ def _whole(
     return value
 
 
-def _real(message: Any, path: str, default: float) -> float:
+def _real(message: Any, path: str, default: float, lowest: float = 0.0) -> float:
     name = path.rpartition(".")[2]
     value: float = getattr(message, name) if message.HasField(name) else default
-    if not (math.isfinite(value) and 0 <= value <= _LARGEST_REAL):
-        raise _refusal(path, value, f"0 to {_LARGEST_REAL:g}", name.upper())
+    if not (math.isfinite(value) and lowest <= value <= _LARGEST_REAL):
+        raise _refusal(path, value, f"{lowest:g} to {_LARGEST_REAL:g}", name.upper())
     return value
 
 

@@ -38,9 +38,8 @@ def main(port: Port, settings: EncoderSettings) -> None:
     port.ready(_description(encoder, identities))
     while True:
         submitted = port.next_call()
-        if not port.is_cancelled(submitted.call):
-            with port.answering(submitted):
-                _answer(port, encoder, submitted, seconds_per_token)
+        with port.answering(submitted):
+            _answer(port, encoder, submitted, seconds_per_token)
 
 
 def _warm_up(encoder: Qwen3Encoder) -> float:

@@ -66,14 +66,14 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
     ) -> encoder_pb2.DescribeResponse:
         """Answers at any time; while the model loads, without what only the worker knows."""
         answer = encoder_pb2.DescribeResponse(
-            version=version("zimage-grpc"),
-            recipe=embeddings.recipe_to_wire(self._recipe(DEFAULT_HIDDEN_LAYER)),
-            max_prompt_count=PROMPTS_PER_ENCODE,
+            version=version("zimage-grpc"), max_prompt_count=PROMPTS_PER_ENCODE
         )
         encoder = self._worker.description
         if isinstance(encoder, messages.Encoder):
             answer.ready = True
-            answer.identity.sha256 = encoder.identity(encoder.max_hidden_layer)
+            layer = min(DEFAULT_HIDDEN_LAYER, encoder.max_hidden_layer)
+            answer.identity.sha256 = encoder.identity(layer)
+            answer.recipe.CopyFrom(embeddings.recipe_to_wire(self._recipe(layer)))
             answer.numerics.CopyFrom(embeddings.numerics_to_wire(_numerics(encoder)))
             answer.width = encoder.width
             answer.layer_count = encoder.layer_count

@@ -22,6 +22,14 @@ def test_every_file_in_the_map_has_a_purpose() -> None:
     assert [file for file, purpose in rows if not purpose] == []
 
 
+def test_every_path_that_is_named_exists() -> None:
+    named = set(
+        re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md|proto|txt))`", ARCHITECTURE.read_text())
+    )
+    rooms = (ROOT, ROOT / "dit_service", ROOT / "encoder_service", ROOT / "zimage_core")
+    assert [path for path in named if not any((room / path).exists() for room in rooms)] == []
+
+
 def test_the_changelog_begins_with_the_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     headings = re.findall(r"^## \[?([\w.]+)\]?", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

@@ -99,12 +99,14 @@ class FakeEncoder(encoder_pb2_grpc.EncoderServiceServicer):
         self.failures = deque(failures)
         self.prompts: list[types_pb2.Prompt] = []
         self.request_ids: list[str] = []
+        self.seconds_left: list[float | None] = []
 
     async def Encode(  # noqa: N802
         self, request: encoder_pb2.EncodeRequest, context: Any
     ) -> encoder_pb2.EncodeResponse:
         if self.failures:
             await fail(context, self.failures.popleft())
+        self.seconds_left.append(context.time_remaining())
         self.prompts.extend(request.prompts)
         self.request_ids.append(request_id(context))
         return encoder_pb2.EncodeResponse(embeddings=[embedding(p) for p in request.prompts])

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.fakes import services
 from tests.fakes.services import Act, FakeDit, FakeEncoder, Step
@@ -155,6 +157,9 @@ class TestGenerate:
             (["x", "--embedding", "e.safetensors"], "give either"),
             (["--embedding", "e", "--system-prompt", "s"], "--system-prompt has no effect"),
             (["x", "-o", "out.png", "--format", "jpeg"], "does not fit out.png"),
+            (["x", "-o", "out.gif"], "known are .png, .jpg, .jpeg, .webp"),
+            (["x", "-o", "out.gif", "--format", "png"], "known are .png"),
+            (["x", "--count", "100000000"], "10000 pictures are the most"),
             (["x", "-o", "nowhere/out.png"], "folder nowhere does not exist"),
             (["x", "-o", "."], "is a folder"),
             (["x", "--server", "http://localhost"], "no address; give host:port or unix:path"),
@@ -172,6 +177,63 @@ class TestGenerate:
         assert dit.specs == []
 
     @pytest.mark.parametrize(
+        ("flags", "said", "code"),
+        [
+            (["x", "--width", str(1 << 40)], "error: width: ", 3),
+            (["x", "--seed", str(1 << 70)], "error: seed: ", 3),
+            (["caf\udce9"], "error: the prompt's text has no UTF-8 form", 3),
+            (["x", "--system-prompt", "caf\udce9"], "error: the prompt's system has", 3),
+            (["x", "--negative-prompt", "caf\udce9"], "error: the prompt's text has", 3),
+            (["x", "--encoder", "localhost:1"], "error: --encoder without --server", 2),
+        ],
+    )
+    def test_what_is_wrong_is_said_before_the_embedded_stack_starts(
+        self,
+        flags: list[str],
+        said: str,
+        code: int,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: Captured,
+    ) -> None:
+        monkeypatch.delenv("ZIMAGE_SERVER")
+        assert main(["generate", *flags]) == code
+        assert capsys.readouterr().err.startswith(said)
+
+    def test_a_name_without_a_suffix_is_kept(self, dit: FakeDit) -> None:
+        assert main(["generate", "x", "-o", "out"]) == 0
+        assert not dit.specs[0].HasField("output")
+        assert main(["generate", "x", "-o", "other", "--format", "webp"]) == 0
+        assert dit.specs[1].output.format == dit_pb2.Output.FORMAT_WEBP
+        assert files() == ["other", "out"]
+
+    def test_what_guidance_alone_uses_is_told_where_it_is_off(self, capsys: Captured) -> None:
+        flags = ["--negative-prompt", "n", "--cfg-truncation", "0.5"]
+        assert main(["generate", "x", *flags]) == 0
+        assert capsys.readouterr().err == ""
+        assert main(["generate", "x", *flags, "--guidance", "0"]) == 0
+        assert capsys.readouterr().err == (
+            "--negative-prompt has no effect with --guidance 0\n"
+            "--cfg-truncation has no effect with --guidance 0\n"
+        )
+
+    def test_a_negative_in_the_file_is_told_to_be_unused(self, capsys: Captured) -> None:
+        rows = torch.zeros(2, services.WIDTH)
+        save_file({"embeddings": rows, "negative_embeddings": rows + 1}, "both.safetensors")
+        assert main(["generate", "--embedding", "both.safetensors"]) == 0
+        assert "both.safetensors holds a negative embedding" in capsys.readouterr().err
+
+    def test_a_terminal_that_lacks_letters_gets_their_numbers(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written = io.BytesIO()
+        for name in ("stdout", "stderr"):
+            ascii_only = io.TextIOWrapper(written, encoding="ascii")
+            monkeypatch.setattr(sys, name, ascii_only)
+        assert main(["generate", "x", "-o", "\u00e9.png"]) == 0
+        assert main(["generate", "x", "-o", "\u00e9.png"]) == 2
+        assert written.getvalue().decode("ascii").count("\\xe9.png") == 2
+
+    @pytest.mark.parametrize(
         "flags",
         [
             ["x", "--schedule", "karras"],
@@ -179,6 +241,7 @@ class TestGenerate:
             ["x", "--width", "wide"],
             ["x", "--negative-prompt", "n", "--negative-embedding", "e"],
             ["x", "--over"],
+            *[["x", "--timeout", seconds] for seconds in ("inf", "nan", "0", "-1", "soon")],
         ],
     )
     def test_what_cannot_be_parsed_is_exit_code_2(self, flags: list[str], capsys: Captured) -> None:
@@ -286,6 +349,25 @@ class TestEncode:
         assert encoder.prompts == []
         assert main([*command, "--overwrite"]) == 0
 
+    @pytest.mark.parametrize(
+        ("flags", "said"), [(["abc"], "-o FILE"), (["-o", "p.safetensors"], "give a PROMPT")]
+    )
+    def test_what_is_missing_is_exit_code_2(
+        self, flags: list[str], said: str, capsys: Captured
+    ) -> None:
+        assert main(["encode", *flags]) == 2
+        assert said in capsys.readouterr().err
+
+    def test_half_a_character_is_exit_code_3(self, capsys: Captured) -> None:
+        assert main(["encode", "caf\udce9", "-o", "p.safetensors"]) == 3
+        assert "no UTF-8 form" in capsys.readouterr().err
+
+    def test_what_is_no_timeout_is_exit_code_2(self, capsys: Captured) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(["encode", "abc", "-o", "p.safetensors", "--timeout", "0"])
+        assert caught.value.code == 2
+        assert "--timeout" in capsys.readouterr().err
+
     def test_a_server_alone_does_not_encode(self, capsys: Captured) -> None:
         assert main(["encode", "abc", "-o", "p.safetensors"]) == 2
         assert "give --encoder ADDR" in capsys.readouterr().err
@@ -315,6 +397,8 @@ class TestSettings:
         shown = capsys.readouterr().out
         assert 'server = "c:3"  # environment\n' in shown
         assert f'encoder = "b:2"  # [other.client] in {config}\n' in shown
+        assert main(["encode", *flags]) == 0
+        assert capsys.readouterr().out == shown
 
     def test_a_broken_settings_file_is_exit_code_2(self, tmp_path: Path, capsys: Captured) -> None:
         config = tmp_path / "config.toml"

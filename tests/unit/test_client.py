@@ -1,9 +1,12 @@
 import asyncio
 import contextlib
 import hashlib
+import logging
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from tests.fakes.services import Act, FakeDit, FakeEncoder, Step
 from zimage_client import (
     Accepted,
     AsyncClient,
+    Cancelled,
     Client,
     Completed,
     DeviceLost,
@@ -34,7 +38,6 @@ from zimage_core.wire import request_id
 from zimage_rpc.dit.v1 import dit_pb2
 
 LOADING = Unavailable("the model is being loaded", reason="LOADING", retry_after=0)
-DRAINING = Unavailable("going down", reason="DRAINING", retry_after=0)
 LOST = DeviceLost("the worker died", retry_after=0)
 FULL = Overloaded("the queue is full", retry_after=0)
 
@@ -193,6 +196,8 @@ class TestOptions:
             ({"schedule": "karras"}, "schedule"),
             ({"format": "gif"}, "format"),
             ({"sigmas": ["high"]}, "sigmas"),
+            ({"sigmas": []}, "sigmas"),
+            *[({"timeout": seconds}, "timeout") for seconds in (inf, nan, 0, -1, 1e10, "long")],
         ],
     )
     async def test_a_value_that_cannot_be_said_is_refused_here(
@@ -202,6 +207,27 @@ class TestOptions:
             with pytest.raises(InvalidRequest) as caught:
                 client.stream("x", **options)
         assert caught.value.field == field
+
+    @pytest.mark.parametrize("timeout", [inf, nan, 0, -1])
+    async def test_what_is_no_timeout_is_refused_for_encode_too(self, timeout: float) -> None:
+        async with AsyncClient(encoder="localhost:1") as client:
+            with pytest.raises(InvalidRequest) as caught:
+                await client.encode("x", timeout=timeout)
+        assert caught.value.field == "timeout"
+
+    @pytest.mark.parametrize("part", ["text", "system", "thinking", "assistant"])
+    async def test_half_a_character_is_refused_by_name(self, part: str) -> None:
+        prompt = Prompt(**{"text": "x", part: "caf\udce9"})  # type: ignore[arg-type]
+        dit, encoder = FakeDit(), FakeEncoder()
+        async with client_of(dit, encoder) as client, client_of(dit) as plain:
+            for call in (plain.generate(prompt), client.generate(prompt), client.encode(prompt)):
+                with pytest.raises(InvalidRequest, match=part) as caught:
+                    await call
+                assert caught.value.reason == "TEXT_ENCODING"
+                caught.value.message.encode("ascii")
+            with pytest.raises(InvalidRequest, match="half a character"):
+                await plain.generate("x", negative=prompt)
+        assert dit.specs == []
 
     async def test_wrong_arguments_are_type_errors(self) -> None:
         async with AsyncClient("localhost:1") as client:
@@ -225,7 +251,7 @@ class TestOptions:
 
 
 class TestReplay:
-    @pytest.mark.parametrize("trouble", [Act.BREAK, LOADING, DRAINING, LOST, FULL])
+    @pytest.mark.parametrize("trouble", [Act.BREAK, LOADING, LOST, FULL])
     async def test_trouble_before_the_first_event_is_waited_out(self, trouble: Step) -> None:
         dit = FakeDit([trouble], [trouble])
         async with client_of(dit) as client:
@@ -287,12 +313,20 @@ class TestReplay:
 
     async def test_a_request_that_kills_its_server_ends(self) -> None:
         spec = dit_pb2.GenerateSpec(seed=3)
-        deadly: list[Step] = [services.accepted(spec), LOST]
+        step = services.progress(dit_pb2.Progress.STAGE_DENOISING, 0, 1, 2)
+        deadly: list[Step] = [services.accepted(spec), step, LOST]
         dit = FakeDit(*[deadly] * 20)
         async with client_of(dit) as client:
             with pytest.raises(DeviceLost):
                 await client.generate("x", seed=3)
         assert len(dit.specs) == 6
+
+    async def test_a_request_that_only_queued_beside_a_deadly_one_goes_on(self) -> None:
+        spec = dit_pb2.GenerateSpec(seed=3)
+        dit = FakeDit(*[[services.accepted(spec), LOST]] * 20)
+        async with client_of(dit) as client:
+            await client.generate("x", seed=3)
+        assert len(dit.specs) == 21
 
     async def test_the_timeout_ends_a_call_that_hangs(self) -> None:
         dit = FakeDit([Act.HOLD])
@@ -331,6 +365,22 @@ class TestPatience:
         loading = Unavailable("", reason="LOADING", retry_after=1)
         assert 500 < self.waited(self.replay(), loading) <= 600
         assert 5 < self.waited(self.replay(), Unavailable("", reason="UNREACHABLE")) <= 10
+
+    def test_a_server_that_was_there_may_restart(self) -> None:
+        gone = Unavailable("", reason="UNREACHABLE")
+        accepted, answered = self.replay(), self.replay()
+        accepted.taken()
+        assert 50 < self.waited(accepted, gone) <= 60
+        self.now += answered.pause_after(Unavailable("", reason="LOADING", retry_after=1))
+        assert 50 < self.waited(answered, gone) <= 60
+
+    def test_work_on_an_earlier_try_is_not_held_against_a_later_one(self) -> None:
+        replay, lost = self.replay(), DeviceLost("", retry_after=1)
+        replay.taken()
+        replay.worked()
+        for _ in range(50):
+            self.now += replay.pause_after(lost)
+            replay.taken()
 
     def test_the_timeout_bounds_all_tries(self) -> None:
         loading = Unavailable("", reason="LOADING", retry_after=1)
@@ -371,7 +421,7 @@ class TestPatience:
             self.now += replay.pause_after(away)
 
     def test_pauses_grow(self) -> None:
-        replay, error = self.replay(), Unavailable("", reason="DRAINING")
+        replay, error = self.replay(), Unavailable("", reason="UNREACHABLE")
         pauses = [replay.pause_after(error) for _ in range(10)]
         assert pauses[0] <= 0.2
         assert 2.5 <= pauses[-1] <= 5
@@ -433,6 +483,20 @@ class TestEncoding:
         encoder = FakeEncoder(*[LOADING] * 5)  # as often as gRPC tries by itself
         async with client_of(encoder=encoder) as client:
             assert (await client.encode("abc")).token_count == 4
+
+    async def test_only_direct_calls_have_a_time_limit_of_their_own(self) -> None:
+        dit, encoder = FakeDit(), FakeEncoder()
+        async with client_of(dit, encoder) as client:
+            await client.generate("abc")
+            await client.generate("abc", timeout=300)
+            await client.encode("abc")
+            await client.encode("abc", timeout=None)
+        unbounded, whole, default, none = encoder.seconds_left
+        assert unbounded is none is None
+        assert whole is not None
+        assert default is not None
+        assert 200 < whole < 400
+        assert default < 40
 
     async def test_with_an_encoder_embeddings_are_sent(self) -> None:
         dit, encoder = FakeDit(), FakeEncoder()
@@ -543,6 +607,28 @@ class TestSynchronous:
             with pytest.raises(RuntimeError, match="closed"):
                 client.describe()
             client.close()
+
+    def test_closing_the_client_ends_the_pause_before_another_try(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        log, pausing = logging.getLogger("zimage_client"), threading.Event()
+        caplog.set_level(logging.INFO, log.name)
+        handler = logging.Handler()
+        handler.emit = lambda _: pausing.set()  # type: ignore[method-assign]
+        monkeypatch.setattr(log, "handlers", [handler])
+        dit = FakeDit([Unavailable("it loads", reason="LOADING", retry_after=500)])
+        with services.serving_aside(dit) as addresses, ThreadPoolExecutor() as pool:
+            client = Client(addresses.server)
+            call = pool.submit(client.generate, "x")
+            assert pausing.wait(10)
+            client.close()
+            with pytest.raises(Cancelled, match="closed"):
+                call.result(10)
+
+    def test_a_stream_holds_its_client(self) -> None:
+        with services.serving_aside(FakeDit()) as addresses:
+            kinds = [type(event) for event in Client(addresses.server).stream("x")]
+        assert kinds[-1] is Completed
 
     def test_errors_are_the_same(self) -> None:
         dit = FakeDit([InvalidRequest("no", reason="SIZE", fields={"field": "width_px"})])

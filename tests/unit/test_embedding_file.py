@@ -96,6 +96,14 @@ def test_a_bare_tensor_is_read(tmp_path: Path) -> None:
     assert (content.embedding.identity, content.embedding.token_count) == ("", 2)
 
 
+def test_a_negative_beside_it_is_told(tmp_path: Path) -> None:
+    path, rows = tmp_path / "both.safetensors", torch.zeros(2, 5)
+    save_file({"embeddings": rows, "negative_embeddings": rows + 1}, path)
+    content = embedding_file.read(path)
+    assert content.has_negative
+    assert content.embedding.tensor.data == bytes(40)
+
+
 def test_a_sidecar_that_is_no_json_is_named(tmp_path: Path) -> None:
     save_file({"embeddings": torch.zeros(2, 5)}, tmp_path / "old.safetensors")
     (tmp_path / "old.json").write_text("{")
@@ -136,6 +144,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     [
         ({}, "no tensor 'embeddings' but nothing"),
         ({"weights": torch.zeros(2, 2)}, "but weights"),
+        ({"embeddings": torch.zeros(2, 2), "mask": torch.zeros(2)}, "does not know its 'mask'"),
         ({"embeddings": torch.zeros(4)}, r"[4], not [tokens, width]"),
         ({"embeddings": torch.zeros(1, 2, 3)}, "[1, 2, 3]"),
         ({"embeddings": torch.zeros(0, 3)}, "[0, 3]"),

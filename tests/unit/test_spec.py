@@ -67,6 +67,11 @@ def test_legacy_default_is_nine_steps_and_eight_forwards() -> None:
     assert resolved.forward_count == 8
 
 
+def test_the_default_size_fits_any_limit() -> None:
+    narrow = DitSettings(model=Path("m"), max_side_px=1000)
+    assert Resolver(TURBO, narrow).resolve(dit_pb2.GenerateSpec()).spec.width_px == 992
+
+
 def test_own_sigmas_are_the_steps() -> None:
     resolved = _resolve(schedule=dit_pb2.Schedule(sigmas=[1.0, 0.5], shift=1.0))
     assert resolved.sigmas == (1.0, 0.5, 0.0)
@@ -107,8 +112,8 @@ Sigmas = dit_pb2.Schedule
         ({"guidance_scale": 1.0}, "spec.guidance_scale", "force_guidance"),
         ({"guidance_scale": -1.0}, "spec.guidance_scale", "0 to"),
         ({"guidance_scale": float("nan")}, "spec.guidance_scale", "0 to"),
-        ({"schedule": Sigmas(shift=0.0)}, "spec.schedule.shift", "above 0"),
-        ({"schedule": Sigmas(shift=float("inf"))}, "spec.schedule.shift", "0 to"),
+        ({"schedule": Sigmas(shift=0.0)}, "spec.schedule.shift", "0.001 to"),
+        ({"schedule": Sigmas(shift=float("inf"))}, "spec.schedule.shift", "0.001 to"),
         ({"schedule": Sigmas(sigmas=[0.5, 0.9])}, "spec.schedule.sigmas", "falling"),
         ({"schedule": Sigmas(sigmas=[1.5, 0.9])}, "spec.schedule.sigmas", "falling"),
         ({"schedule": Sigmas(sigmas=[1.0, 0.0])}, "spec.schedule.sigmas", "falling"),

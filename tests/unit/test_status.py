@@ -35,6 +35,17 @@ def test_every_class_comes_back(
     assert back.retry_after == (None if retry_after is None else pytest.approx(retry_after))
 
 
+def test_what_a_caller_sent_cannot_burst_the_status() -> None:
+    long = "\N{SNOWMAN}" * 100_000
+    error = errors.InvalidRequest(long, fields={"field": long, **{str(i): long for i in range(99)}})
+    trailers = status.to_trailers(error)
+    assert sum(len(value) for _, value in trailers) < 8_000
+    assert len(status.text_of(error).encode()) < 1_100
+    back = status.from_status(status.code_of(error), status.text_of(error), trailers)
+    assert type(back) is errors.InvalidRequest
+    assert back.message.startswith("\N{SNOWMAN}")
+
+
 def test_every_class_has_a_status() -> None:
     for cls in vars(errors).values():
         if isinstance(cls, type) and issubclass(cls, errors.ZImageError):

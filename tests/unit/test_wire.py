@@ -36,7 +36,8 @@ def test_tensors_come_back(tensor: TensorData) -> None:
         (types_pb2.Tensor(shape=[1], data=bytes(4)), "ELEMENT_TYPE"),
         (types_pb2.Tensor(element_type=1, shape=[2], data=bytes(4)), "TENSOR_LENGTH"),
         (types_pb2.Tensor(element_type=1, shape=[-1, -1], data=bytes(4)), "TENSOR_SHAPE"),
-        (types_pb2.Tensor(element_type=1, shape=[2**62, 2**62], data=bytes(4)), "TENSOR_LENGTH"),
+        (types_pb2.Tensor(element_type=1, shape=[2**62, 2**62], data=bytes(4)), "TENSOR_SHAPE"),
+        (types_pb2.Tensor(element_type=1, shape=[2] * 40_000), "TENSOR_SHAPE"),
     ],
 )
 def test_tensors_that_do_not_add_up_are_refused(message: types_pb2.Tensor, reason: str) -> None:

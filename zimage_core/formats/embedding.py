@@ -7,7 +7,7 @@ sidecar of the same stem knows of them; what nobody knows is empty.
 
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ FORMAT = 1
 """The version of what stands under the header's key."""
 
 _TENSOR = "embeddings"
+_NEGATIVE = "negative_embeddings"
 _KEY = "zimage"
 _ELEMENT_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HEADER_NAMES = {name: short for short, name in _ELEMENT_TYPES.items()}
@@ -39,6 +40,8 @@ class EmbeddingFile:
     embedding: Embedding
     prompt: Prompt | None = None
     """The text, unless the file's maker left it out."""
+    has_negative: bool = False
+    """Whether a negative embedding lies beside it in the file; this version does not read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +118,15 @@ def load(data: bytes, path: Path) -> EmbeddingFile:
     if _TENSOR not in tensors:
         held = ", ".join(sorted(tensors)) or "nothing"
         raise _broken(name, f"it holds no tensor {_TENSOR!r} but {held}")
+    if unknown := sorted(tensors.keys() - {_TENSOR, _NEGATIVE}):
+        raise _broken(name, f"this version does not know its {', '.join(map(repr, unknown))}")
     tensor = _tensor(name, tensors[_TENSOR])
     written = _metadata(data).get(_KEY)
     if written is None:
-        return _foreign(tensor, _sidecar(path))
-    return _described(name, tensor, written)
+        content = _foreign(tensor, _sidecar(path))
+    else:
+        content = _described(name, tensor, written)
+    return replace(content, has_negative=_NEGATIVE in tensors)
 
 
 def _tensor(name: str, raw: dict[str, Any]) -> TensorData:

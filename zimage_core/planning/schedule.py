@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 OFFICIAL = "official"
 LEGACY = "legacy"
-RULES = (OFFICIAL, LEGACY)
 
 
 def sigmas(rule: str, step_count: int, shift: float) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -16,6 +17,8 @@ from zimage_core.wire import request_id
 
 _log = logging.getLogger(__name__)
 
+_ANNOUNCE_SECONDS = 1.0
+
 
 class Port:
     """What a worker's engine knows of the world outside its process."""
@@ -25,12 +28,16 @@ class Port:
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[pipe.Submit] = queue.SimpleQueue()
         self._live: set[int] = set()
+        self._announced: tuple[pipe.Working, float] | None = None
         threading.Thread(target=self._receive, name="pipe", daemon=True).start()
         threading.Thread(target=self._beat, args=[beat_seconds], name="beat", daemon=True).start()
 
     def next_call(self) -> pipe.Submit:
         """The oldest new call that is still wanted; waits for one."""
         while True:
+            if self._announced is not None and self._inbox.empty():
+                self._announced = None
+                self._send(pipe.Idle())
             submitted = self._inbox.get()
             if not self.is_cancelled(submitted.call):
                 return submitted
@@ -39,23 +46,19 @@ class Port:
         """Whether nobody waits for this call any more."""
         return call not in self._live
 
-    def new_calls(self) -> Iterator[pipe.Submit]:
-        """The calls that came meanwhile, oldest first; does not wait."""
-        while True:
-            try:
-                yield self._inbox.get_nowait()
-            except queue.Empty:
-                return
-
     def ready(self, description: object) -> None:
         """Says that calls can be served from now on."""
         self._send(pipe.Ready(description))
 
     def emit(self, call: int, payload: object) -> None:
         """Sends something of a call; raises Cancelled when nobody waits for it any more."""
+        self.refuse_cancelled(call)
+        self._send(pipe.Event(call, payload))
+
+    def refuse_cancelled(self, call: int) -> None:
+        """Raises Cancelled when nobody waits for this call any more."""
         if self.is_cancelled(call):
             raise Cancelled("the call was cancelled")
-        self._send(pipe.Event(call, payload))
 
     def finish(self, call: int, error: ZImageError | None = None) -> None:
         """Ends a call; nothing of it may be sent afterwards."""
@@ -68,12 +71,23 @@ class Port:
 
     @contextmanager
     def working(self, what: str, expected_seconds: float) -> Iterator[None]:
-        """Announces a piece of work to the watchdog."""
-        self._send(pipe.Working(what, expected_seconds))
-        try:
-            yield
-        finally:
-            self._send(pipe.Idle())
+        """Announces a piece of work to the watchdog; the next one takes its place.
+
+        A small step like the last one is not worth a message: each wakes the front, on a CPU at the
+        cost of the work.
+        """
+        now = time.monotonic()
+        last, said = self._announced or (None, 0.0)
+        work = pipe.Working(what, expected_seconds)
+        if (
+            last is None
+            or last.what != what
+            or last.expected_seconds < expected_seconds
+            or now - said > _ANNOUNCE_SECONDS
+        ):
+            self._announced = (work, now)
+            self._send(work)
+        yield
 
     @contextmanager
     def answering(self, submitted: pipe.Submit) -> Iterator[None]:
@@ -110,6 +124,9 @@ class Port:
                     self._inbox.put(message)
         except (EOFError, OSError):
             os._exit(0)
+        except Exception:  # noqa: BLE001 - deaf but alive, this process would be waited for
+            _log.exception("cannot read the pipe")
+            os._exit(1)
 
     def _beat(self, seconds: float) -> None:
         pause = threading.Event()

@@ -12,8 +12,9 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 
-from zimage_core.errors import InternalError, Unimplemented, ZImageError
+from zimage_core.errors import InternalError, InvalidRequest, Unimplemented, ZImageError
 from zimage_core.wire import request_id, status, strict
 
 _log = logging.getLogger("zimage.rpc")
@@ -39,41 +40,40 @@ class Around(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(_unknown_method)
         if not method.startswith(_OURS):
             return handler  # type: ignore[no-any-return]
-        coders = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                _unary(method, handler.unary_unary), **coders
-            )
-        return grpc.stream_stream_rpc_method_handler(
-            _stream(method, handler.stream_stream), **coders
+        rebuilt, wrapped = (
+            (grpc.unary_unary_rpc_method_handler, _unary(method, handler))
+            if handler.unary_unary is not None
+            else (grpc.stream_stream_rpc_method_handler, _stream(method, handler))
         )
+        return rebuilt(wrapped, response_serializer=handler.response_serializer)
 
 
-def _unary(method: str, behaviour: Callable[[Any, _Context], Awaitable[Any]]) -> Any:
-    async def wrapped(request: Any, context: _Context) -> Any:
+def _unary(method: str, handler: Any) -> Any:
+    async def wrapped(raw: bytes, context: _Context) -> Any:
         async with _Call(method, context):
-            strict.refuse_unknown(request)
-            return await behaviour(request, context)
+            return await handler.unary_unary(_read(raw, handler), context)
 
     return wrapped
 
 
-def _stream(method: str, behaviour: Callable[[Any, _Context], AsyncIterator[Any]]) -> Any:
-    async def wrapped(requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+def _stream(method: str, handler: Any) -> Any:
+    async def wrapped(raws: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
         async with _Call(method, context):
-            async for answer in behaviour(_checked(requests), context):
+            requests = (_read(raw, handler) async for raw in raws)
+            async for answer in handler.stream_stream(requests, context):
                 yield answer
 
     return wrapped
 
 
-async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        strict.refuse_unknown(request)
-        yield request
+def _read(raw: bytes, handler: Any) -> Message:
+    """The request, decoded here and not by gRPC, so that bad bytes get a typed answer, too."""
+    try:
+        request: Message = handler.request_deserializer(raw)
+    except DecodeError as error:
+        raise InvalidRequest("the bytes are no such message", reason="MALFORMED") from error
+    strict.refuse_unknown(request)
+    return request
 
 
 async def _unknown_method(_requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
@@ -102,7 +102,7 @@ class _Call:
                 self._context.set_trailing_metadata(_OK)
                 self._log("OK")
             case ZImageError():
-                self._log(status.code_of(error).name, f": {error.message}")
+                self._log(status.code_of(error).name, f": {status.text_of(error)}")
                 await _abort(self._context, error)
             case asyncio.CancelledError() | GeneratorExit():
                 self._log("CANCELLED")
@@ -118,4 +118,4 @@ class _Call:
 
 
 async def _abort(context: _Context, error: ZImageError) -> NoReturn:
-    await context.abort(status.code_of(error), error.message, status.to_trailers(error))
+    await context.abort(status.code_of(error), status.text_of(error), status.to_trailers(error))

@@ -14,19 +14,21 @@ class Readiness:
     def __init__(self, service_name: str) -> None:
         self.servicer = _Health()
         self.is_ready = False
+        self._draining = False
         self._names = ("", service_name)
         self._telling: set[asyncio.Task[None]] = set()
         self.set(False)
 
     def set(self, ready: bool) -> None:
         """From now on; takes effect with the loop's next turn."""
-        self.is_ready = ready
+        ready = self.is_ready = ready and not self._draining
         told = asyncio.create_task(self._tell(ready))
         self._telling.add(told)
         told.add_done_callback(self._telling.discard)
 
     async def drain(self) -> None:
         """Not ready any more, for good."""
+        self._draining = True
         self.is_ready = False
         await self.servicer.enter_graceful_shutdown()
 

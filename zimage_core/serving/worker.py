@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 _RETRY_AFTER_SECONDS = 1.0
 _CRASHES_WHILE_LOADING = 3
+_REAPING_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 30.0
 
 T = TypeVar("T")
@@ -96,14 +97,10 @@ class Worker:
         finally:
             self.description = None  # from here on, no call gets in
             self._on_ready(False)
+            self._fail_calls()  # now: a driver that hangs may keep the process for long
             process.kill()
-            await asyncio.shield(asyncio.to_thread(process.join))
+            await asyncio.shield(asyncio.to_thread(process.join, _REAPING_SECONDS))
             self._connection.close()  # not before: a thread may be reading it
-            lost = DeviceLost(
-                "the worker died with this request in flight", retry_after=_RETRY_AFTER_SECONDS
-            )
-            for number, events in list(self._calls.items()):
-                events.put_nowait(pipe.Finished(number, lost))
 
     async def _listen(self, inbox: "_Inbox", process: BaseProcess) -> None:
         """Hands out what the worker says, until it falls silent for good."""
@@ -112,7 +109,7 @@ class Worker:
         while True:
             patience = min(self._watchdog.silence_seconds, work_ends - time.monotonic())
             try:
-                message = await asyncio.wait_for(inbox.get(), max(patience, 0))
+                message = await inbox.get(patience)
             except TimeoutError:
                 what = work.what if work else "idle"
                 _log.error("worker %s hung (%s); killing it", process.pid, what)
@@ -135,6 +132,11 @@ class Worker:
                     self._on_ready(True)
                 case pipe.LoadFailed(error):
                     raise error
+
+    def _fail_calls(self) -> None:
+        lost = DeviceLost("the worker that had this request died", retry_after=_RETRY_AFTER_SECONDS)
+        for number, events in self._calls.items():
+            events.put_nowait(pipe.Finished(number, lost))
 
     def _deliver(self, message: pipe.Event | pipe.Finished) -> None:
         events = self._calls.get(message.call)
@@ -170,8 +172,11 @@ class _Inbox:
 
         threading.Thread(target=read, name="pipe-in", daemon=True).start()
 
-    async def get(self) -> object | None:
-        return await self._messages.get()
+    async def get(self, patience: float) -> object | None:
+        """The next message; raises TimeoutError only when there really is none."""
+        if not self._messages.empty():  # a front that was stopped for a while has some waiting
+            return self._messages.get_nowait()
+        return await asyncio.wait_for(self._messages.get(), max(patience, 0.001))
 
 
 def _send(connection: Connection, message: object) -> None:

@@ -1,5 +1,6 @@
 """The one table between our error classes and gRPC's statuses, and the way across, both ways."""
 
+import itertools
 from collections.abc import Iterable
 
 import grpc
@@ -13,6 +14,10 @@ SERVED_BY_US = "zimage-status"
 transport, whatever code a proxy made of that, and may be replayed."""
 
 _DETAILS = "grpc-status-details-bin"
+_LONGEST_TEXT_BYTES = 1000
+_LONGEST_FIELD_BYTES = 200
+_MOST_FIELDS = 8
+"""HTTP/2 peers refuse more than 16 KiB of metadata, and the text stands in it three times."""
 _DOMAIN = "zimage"
 
 CODES: dict[type[errors.ZImageError], grpc.StatusCode] = {
@@ -40,13 +45,22 @@ def code_of(error: errors.ZImageError) -> grpc.StatusCode:
     return next(CODES[cls] for cls in type(error).__mro__ if cls in CODES)
 
 
+def text_of(error: errors.ZImageError) -> str:
+    """The error's text as far as a status may carry it; it may quote what a caller sent."""
+    return _clipped(error.message, _LONGEST_TEXT_BYTES)
+
+
 def to_trailers(error: errors.ZImageError) -> Metadata:
-    """The trailing metadata that carries an error whole."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=error.fields)
+    """The trailing metadata that carries an error."""
+    fields = {
+        name: _clipped(value, _LONGEST_FIELD_BYTES)
+        for name, value in itertools.islice(error.fields.items(), _MOST_FIELDS)
+    }
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=fields)
     details: list[any_pb2.Any] = [_packed(info)]
     if isinstance(error, errors.InvalidRequest) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message
+            field=fields["field"], description=text_of(error)
         )
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
     if error.retry_after is not None:
@@ -54,7 +68,7 @@ def to_trailers(error: errors.ZImageError) -> Metadata:
         delay.FromNanoseconds(round(error.retry_after * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     status = status_pb2.Status(
-        code=_CODE_NUMBERS[code_of(error)], message=error.message, details=details
+        code=_CODE_NUMBERS[code_of(error)], message=text_of(error), details=details
     )
     return ((_DETAILS, status.SerializeToString()), (SERVED_BY_US, error.reason.lower()))
 
@@ -102,6 +116,13 @@ def _transport_error(code: grpc.StatusCode, message: str) -> errors.ZImageError:
         reason="UNREACHABLE",
         fields={"grpc_code": code.name, "cause": message},
     )
+
+
+def _clipped(text: str, longest_bytes: int) -> str:
+    raw = text.encode(errors="replace")
+    if len(raw) <= longest_bytes:
+        return raw.decode()
+    return raw[:longest_bytes].decode(errors="ignore") + " ..."
 
 
 def _packed(

@@ -27,6 +27,8 @@ def _unknown(message: Message, path: str) -> Iterator[tuple[str, int, str]]:
         yield path, field.field_number, "field"
     for descriptor, value in message.ListFields():
         enum = descriptor.enum_type
+        if enum is None and descriptor.message_type is None:
+            continue  # numbers and texts, of which there may be very many
         for item_path, item in _items(descriptor, f"{path}.{descriptor.name}", value):
             if isinstance(item, Message):
                 yield from _unknown(item, item_path)

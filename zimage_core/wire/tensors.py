@@ -1,8 +1,11 @@
-"""The tensor codec: messages to plain tensors and back, no byte copied twice."""
+"""The tensor codec: messages to plain tensors and back."""
 
 from zimage_core.errors import InvalidRequest
 from zimage_core.tensors import TensorData, byte_count
 from zimage_rpc.types.v1 import types_pb2
+
+_MOST_DIMENSIONS = 8
+_LARGEST_SIZE = 2**31 - 1
 
 _TO_WIRE = {
     "float32": types_pb2.ELEMENT_TYPE_FLOAT32,
@@ -39,23 +42,25 @@ def to_wire(tensor: TensorData) -> types_pb2.Tensor:
 def from_wire(message: types_pb2.Tensor, *, field: str) -> TensorData:
     """The tensor of a message; raises InvalidRequest unless type, shape and length agree."""
     name = element_type_from_wire(message.element_type, field=f"{field}.element_type")
-    shape = tuple(message.shape)
-    if any(size < 0 for size in shape):
+    if len(message.shape) > _MOST_DIMENSIONS or not all(
+        0 <= size <= _LARGEST_SIZE for size in message.shape
+    ):  # before they are multiplied: products of many large numbers take hours
+        allowed = f"at most {_MOST_DIMENSIONS} sizes from 0 to {_LARGEST_SIZE}"
         raise InvalidRequest(
-            f"{field}.shape: {list(shape)} has a negative size",
+            f"{field}.shape: allowed are {allowed}",
             reason="TENSOR_SHAPE",
-            fields={"field": f"{field}.shape", "given": str(list(shape))},
+            fields={"field": f"{field}.shape", "allowed": allowed},
         )
+    shape, data = tuple(message.shape), message.data  # every look at `data` would copy it
     expected = byte_count(name, shape)
-    if len(message.data) != expected:
+    if len(data) != expected:
         raise InvalidRequest(
-            f"{field}.data: {len(message.data)} bytes given, "
-            f"{expected} needed for {name} {list(shape)}",
+            f"{field}.data: {len(data)} bytes given, {expected} needed for {name} {list(shape)}",
             reason="TENSOR_LENGTH",
             fields={
                 "field": f"{field}.data",
-                "given": str(len(message.data)),
+                "given": str(len(data)),
                 "allowed": str(expected),
             },
         )
-    return TensorData(name, shape, message.data)
+    return TensorData(name, shape, data)

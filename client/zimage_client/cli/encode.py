@@ -8,6 +8,7 @@ from pathlib import Path
 from zimage_client import AsyncClient
 from zimage_client.cli import output, prompt, stack
 from zimage_client.cli.terminal import Terminal
+from zimage_client.cli.usage import seconds, wrong
 from zimage_core.formats import embedding as embedding_file
 from zimage_core.formats.embedding import EmbeddingFile
 from zimage_core.settings import ClientSettings
@@ -15,22 +16,27 @@ from zimage_core.settings import ClientSettings
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of the command."""
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to encode")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to encode")
     prompt.add_flags(parser)
     files = parser.add_argument_group("output")
-    files.add_argument("-o", "--output", type=Path, metavar="FILE", required=True)
+    files.add_argument("-o", "--output", type=Path, metavar="FILE", help="required")
     files.add_argument(
         "--no-prompt", action="store_true", help="leave the text itself out of the file"
     )
     files.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     files.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument(
-        "--timeout", type=float, default=30.0, metavar="SECONDS", help="default: 30"
+        "--timeout", type=seconds, default=30.0, metavar="SECONDS", help="default: 30"
     )
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
     """Checks the output first, then encodes."""
+    # Not left to argparse, because --print-config needs neither.
+    if args.prompt is None:
+        raise wrong("PROMPT", "give a PROMPT")
+    if args.output is None:
+        raise wrong("--output", "give the file to write, -o FILE")
     output.check(args.output, overwrite=args.overwrite)
     given = prompt.prompt(args)
     async with (
@@ -40,7 +46,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         terminal.live("encoding")
         began = time.monotonic()
         embedding = await client.encode(given, timeout=args.timeout)
-        seconds = time.monotonic() - began
+        took = time.monotonic() - began
     embedding_file.write(args.output, EmbeddingFile(embedding, None if args.no_prompt else given))
     tokens, width = embedding.tensor.shape
     if args.json:
@@ -51,8 +57,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             "element_type": embedding.tensor.element_type,
             "identity": embedding.identity,
             "sha256": embedding.tensor.sha256,
-            "seconds": round(seconds, 3),
+            "seconds": round(took, 3),
         }
         terminal.result(json.dumps(line))
     else:
-        terminal.result(f"{args.output}  {tokens} tokens  {seconds:.1f} s")
+        terminal.result(f"{args.output}  {tokens} tokens  {took:.1f} s")

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from zimage_client import Accepted, AsyncClient, Embedding, Options, Picture, Prompt
-from zimage_client._options import SEED_LIMIT
+from zimage_client._options import SEED_LIMIT, spec
 from zimage_client.cli import output, prompt, stack
 from zimage_client.cli.progress import ProgressText
 from zimage_client.cli.terminal import Terminal
-from zimage_client.cli.usage import wrong
+from zimage_client.cli.usage import seconds, wrong
 from zimage_core.files import write_whole
 from zimage_core.formats import embedding as embedding_file
 from zimage_core.planning import sizes
 from zimage_core.settings import ClientSettings
 
 _SIDE_MULTIPLE_PX = 16
+_OF_GUIDANCE = ("negative_prompt", "negative_embedding", "cfg_normalization", "cfg_truncation")
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -88,19 +89,24 @@ def add_flags(parser: ArgumentParser) -> None:
     files.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
 
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="give up after this long (default: never)"
+        "--timeout",
+        type=seconds,
+        metavar="SECONDS",
+        help="give up after this long (default: never)",
     )
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
     """Checks everything that can be checked here, then makes the pictures."""
-    condition = _positive(args)
+    condition = _positive(args, terminal)
     options = _options(args, terminal)
     outputs = output.for_pictures(
         args.output, args.format, options["seed"] or 0, args.count or 1, overwrite=args.overwrite
     )
     if args.format or outputs.format != "png":
         options["format"] = outputs.format  # type: ignore[typeddict-item]
+    spec(options)  # refuses what cannot be said before any service is started
+    _tell_what_has_no_effect(args, terminal)
 
     accepted: Accepted | None = None
     text = ProgressText()
@@ -124,26 +130,33 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     terminal.clear()
 
 
-def _positive(args: Namespace) -> Prompt | Embedding:
+def _positive(args: Namespace, terminal: Terminal) -> Prompt | Embedding:
     if (args.prompt is None) == (args.embedding is None):
         raise wrong("PROMPT", "give either a PROMPT or --embedding FILE")
     if args.embedding is None:
         return prompt.prompt(args)
     if unused := prompt.given_flags(args):
         raise wrong(unused[0], f"{unused[0]} has no effect on an embedding, which is encoded")
-    return embedding_file.read(args.embedding).embedding
+    return _embedding(args.embedding, terminal)
 
 
-def _negative(args: Namespace) -> str | Embedding | None:
-    if args.negative_embedding is None:
-        text: str | None = args.negative_prompt
-        return text
-    return embedding_file.read(args.negative_embedding).embedding
+def _negative(args: Namespace, terminal: Terminal) -> str | Embedding | None:
+    if args.negative_embedding is not None:
+        return _embedding(args.negative_embedding, terminal)
+    text: str | None = args.negative_prompt
+    return None if text is None else prompt.checked(Prompt(text)).text
+
+
+def _embedding(path: Path, terminal: Terminal) -> Embedding:
+    content = embedding_file.read(path)
+    if content.has_negative:
+        terminal.note(f"{path} holds a negative embedding, too; this version does not use it yet")
+    return content.embedding
 
 
 def _options(args: Namespace, terminal: Terminal) -> Options:
     return Options(
-        negative=_negative(args),
+        negative=_negative(args, terminal),
         width=_snapped("--width", args.width, terminal),
         height=_snapped("--height", args.height, terminal),
         seed=secrets.randbelow(SEED_LIMIT) if args.seed is None else args.seed,
@@ -161,6 +174,14 @@ def _options(args: Namespace, terminal: Terminal) -> Options:
     )
 
 
+def _tell_what_has_no_effect(args: Namespace, terminal: Terminal) -> None:
+    if args.guidance != 0:
+        return
+    for name in _OF_GUIDANCE:
+        if getattr(args, name) is not None:
+            terminal.note(f"--{name.replace('_', '-')} has no effect with --guidance 0")
+
+
 def _snapped(flag: str, side: int | None, terminal: Terminal) -> int | None:
     """The nearest side that a model can make; what is no size at all is left to the server."""
     if side is None or side <= 0 or side % _SIDE_MULTIPLE_PX == 0:
@@ -171,15 +192,15 @@ def _snapped(flag: str, side: int | None, terminal: Terminal) -> int | None:
 
 
 def _result(
-    args: Namespace, path: Path, picture: Picture, accepted: Accepted | None, seconds: float
+    args: Namespace, path: Path, picture: Picture, accepted: Accepted | None, took: float
 ) -> str:
     if not args.json:
-        return f"{path}  seed {picture.seed}  {seconds:.1f} s"
+        return f"{path}  seed {picture.seed}  {took:.1f} s"
     line: dict[str, Any] = {
         "path": str(path),
         "index": picture.index,
         "seed": picture.seed,
-        "seconds": round(seconds, 3),
+        "seconds": round(took, 3),
         "sha256": picture.sha256,
         "media_type": picture.media_type,
     }

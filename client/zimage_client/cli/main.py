@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 
 from zimage_client.cli import encode, generate
 from zimage_client.cli.terminal import Terminal
@@ -43,6 +44,9 @@ _HINTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its notes would run into the live line
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a text must not break its own printing
     args = _parser().parse_args(arguments)
     terminal = Terminal(sys.stdout, sys.stderr)
     try:

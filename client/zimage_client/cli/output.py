@@ -7,6 +7,7 @@ from pathlib import Path
 from zimage_client.cli.usage import wrong
 
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_MOST_PICTURES = 10_000  # far above what a server takes, and few enough to look for all files
 _SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
@@ -22,7 +23,9 @@ def for_pictures(
     output: Path | None, picture_format: str | None, seed: int, count: int, *, overwrite: bool
 ) -> Outputs:
     """The files of a request; raises InvalidSettings when one of them cannot be written."""
-    known = _FORMATS.get(output.suffix.lower()) if output else None
+    if count > _MOST_PICTURES:
+        raise wrong("--count", f"--count {count}: {_MOST_PICTURES} pictures are the most at once")
+    known = _format_of(output) if output else None
     if known and picture_format not in (None, known):
         raise wrong("--format", f"--format {picture_format} does not fit {output}")
     chosen = picture_format or known or "png"
@@ -34,6 +37,16 @@ def for_pictures(
     for path in paths:
         check(path, overwrite=overwrite)
     return Outputs(paths, chosen)
+
+
+def _format_of(output: Path) -> str | None:
+    """The format that a name promises; None for a name without a suffix."""
+    suffix = output.suffix.lower()
+    if suffix and suffix not in _FORMATS:
+        raise wrong(
+            "--output", f"{output} is no name of a picture; known are {', '.join(_FORMATS)}"
+        )
+    return _FORMATS.get(suffix)
 
 
 def check(path: Path, *, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
+from zimage_client._conditioning import prompt_message
 from zimage_core.embeddings import Prompt
 
 _PARTS = {
@@ -46,6 +47,12 @@ def given_flags(args: Namespace) -> list[str]:
 def prompt(args: Namespace) -> Prompt:
     """The prompt that the command line describes."""
     values = {part: getattr(args, name) for name, part in _PARTS.items()}
-    return Prompt(
-        args.prompt, **{part: value for part, value in values.items() if value is not None}
+    return checked(
+        Prompt(args.prompt, **{part: value for part, value in values.items() if value is not None})
     )
+
+
+def checked(given: Prompt) -> Prompt:
+    """The same; raises InvalidRequest when it cannot be sent, before any service is started."""
+    prompt_message(given)
+    return given

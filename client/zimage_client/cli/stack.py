@@ -17,12 +17,18 @@ async def for_pictures(
     if settings.server:
         yield settings.server, settings.encoder
         return
+    if settings.encoder:
+        raise wrong(
+            "--server",
+            "--encoder without --server: the embedded DiT service has a random model and takes "
+            "only its own encoder's embeddings; give --server ADDR, too",
+        )
     terminal.note(
         "no server is configured: the embedded stack starts, with a random model whose pictures "
         "are noise; --server ADDR uses a real one"
     )
-    async with embedded_stack(terminal.live, encoder=not settings.encoder) as stack:
-        yield stack.server, settings.encoder
+    async with embedded_stack(terminal.live) as stack:
+        yield stack.server, ""
 
 
 @asynccontextmanager

@@ -697,7 +697,6 @@ class DescribeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
-    FEATURES_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
@@ -709,10 +708,6 @@ class DescribeResponse(_message.Message):
     """False while the model loads; what follows is then not yet known."""
     has_encoder: _builtins.bool
     """Whether prompts can be given: an encoder is configured."""
-    @_builtins.property
-    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of what this server can do that an older one could not."""
-
     @_builtins.property
     def model(self) -> Global___Model:
         """The model."""
@@ -729,7 +724,6 @@ class DescribeResponse(_message.Message):
         self,
         *,
         version: _builtins.str = ...,
-        features: _abc.Iterable[_builtins.str] | None = ...,
         ready: _builtins.bool = ...,
         model: Global___Model | None = ...,
         limits: Global___Limits | None = ...,
@@ -738,7 +732,7 @@ class DescribeResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

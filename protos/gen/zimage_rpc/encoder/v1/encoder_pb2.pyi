@@ -91,7 +91,6 @@ class DescribeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
-    FEATURES_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     RECIPE_FIELD_NUMBER: _builtins.int
@@ -113,12 +112,8 @@ class DescribeResponse(_message.Message):
     max_prompt_count: _builtins.int
     """How many prompts one Encode takes at most."""
     @_builtins.property
-    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of what this server can do that an older one could not."""
-
-    @_builtins.property
     def identity(self) -> _types_pb2.EncoderIdentity:
-        """The identity at the deepest layer that this service computes."""
+        """The identity at the layer in recipe."""
 
     @_builtins.property
     def recipe(self) -> _types_pb2.EncodingRecipe:
@@ -132,7 +127,6 @@ class DescribeResponse(_message.Message):
         self,
         *,
         version: _builtins.str = ...,
-        features: _abc.Iterable[_builtins.str] | None = ...,
         ready: _builtins.bool = ...,
         identity: _types_pb2.EncoderIdentity | None = ...,
         recipe: _types_pb2.EncodingRecipe | None = ...,
@@ -144,7 +138,7 @@ class DescribeResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "numerics", b"numerics", "recipe", b"recipe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "identity", b"identity", "layer_count", b"layer_count", "max_hidden_layer", b"max_hidden_layer", "max_prompt_count", b"max_prompt_count", "numerics", b"numerics", "ready", b"ready", "recipe", b"recipe", "version", b"version", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "layer_count", b"layer_count", "max_hidden_layer", b"max_hidden_layer", "max_prompt_count", b"max_prompt_count", "numerics", b"numerics", "ready", b"ready", "recipe", b"recipe", "version", b"version", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

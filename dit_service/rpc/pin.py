@@ -1,0 +1,102 @@
+"""Which embeddings this model takes: those of the encoder that it belongs to."""
+
+import logging
+from dataclasses import dataclass
+
+from dit_service import messages
+from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding
+from zimage_core.errors import InvalidRequest, NotReady
+from zimage_core.settings import DitSettings
+from zimage_core.wire import embeddings
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.types.v1 import types_pb2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedEmbedding:
+    """An embedding that the model can take."""
+
+    embedding: Embedding
+    identity_verified: bool
+    """Whether its encoder is surely the right one."""
+
+    @property
+    def digest(self) -> types_pb2.Digest:
+        """Its name by content."""
+        tensor = self.embedding.tensor
+        return types_pb2.Digest(
+            sha256=tensor.sha256,
+            size_bytes=len(tensor.data),
+            media_type=f"application/x-tensor; type={tensor.element_type}",
+        )
+
+    def provenance(self) -> dit_pb2.ConditioningProvenance:
+        """Where it came from, as Completed tells it."""
+        return dit_pb2.ConditioningProvenance(
+            embedding_digest=self.digest,
+            identity=types_pb2.EncoderIdentity(sha256=self.embedding.identity),
+            recipe=embeddings.recipe_to_wire(self.embedding.recipe),
+            numerics=embeddings.numerics_to_wire(self.embedding.numerics),
+            token_count=self.embedding.token_count,
+            identity_verified=self.identity_verified,
+        )
+
+
+class EncoderPin:
+    """The encoder beside the model, else the one in the settings, else any, which is warned of."""
+
+    def __init__(self, settings: DitSettings) -> None:
+        self._settings = settings
+        self._warned = False
+
+    def usual(self, model: messages.Model) -> str:
+        """The identity insisted on at the usual hidden layer; empty when there is none."""
+        return self._at(DEFAULT_HIDDEN_LAYER, model)
+
+    def check(self, embedding: Embedding, model: messages.Model, field: str) -> CheckedEmbedding:
+        """Raises InvalidRequest for what no model of this kind takes, NotReady for a stranger's."""
+        tokens, width = embedding.tensor.shape
+        if width != model.caption_width:
+            raise _mismatch(field, "width", width, f"{model.caption_width} for this model")
+        if not 1 <= tokens <= model.max_token_count:
+            allowed = f"1 to {model.max_token_count} for this model"
+            raise _mismatch(field, "token count", tokens, allowed)
+        layer = embedding.recipe.hidden_layer
+        known = model.encoder_identities
+        if known and not -len(known) <= layer <= -1:
+            raise _mismatch(field, "hidden layer", layer, f"{-len(known)} to -1 for its encoder")
+        pinned = self._at(layer, model)
+        if pinned and embedding.identity != pinned:
+            raise NotReady(
+                f"{field}: the embedding comes from encoder {embedding.identity or '(unnamed)'} "
+                f"at hidden layer {layer}; this model belongs to {pinned}",
+                reason="ENCODER_MISMATCH",
+                fields={"field": field, "given": embedding.identity, "allowed": pinned},
+            )
+        if not pinned:
+            self._warn_once(embedding)
+        return CheckedEmbedding(embedding, identity_verified=bool(pinned))
+
+    def _at(self, hidden_layer: int, model: messages.Model) -> str:
+        if model.encoder_identities:
+            return model.encoder_identities[hidden_layer]
+        return self._settings.encoder_identity
+
+    def _warn_once(self, embedding: Embedding) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "no encoder is pinned: embeddings of any encoder of the right width are taken; set "
+                "encoder_identity to insist on one (this one is %s)",
+                embedding.identity or "unnamed",
+            )
+
+
+def _mismatch(field: str, what: str, given: int, allowed: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field}: the embedding's {what} is {given}; allowed is {allowed}",
+        reason="EMBEDDING_MISMATCH",
+        fields={"field": field, "given": str(given), "allowed": allowed},
+    )
