@@ -42,6 +42,7 @@ class Generator:
 
     def run(self, request: messages.Generate, emit: Emit) -> None:
         """Emits an event before every step, each picture when it is done, and last what it took."""
+        emit(messages.Denoised(0, 0))  # the request is under way: what breaks now may be its fault
         denoised, decoded = self._denoising.seconds, self._decoding.seconds
         with self._conditioning.working(request.token_count):
             shared = self._condition(request)
