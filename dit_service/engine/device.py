@@ -36,12 +36,18 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def choose_types(wanted: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """The types that transformer and VAE compute in. The VAE overflows in float16."""
+def choose_type(wanted: str, device: torch.device) -> torch.dtype:
+    """The type that transformer and VAE compute in; real weights overflow in float16."""
     if wanted == "auto":
         wanted = "float32" if device.type == "cpu" else "bfloat16"
-    transformer = TYPES[wanted]
-    return transformer, torch.float32 if transformer == torch.float16 else transformer
+    if wanted == "float16":
+        allowed = "bfloat16, float32"
+        raise InvalidSettings(
+            f"dtype float16: Z-Image's activations do not fit it; allowed are {allowed}",
+            reason="DTYPE",
+            fields={"field": "dtype", "given": wanted, "allowed": allowed},
+        )
+    return TYPES[wanted]
 
 
 def describe(device: torch.device) -> str:

@@ -112,7 +112,12 @@ class Generator:
             self._fence.step()
 
     def _decode(self, run: Run) -> bytes:
-        """The picture's pixels; waits for the device."""
+        """The picture's pixels; waits for the device. Better no picture than a black one."""
         assert run.latents_CHW is not None
+        if not run.latents_CHW.isfinite().all():
+            raise InvalidRequest(
+                "the picture's values left the range of numbers; ask for less guidance",
+                reason="NOT_FINITE",
+            )
         with self._decoding.working(run.latents_CHW[0].numel() * self._vae.factor**2):
             return self._vae.decode(run.latents_CHW).numpy().tobytes()

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
-Announce = Callable[[str, float], AbstractContextManager[None]]
+Announce = Callable[[str, float], None]
 """Tells whoever watches that work of this name begins, with the seconds expected of it."""
 
 
@@ -22,9 +22,9 @@ class Pace:
     @contextmanager
     def working(self, units: float) -> Iterator[None]:
         """Announces a piece of work and learns from how long it took."""
+        self._announce(self._what, units * (self._slowest or self._guess))
         began = time.monotonic()
-        with self._announce(self._what, units * (self._slowest or self._guess)):
-            yield
+        yield
         seconds = time.monotonic() - began
         self.seconds += seconds
         self._slowest = max(self._slowest, seconds / units)

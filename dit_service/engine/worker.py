@@ -37,8 +37,8 @@ class _Loaded:
 def main(port: Port, settings: DitSettings) -> None:
     """The worker's entry."""
     prepare_heap()
-    with port.working("load", _LOADING_SECONDS):
-        loaded = _load(port, settings)
+    port.announce("load", _LOADING_SECONDS)
+    loaded = _load(port, settings)
     _warm_up(loaded)
     port.ready(loaded.description)
     while True:
@@ -69,11 +69,11 @@ class _Events:
 
 def _load(port: Port, settings: DitSettings) -> _Loaded:
     device = devices.choose_device(settings.device)
-    compute_type, vae_type = devices.choose_types(settings.dtype, device)
+    compute_type = devices.choose_type(settings.dtype, device)
     scheduler = loading.read_scheduler(settings.model)
     variant = _variant(settings, scheduler.shift)
     transformer = loading.load_transformer(settings.model, device, compute_type)
-    vae = loading.load_vae(settings.model, device, vae_type)
+    vae = loading.load_vae(settings.model, device, compute_type)
     if vae.latent_channels != transformer.config.in_channels:
         raise InvalidModel(
             f"{settings.model}: the VAE has {vae.latent_channels} latent channels and the "
@@ -94,12 +94,12 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         encoder_identities=_identities(settings.model),
         device=devices.describe(device),
         compute_type=devices.NAMES[compute_type],
-        vae_compute_type=devices.NAMES[vae_type],
+        vae_compute_type=devices.NAMES[compute_type],
         attention_backend=ATTENTION_BACKEND,
         thread_count=torch.get_num_threads() if device.type == "cpu" else 0,
         library_versions=devices.library_versions(),
     )
-    return _Loaded(Generator(transformer, vae, ATTENTION_BACKEND, port.working), description)
+    return _Loaded(Generator(transformer, vae, ATTENTION_BACKEND, port.announce), description)
 
 
 def _variant(settings: DitSettings, shift: float) -> variants.Variant:

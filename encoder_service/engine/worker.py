@@ -26,15 +26,15 @@ _WARM_UP_TOKENS = 32
 
 def main(port: Port, settings: EncoderSettings) -> None:
     """Serves calls until the process ends."""
-    with port.working("load", _loading_seconds(settings)):
-        encoder = loading.load(
-            settings.model / "text_encoder",
-            settings.max_hidden_layer,
-            settings.device,
-            settings.dtype,
-        )
-        identities = encoder_identities(settings.model, settings.max_hidden_layer)
-        seconds_per_token = _warm_up(encoder)
+    port.announce("load", _loading_seconds(settings))
+    encoder = loading.load(
+        settings.model / "text_encoder",
+        settings.max_hidden_layer,
+        settings.device,
+        settings.dtype,
+    )
+    identities = encoder_identities(settings.model, settings.max_hidden_layer)
+    seconds_per_token = _warm_up(encoder)
     port.ready(_description(encoder, identities))
     while True:
         submitted = port.next_call()
@@ -57,11 +57,9 @@ def _answer(port: Port, encoder: Qwen3Encoder, submitted: Submit, seconds_per_to
     assert isinstance(call, Encode)
     token_count = sum(map(len, call.token_ids))
     began = time.monotonic()
-    with port.working("encode", seconds_per_token * token_count):
-        states = encoder(
-            call.token_ids, call.hidden_layers, lambda: port.is_cancelled(submitted.call)
-        )
-        port.emit(submitted.call, Encoded(tuple(map(_plain, states))))
+    port.announce("encode", seconds_per_token * token_count)
+    states = encoder(call.token_ids, call.hidden_layers, lambda: port.is_cancelled(submitted.call))
+    port.emit(submitted.call, Encoded(tuple(map(_plain, states))))
     seconds = time.monotonic() - began
     _log.info("%s prompts, %s tokens in %.3f s", len(call.token_ids), token_count, seconds)
 

@@ -26,8 +26,8 @@ def _obey(port: Port, call: int, word: str) -> None:
         case "die":
             os._exit(3)
         case "hang":
-            with port.working("step", 0.001):
-                threading.Event().wait()
+            port.announce("step", 0.001)
+            threading.Event().wait()
         case "freeze":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "until cancelled":

@@ -69,9 +69,8 @@ class Port:
         """Says that this model cannot be served, now or later."""
         self._send(pipe.LoadFailed(error))
 
-    @contextmanager
-    def working(self, what: str, expected_seconds: float) -> Iterator[None]:
-        """Announces a piece of work to the watchdog; the next one takes its place.
+    def announce(self, what: str, expected_seconds: float) -> None:
+        """Tells the watchdog what begins now; it holds until the next piece of work, or none.
 
         A small step like the last one is not worth a message: each wakes the front, on a CPU at the
         cost of the work.
@@ -87,7 +86,6 @@ class Port:
         ):
             self._announced = (work, now)
             self._send(work)
-        yield
 
     @contextmanager
     def answering(self, submitted: pipe.Submit) -> Iterator[None]:
