@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from bench.timing import compare, machine, write_results
 from demo_model.random_model import Shape, build
-from dit_service.model.heap import prepare_heap
+from dit_service.engine.heap import prepare_heap
 from dit_service.model.layout import Layout
 from dit_service.model.loading import load_transformer
 from dit_service.model.transformer import Sample, ZImageTransformer

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.dit import SIZES, Inputs, Models
 from bench.timing import RESULTS, machine
 from demo_model.random_model import Shape, build
-from dit_service.model.heap import prepare_heap
+from dit_service.engine.heap import prepare_heap
 
 LATENT_SIDE = 16
 PROMPT_TOKENS = (30,)

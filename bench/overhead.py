@@ -15,8 +15,8 @@ from bench.timing import compare, machine, write_results
 from demo_model.random_model import build
 from dit_service import messages
 from dit_service.engine.generate import Generator
+from dit_service.engine.heap import prepare_heap
 from dit_service.model import loading
-from dit_service.model.heap import prepare_heap
 from encoder_service.model.loading import load as load_encoder
 from encoder_service.prompt import Tokenizer
 from zimage_client import Client

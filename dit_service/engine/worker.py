@@ -9,8 +9,8 @@ import torch
 from dit_service import messages
 from dit_service.engine import device as devices
 from dit_service.engine.generate import Generator
+from dit_service.engine.heap import prepare_heap
 from dit_service.model import loading
-from dit_service.model.heap import prepare_heap
 from zimage_core.errors import InvalidModel
 from zimage_core.planning import variants
 from zimage_core.planning.limits import caption_token_limit, side_limit_px

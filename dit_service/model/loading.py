@@ -35,7 +35,6 @@ class SchedulerConfig:
     """The constants of the schedule; the shift is static."""
 
     shift: float
-    num_train_timesteps: int
 
 
 def load_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> ZImageTransformer:
@@ -87,7 +86,7 @@ def read_scheduler(folder: Path) -> SchedulerConfig:
                 "SCHEDULER_UNSUPPORTED", f"{name}={values[name]} is not a Z-Image schedule", path
             )
     try:
-        return SchedulerConfig(float(values["shift"]), int(values["num_train_timesteps"]))
+        return SchedulerConfig(float(values["shift"]))
     except KeyError as missing:
         raise _invalid(
             "CONFIG_INCOMPLETE", f"the scheduler's config has no {missing}", path

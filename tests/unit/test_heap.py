@@ -10,7 +10,7 @@ PROGRAM = """
 import random
 import resource
 import torch
-from dit_service.model.heap import prepare_heap
+from dit_service.engine.heap import prepare_heap
 
 def work(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
