@@ -42,7 +42,7 @@ def encoder_identities(
     """
     encoder = model / "text_encoder"
     paths = encoder / "config.json", model / "tokenizer" / "tokenizer.json", *weights.files(encoder)
-    stamp = [_VERSION, [[str(path), *_size_and_time(path)] for path in paths]]
+    stamp = [_VERSION, [[str(path.relative_to(model)), *_size_and_time(path)] for path in paths]]
     folder = cache_folder or platformdirs.user_cache_path("zimage") / "identities"
     entry = folder / f"{_sha256(str(model.resolve()))}.json"
     config = _read_json(paths[0])
