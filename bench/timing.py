@@ -12,6 +12,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
+_SETTLING_SECONDS = 0.05
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -30,12 +32,14 @@ class Timings:
 
 
 def compare(rounds: int = 7, **runs: Callable[[], object]) -> Timings:
-    """Times all runs in turn; the order turns around every round, after one round to warm up."""
+    """Times all runs in turn; the order turns around every round, after one round to warm up.
+    Between two runs the threads of the one before get time to fall asleep."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for index in range(rounds):
         for name, run in list(runs.items())[:: 1 if index % 2 == 0 else -1]:
+            time.sleep(_SETTLING_SECONDS)
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
-from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Prompt
+from zimage_core.embeddings import Prompt
 from zimage_core.errors import InvalidModel, InvalidRequest
 from zimage_core.planning.limits import caption_token_limit
 from zimage_core.wire.limits import PROMPT_BYTES
@@ -26,11 +26,6 @@ def render(prompt: Prompt) -> str:
     text = prompt.text.replace('"', "") if prompt.strip_quotes else prompt.text
     turns = [_turn("system", prompt.system)] if prompt.system else []
     return "\n".join([*turns, _turn("user", text), _answer(prompt)])
-
-
-def hidden_layer(prompt: Prompt) -> int:
-    """The entry of the hidden states that a prompt asks for, counted from the end."""
-    return DEFAULT_HIDDEN_LAYER if prompt.hidden_layer is None else prompt.hidden_layer
 
 
 def read_token_limit(model: Path) -> int:
@@ -53,7 +48,7 @@ def check_hidden_layers(prompts: Sequence[Prompt], layer_count: int, deepest: in
     """Raises InvalidRequest when a prompt wants a state that is not there or not computed."""
     shallowest = -(layer_count + 1)
     for index, prompt in enumerate(prompts):
-        layer = hidden_layer(prompt)
+        layer = prompt.hidden_layer
         if shallowest <= layer <= deepest:
             continue
         remedy = (

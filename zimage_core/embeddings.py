@@ -20,7 +20,8 @@ class Prompt:
     assistant: str = ""
     force_think_block: bool = False
     strip_quotes: bool = False
-    hidden_layer: int | None = None
+    hidden_layer: int = DEFAULT_HIDDEN_LAYER
+    """The entry of the hidden states to take, counted from the end."""
 
 
 @dataclass(frozen=True, slots=True)

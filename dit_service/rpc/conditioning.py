@@ -30,7 +30,6 @@ class Side:
     def hidden_layer(self) -> int:
         """The hidden state that it is made of."""
         if isinstance(self.content, Prompt):
-            assert self.content.hidden_layer is not None
             return self.content.hidden_layer
         return self.content.embedding.recipe.hidden_layer
 

@@ -1,10 +1,8 @@
 """The DiT service on the wire: a request comes in, its events go out."""
 
 import asyncio
-import contextlib
-import itertools
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 import grpc.aio
@@ -20,7 +18,7 @@ from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
-_FIRST_MESSAGE_SECONDS = 30.0  # a silent caller would hold up a drain
+_SPEC_SECONDS = 30.0  # a silent caller would hold up a drain
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -50,25 +48,31 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         model = self._worker.loaded(messages.Model)
         resolved = Resolver(model, self._settings).resolve(spec)
         request = Request(resolved, self._conditioner, model)
-        with self._admission.place() as requests_before:
-            numbers = itertools.count(1)
-            async with aclosing(request.events(self._worker, requests_before)) as events:
-                async for event in events:
-                    event.sequence = next(numbers)
-                    event.event_time.GetCurrentTime()
-                    yield event
+        with ExitStack() as place:
+            calls_before = place.enter_context(self._admission.place())
+            async with aclosing(request.answers(self._worker, calls_before, place)) as answers:
+                async for answer in answers:
+                    yield answer
 
 
 async def _only_spec(requests: AsyncIterator[dit_pb2.GenerateRequest]) -> dit_pb2.GenerateSpec:
-    """The spec in the first message; what comes after it is not read."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_FIRST_MESSAGE_SECONDS):
-            async for request in requests:
-                if request.WhichOneof("payload") == "spec":
-                    return request.spec
-                break
-    raise InvalidRequest(
-        "GenerateRequest.payload: the first message must hold the spec",
-        reason="NO_SPEC",
-        fields={"field": "GenerateRequest.payload", "allowed": "spec"},
+    """The spec: the first message, and nothing but the end of the client's stream after it."""
+    try:
+        async with asyncio.timeout(_SPEC_SECONDS):
+            first, second = await anext(requests, None), await anext(requests, None)
+    except TimeoutError:
+        raise _refusal(f"no end of them within {_SPEC_SECONDS:g} s") from None
+    if first is None or first.WhichOneof("payload") != "spec":
+        raise _refusal("no spec in the first")
+    if second is not None:
+        raise _refusal("a second one")
+    return first.spec
+
+
+def _refusal(given: str) -> InvalidRequest:
+    allowed = "one with the spec, then the end"
+    return InvalidRequest(
+        f"messages of Generate: {given}; allowed is {allowed}",
+        reason="ONE_SPEC",
+        fields={"field": "GenerateRequest", "given": given, "allowed": allowed},
     )

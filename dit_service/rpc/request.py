@@ -2,9 +2,10 @@
 
 import asyncio
 import hashlib
+import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -40,28 +41,47 @@ class Request:
             self._sides.append(conditioner.read(spec.negative, "spec.negative", model))
         _tell_effective(spec, self._sides)
         self._completed = dit_pb2.Completed()
+        self._told: asyncio.Queue[dit_pb2.GenerateResponse | None] = asyncio.Queue()
+        self._numbers = itertools.count(1)
 
-    async def events(self, worker: Worker, requests_before: int) -> _Answers:
-        """Every answer, in the order of the grammar, without its number and time."""
-        yield self._accepted(requests_before)
-        if any(isinstance(side.content, Prompt) for side in self._sides):
-            yield _progress(dit_pb2.Progress.STAGE_ENCODING)
-        checked = await self._conditioner.resolve(self._sides, self._model)
-        self._completed.usage.encode_time.CopyFrom(self._since_arrival())
-        yield _progress(dit_pb2.Progress.STAGE_QUEUED)
-        async with aclosing(worker.call(self._work(checked))) as events:
-            async for event in events:
-                async for answer in self._answers(event):
-                    yield answer
-        yield self._final(checked)
+    async def answers(self, worker: Worker, calls_before: int, place: ExitStack) -> _Answers:
+        """Every answer, in the order of the grammar. The work waits for no reader, and gives its
+        place up when it is done: a slow reader keeps nobody out."""
+        self._tell(self._accepted(calls_before))
+        making = asyncio.create_task(self._make(worker, place))
+        making.add_done_callback(lambda _making: self._told.put_nowait(None))
+        try:
+            while (answer := await self._told.get()) is not None:
+                yield answer
+            await making  # raises what ended it
+        finally:
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
 
-    def _accepted(self, requests_before: int) -> dit_pb2.GenerateResponse:
+    async def _make(self, worker: Worker, place: ExitStack) -> None:
+        with place:
+            if any(isinstance(side.content, Prompt) for side in self._sides):
+                self._tell(_progress(dit_pb2.Progress.STAGE_ENCODING))
+            checked = await self._conditioner.resolve(self._sides, self._model)
+            self._completed.usage.encode_time.CopyFrom(self._since_arrival())
+            self._tell(_progress(dit_pb2.Progress.STAGE_QUEUED))
+            async with aclosing(worker.call(self._work(checked))) as events:
+                async for event in events:
+                    await self._retell(event)
+        self._tell(self._final(checked))
+
+    def _tell(self, answer: dit_pb2.GenerateResponse) -> None:
+        answer.sequence = next(self._numbers)
+        answer.event_time.GetCurrentTime()
+        self._told.put_nowait(answer)
+
+    def _accepted(self, calls_before: int) -> dit_pb2.GenerateResponse:
         return dit_pb2.GenerateResponse(
             accepted=dit_pb2.Accepted(
                 spec=self._spec,
                 sigmas=self._resolved.sigmas,
                 forward_count=self._resolved.forward_count,
-                queue_position=requests_before,
+                queue_position=calls_before,
             )
         )
 
@@ -80,19 +100,21 @@ class Request:
             cfg_truncation=spec.z_image.cfg_truncation,
         )
 
-    async def _answers(self, event: object) -> _Answers:
-        """What the client hears of an event of the worker."""
+    async def _retell(self, event: object) -> None:
+        """Tells the client what it hears of an event of the worker."""
         usage, step_count = self._completed.usage, len(self._resolved.sigmas) - 1
         if not usage.HasField("queue_time"):
             usage.queue_time.CopyFrom(self._since_arrival())
         match event:
             case messages.Denoised(index, step):
-                yield _progress(dit_pb2.Progress.STAGE_DENOISING, index, step, step_count)
+                stage = dit_pb2.Progress.STAGE_DENOISING
+                self._tell(_progress(stage, index, step, step_count))
             case messages.Decoding(index):
-                yield _progress(dit_pb2.Progress.STAGE_DECODING, index, step_count, step_count)
+                stage = dit_pb2.Progress.STAGE_DECODING
+                self._tell(_progress(stage, index, step_count, step_count))
             case messages.Picture(index, rgb):
                 for chunk in await asyncio.to_thread(self._artifact, index, rgb):
-                    yield dit_pb2.GenerateResponse(artifact_chunk=chunk)
+                    self._tell(dit_pb2.GenerateResponse(artifact_chunk=chunk))
             case messages.Spent(forward_count, denoise_seconds, decode_seconds):
                 usage.forward_count = forward_count
                 usage.denoise_time.CopyFrom(_duration(denoise_seconds))

@@ -5,7 +5,7 @@ import time
 from importlib.metadata import version
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoder_service.messages import Encode, Encoded, Encoder
 from encoder_service.model import loading
@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 _SLOW_DISK_BYTES_PER_SECOND = 100e6
 _WARM_UP_TOKENS = 32
+_THREADED_LAYER_PARAMETERS = 4_000_000
 
 
 def main(port: Port, settings: EncoderSettings) -> None:
@@ -34,12 +35,20 @@ def main(port: Port, settings: EncoderSettings) -> None:
         settings.dtype,
     )
     identities = encoder_identities(settings.model, settings.max_hidden_layer)
+    _settle_threads(encoder)
     seconds_per_token = _warm_up(encoder)
     port.ready(_description(encoder, identities))
     while True:
         submitted = port.next_call()
         with port.answering(submitted):
             _answer(port, encoder, submitted, seconds_per_token)
+
+
+def _settle_threads(encoder: Qwen3Encoder) -> None:
+    """A small model computes on one thread: the others would wait longer than they work, and they
+    wait spinning, on cores that the DiT beside this service needs at that very moment."""
+    if all(_size(layer) < _THREADED_LAYER_PARAMETERS for layer in encoder.layers):
+        torch.set_num_threads(1)
 
 
 def _warm_up(encoder: Qwen3Encoder) -> float:
@@ -93,6 +102,10 @@ def _description(encoder: Qwen3Encoder, identities: tuple[str, ...]) -> Encoder:
 def _loading_seconds(settings: EncoderSettings) -> float:
     files = weights.files(settings.model / "text_encoder")
     return sum(path.stat().st_size for path in files) / _SLOW_DISK_BYTES_PER_SECOND
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from encoder_service import messages
-from encoder_service.prompt import TokenIds, Tokenizer, check_hidden_layers, hidden_layer
+from encoder_service.prompt import TokenIds, Tokenizer, check_hidden_layers
 from zimage_core.embeddings import CHAT_FORMAT, DEFAULT_HIDDEN_LAYER, Embedding, Numerics, Recipe
 from zimage_core.errors import DeadlineTooShort, InvalidRequest
 from zimage_core.serving.admission import Admission
@@ -52,7 +52,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts, self._token_limit)
             _refuse_large_reply(token_ids, encoder)
             _refuse_passed_deadline(context)
-            layers = tuple(map(hidden_layer, prompts))
+            layers = tuple(prompt.hidden_layer for prompt in prompts)
             encoded = await self._run(messages.Encode(token_ids, layers))
         return encoder_pb2.EncodeResponse(
             embeddings=[

@@ -5,11 +5,11 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 
 from zimage_core.errors import Cancelled, InternalError, Overloaded, ZImageError
 from zimage_core.serving import logs, pipe
@@ -23,8 +23,8 @@ _ANNOUNCE_SECONDS = 1.0
 class Port:
     """What a worker's engine knows of the world outside its process."""
 
-    def __init__(self, connection: Connection, beat_seconds: float) -> None:
-        self._connection = connection
+    def __init__(self, front: socket.socket, beat_seconds: float) -> None:
+        self._front = front
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[pipe.Submit] = queue.SimpleQueue()
         self._live: set[int] = set()
@@ -107,23 +107,24 @@ class Port:
             request_id.current.reset(context)
 
     def _send(self, message: object) -> None:
+        packed = pipe.packed(message)
         with self._sending:
-            self._connection.send(message)
+            self._front.sendall(packed)
 
     def _receive(self) -> None:
-        """Reads the pipe; when the front is gone, so is this process, whatever it is doing."""
+        """Listens to the front; when it is gone, so is this process, whatever it is doing."""
         try:
-            while True:
-                message = self._connection.recv()
-                if isinstance(message, pipe.Cancel):
-                    self._live.discard(message.call)
-                else:
-                    self._live.add(message.call)
-                    self._inbox.put(message)
-        except (EOFError, OSError):
+            with self._front.makefile("rb") as stream:
+                while message := pipe.read(stream):
+                    match message:
+                        case pipe.Cancel():
+                            self._live.discard(message.call)
+                        case pipe.Submit():
+                            self._live.add(message.call)
+                            self._inbox.put(message)
             os._exit(0)
         except Exception:  # noqa: BLE001 - deaf but alive, this process would be waited for
-            _log.exception("cannot read the pipe")
+            _log.exception("cannot understand the front")
             os._exit(1)
 
     def _beat(self, seconds: float) -> None:
@@ -150,12 +151,12 @@ def _class_names(error: BaseException) -> set[str]:
     return {cls.__name__ for cls in type(error).__mro__}
 
 
-def run(connection: Connection, entry: str, settings: object, beat_seconds: float) -> None:
+def run(front: socket.socket, entry: str, settings: object, beat_seconds: float) -> None:
     """The process's first function; `entry` is resolved here: the front never imports it."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the front drains first, then closes the pipe
+        signal.signal(number, signal.SIG_IGN)  # the front drains first, then hangs up
     logs.configure()
-    port = Port(connection, beat_seconds)
+    port = Port(front, beat_seconds)
     module, _, function = entry.partition(":")
     try:
         getattr(importlib.import_module(module), function)(port, settings)

@@ -5,11 +5,9 @@ import asyncio
 import itertools
 import logging
 import multiprocessing
-import threading
+import socket
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
@@ -20,11 +18,12 @@ from zimage_core.wire import request_id
 
 _log = logging.getLogger(__name__)
 
-
 _RETRY_AFTER_SECONDS = 1.0
 _CRASHES_WHILE_LOADING = 3
 _REAPING_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 30.0
+_DOUBT_SECONDS = 0.05
+_READ_AHEAD_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -42,8 +41,7 @@ class Worker:
         self._on_ready = on_ready
         self._numbers = itertools.count(1)
         self._calls: dict[int, asyncio.Queue[pipe.Event | pipe.Finished]] = {}
-        self._sender = ThreadPoolExecutor(1, thread_name_prefix="pipe-out")
-        self._connection: Connection | None = None
+        self._writer: asyncio.StreamWriter | None = None
         self.description: object | None = None
         """What the worker said of itself when it was ready; None until then."""
 
@@ -84,32 +82,32 @@ class Worker:
 
     async def _live_once(self) -> bool:
         """One process from start to death; whether it was ever ready."""
-        spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
+        ours, theirs = socket.socketpair()
         arguments = (theirs, self._entry, self._settings, self._watchdog.silence_seconds / 8)
+        spawn = multiprocessing.get_context("spawn")
         process = spawn.Process(target=child.run, args=arguments, name="worker", daemon=True)
         await asyncio.to_thread(process.start)
-        theirs.close()  # or the pipe would never end
-        inbox = _Inbox(self._connection)
+        theirs.close()  # or its death would not be heard
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=_READ_AHEAD_BYTES)
         try:
-            await self._listen(inbox, process)
+            await self._listen(reader, process)
             return self.description is not None
         finally:
             self.description = None  # from here on, no call gets in
             self._on_ready(False)
             self._fail_calls()  # now: a driver that hangs may keep the process for long
             process.kill()
+            self._writer.close()
             await asyncio.shield(asyncio.to_thread(process.join, _REAPING_SECONDS))
-            self._connection.close()  # not before: a thread may be reading it
 
-    async def _listen(self, inbox: "_Inbox", process: BaseProcess) -> None:
+    async def _listen(self, reader: asyncio.StreamReader, process: BaseProcess) -> None:
         """Hands out what the worker says, until it falls silent for good."""
         work: pipe.Working | None = None
         work_ends = float("inf")
         while True:
             patience = min(self._watchdog.silence_seconds, work_ends - time.monotonic())
             try:
-                message = await inbox.get(patience)
+                message = await _heard(reader, patience)
             except TimeoutError:
                 what = work.what if work else "idle"
                 _log.error("worker %s hung (%s); killing it", process.pid, what)
@@ -146,43 +144,20 @@ class Worker:
             self._calls.pop(message.call, None)
 
     def _post(self, message: object) -> None:
-        """Sends in the background, in order; a broken pipe shows at the reading end."""
-        if self._connection is not None:
-            self._sender.submit(_send, self._connection, message)
+        """Sends without waiting, in order; that nobody is there shows at the reading end."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(pipe.packed(message))
 
 
-class _Inbox:
-    """Brings what a thread reads from the pipe into the event loop; None is its end."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._messages: asyncio.Queue[object | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def read() -> None:
-            message: object | None = ...
-            while message is not None:
-                try:
-                    message = connection.recv()
-                except (EOFError, OSError):
-                    message = None
-                try:
-                    loop.call_soon_threadsafe(self._messages.put_nowait, message)
-                except RuntimeError:  # the loop is closed: the service is going down
-                    return
-
-        threading.Thread(target=read, name="pipe-in", daemon=True).start()
-
-    async def get(self, patience: float) -> object | None:
-        """The next message; raises TimeoutError only when there really is none."""
-        if not self._messages.empty():  # a front that was stopped for a while has some waiting
-            return self._messages.get_nowait()
-        return await asyncio.wait_for(self._messages.get(), max(patience, 0.001))
-
-
-def _send(connection: Connection, message: object) -> None:
+async def _heard(reader: asyncio.StreamReader, patience: float) -> object | None:
+    """The worker's next message, None when it is gone; raises TimeoutError when it is silent."""
+    hearing = asyncio.create_task(pipe.receive(reader))
     try:
-        connection.send(message)
-    except OSError:
-        _log.debug("the worker is gone; %s not sent", type(message).__name__)
-    except Exception:  # noqa: BLE001 - a payload that cannot be pickled is a fault of ours
-        _log.exception("cannot send %s", type(message).__name__)
+        # The second wait is for a front that was stopped itself: what it missed is there at once.
+        for seconds in (max(patience, 0.0), _DOUBT_SECONDS):
+            await asyncio.wait({hearing}, timeout=seconds)
+            if hearing.done():
+                return hearing.result()
+        raise TimeoutError
+    finally:
+        hearing.cancel()

@@ -22,7 +22,7 @@ def prompt_to_wire(prompt: Prompt) -> types_pb2.Prompt:
 
 
 def prompt_from_wire(message: types_pb2.Prompt) -> Prompt:
-    """The prompt of a message, the default hidden layer filled in."""
+    """The prompt of a message."""
     return Prompt(
         text=message.text,
         system=message.system,
