@@ -72,8 +72,9 @@ class Model:
     side_multiple_px: int
     max_side_px: int
     default_side_px: int
-    encoder_identities: tuple[str, ...]
-    """The encoder beside the model at each of its hidden states; empty where none lies."""
+    encoder_identities: dict[int, str]
+    """The encoder beside the model at each of its hidden states, by their numbers from the end;
+    empty where none lies."""
     device: str
     compute_type: str
     vae_compute_type: str

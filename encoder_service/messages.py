@@ -24,8 +24,8 @@ class Encoded:
 class Encoder:
     """Worker to front: what was loaded."""
 
-    identities: tuple[str, ...]
-    """The identity of each hidden state from the token table, entry 0, to the deepest computed."""
+    identities: dict[int, str]
+    """The identity of each hidden state, by its number from the end."""
     layer_count: int
     max_hidden_layer: int
     width: int
@@ -33,7 +33,3 @@ class Encoder:
     weight_type: str
     engine: str
     device: str
-
-    def identity(self, hidden_layer: int) -> str:
-        """The identity of a hidden state that is computed, counted from the end."""
-        return self.identities[hidden_layer - self.max_hidden_layer - 1]

@@ -4,7 +4,6 @@ The format is that of Qwen3's chat template as diffusers' Z-Image pipeline uses 
 trimmed or collapsed: the reference does not, and every space is a token.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import tokenizers
 
 from zimage_core.embeddings import Prompt
 from zimage_core.errors import InvalidModel, InvalidRequest
+from zimage_core.formats.json_object import read_json_object
 from zimage_core.planning.limits import caption_token_limit
 from zimage_core.wire.limits import PROMPT_BYTES
 
@@ -35,20 +35,17 @@ def read_token_limit(model: Path) -> int:
     if not path.is_file():
         return caption_token_limit(_RELEASED_AXES_LENS)
     try:
-        return caption_token_limit(json.loads(path.read_bytes())["axes_lens"])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise InvalidModel(
-            f"{path}: no readable axes_lens, which decide how long a prompt may be",
-            reason="CONFIG_MALFORMED",
-            fields={"path": str(path)},
-        ) from error
+        return caption_token_limit(read_json_object(path)["axes_lens"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        what = "no readable axes_lens, which decide how long a prompt may be"
+        raise InvalidModel.at(path, what) from error
 
 
 def check_hidden_layers(prompts: Sequence[Prompt], layer_count: int, deepest: int) -> None:
     """Raises InvalidRequest when a prompt wants a state that is not there or not computed."""
     shallowest = -(layer_count + 1)
     for index, prompt in enumerate(prompts):
-        layer = prompt.hidden_layer
+        layer = prompt.effective_layer
         if shallowest <= layer <= deepest:
             continue
         remedy = (
@@ -71,17 +68,12 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise InvalidModel(
-                f"{path} is missing: an encoder needs the tokenizer beside its weights",
-                reason="FILE_MISSING",
-                fields={"path": str(path)},
-            )
+            what = "this file is missing; an encoder needs the tokenizer beside its weights"
+            raise InvalidModel.at(path, what, "FILE_MISSING")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library has no class of its own
-            raise InvalidModel(
-                f"{path}: {error}", reason="FILE_CORRUPT", fields={"path": str(path)}
-            ) from error
+            raise InvalidModel.at(path, str(error)) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 

@@ -20,8 +20,12 @@ class Prompt:
     assistant: str = ""
     force_think_block: bool = False
     strip_quotes: bool = False
-    hidden_layer: int = DEFAULT_HIDDEN_LAYER
-    """The entry of the hidden states to take, counted from the end."""
+    hidden_layer: int | None = None
+
+    @property
+    def effective_layer(self) -> int:
+        """The entry of the hidden states that is taken, counted from the end."""
+        return DEFAULT_HIDDEN_LAYER if self.hidden_layer is None else self.hidden_layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ The server raises the class, the client gets the same class: `wire/status.py` ca
 """
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 
 class ZImageError(Exception):
@@ -62,6 +63,11 @@ class InvalidModel(InvalidRequest):
     """A model folder or file that cannot be what was asked for."""
 
     default_reason = "INVALID_MODEL"
+
+    @classmethod
+    def at(cls, path: Path, what: str, reason: str = "FILE_CORRUPT") -> Self:
+        """The error of a file or folder that is not what it should be."""
+        return cls(f"{path}: {what}", reason=reason, fields={"path": str(path)})
 
 
 class InvalidSettings(InvalidRequest):

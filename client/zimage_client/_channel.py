@@ -4,7 +4,7 @@ import json
 
 import grpc.aio
 
-from zimage_core.errors import InvalidSettings
+from zimage_core.errors import Cancelled, InvalidSettings
 from zimage_core.wire import limits, request_id
 
 _OPTIONS = (
@@ -23,6 +23,7 @@ class Channels:
         self._addresses = {"server": server, "encoder": encoder}
         self._targets = {name: _target(name, given) for name, given in self._addresses.items()}
         self._open: dict[str, grpc.aio.Channel] = {}
+        self._is_closed = False
 
     @property
     def has_encoder(self) -> bool:
@@ -38,12 +39,15 @@ class Channels:
         return self._channel("encoder")
 
     async def close(self) -> None:
-        """Ends the connections and whatever runs over them."""
+        """Ends the connections and whatever runs over them, for good."""
+        self._is_closed = True
         while self._open:
             _, channel = self._open.popitem()
             await channel.close()
 
     def _channel(self, name: str) -> grpc.aio.Channel:
+        if self._is_closed:
+            raise Cancelled("the client is closed")
         if name not in self._open:
             if not self._addresses[name]:
                 raise InvalidSettings(

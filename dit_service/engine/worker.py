@@ -75,12 +75,11 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     transformer = loading.load_transformer(settings.model, device, compute_type)
     vae = loading.load_vae(settings.model, device, compute_type)
     if vae.latent_channels != transformer.config.in_channels:
-        raise InvalidModel(
-            f"{settings.model}: the VAE has {vae.latent_channels} latent channels and the "
-            f"transformer {transformer.config.in_channels}; they do not belong together",
-            reason="FOREIGN_VAE",
-            fields={"path": str(settings.model / "vae")},
+        what = (
+            f"the VAE has {vae.latent_channels} latent channels and the transformer "
+            f"{transformer.config.in_channels}; they do not belong together"
         )
+        raise InvalidModel.at(settings.model / "vae", what, "FOREIGN_VAE")
     side_multiple_px = vae.factor * transformer.config.patch_size
     description = messages.Model(
         name=settings.model.resolve().name,
@@ -116,11 +115,9 @@ def _variant(settings: DitSettings, shift: float) -> variants.Variant:
     return variant
 
 
-def _identities(model: Path) -> tuple[str, ...]:
+def _identities(model: Path) -> dict[int, str]:
     """The encoder that lies beside the model, at each of its hidden states."""
-    if not (model / "text_encoder").is_dir():
-        return ()
-    return encoder_identities(model, deepest=-1)
+    return encoder_identities(model) if (model / "text_encoder").is_dir() else {}
 
 
 def _warm_up(loaded: _Loaded) -> None:

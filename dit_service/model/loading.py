@@ -1,6 +1,5 @@
 """Model folders in diffusers' layout, onto a device; what is wrong is said before anything runs."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ from dit_service.model.config import TransformerConfig
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.model.vae import Vae
 from zimage_core.errors import InvalidModel
+from zimage_core.formats import weights
+from zimage_core.formats.json_object import read_json_object
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHTS = "diffusion_pytorch_model"
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _OTHER_SIGMAS = (
     "use_dynamic_shifting",
@@ -43,34 +44,29 @@ def load_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     with torch.device("meta"):
         transformer = ZImageTransformer(_read_config(folder / "transformer" / "config.json"))
     wanted = {name: weight.shape for name, weight in transformer.state_dict().items()}
-    weights: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for name, weight in _tensors(folder / "transformer"):
         _check_tensor(name, weight, wanted, folder)
         # Copied even where nothing changes: a view would need the file for as long as it lives.
-        weights[name] = weight.to(device, dtype, copy=True)
-    missing = sorted(wanted.keys() - weights.keys())
+        loaded[name] = weight.to(device, dtype, copy=True)
+    missing = sorted(wanted.keys() - loaded.keys())
     if missing:
-        raise _invalid(
-            "WEIGHTS_MISSING",
-            f"{len(missing)} weights are missing, the first is {missing[0]}",
-            folder,
-        )
-    transformer.load_state_dict(weights, assign=True)
+        what = f"{len(missing)} weights are missing, the first is {missing[0]}"
+        raise InvalidModel.at(folder, what, "WEIGHTS_MISSING")
+    transformer.load_state_dict(loaded, assign=True)
     return transformer.eval().requires_grad_(False)
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Vae:
     """Reads `vae/`."""
     _check_family(folder)
-    _check_class(_read_json(folder / "vae" / "config.json"), "AutoencoderKL", folder / "vae")
+    _check_class(read_json_object(folder / "vae" / "config.json"), "AutoencoderKL", folder / "vae")
     try:
         model: Any = AutoencoderKL.from_pretrained(
             folder / "vae", torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _invalid(
-            "WEIGHTS_UNREADABLE", f"the VAE cannot be loaded: {error}", folder / "vae"
-        ) from error
+        raise InvalidModel.at(folder / "vae", f"the VAE cannot be loaded: {error}") from error
     return Vae(model.to(device))
 
 
@@ -78,97 +74,63 @@ def read_scheduler(folder: Path) -> SchedulerConfig:
     """Reads `scheduler/`; settings that make another schedule are refused by name."""
     _check_family(folder)
     path = folder / "scheduler" / "scheduler_config.json"
-    values = _read_json(path)
+    values = read_json_object(path)
     _check_class(values, _SCHEDULER, path)
     for name in _OTHER_SIGMAS:
         if values.get(name):
-            raise _invalid(
-                "SCHEDULER_UNSUPPORTED", f"{name}={values[name]} is not a Z-Image schedule", path
-            )
+            what = f"{name}={values[name]} is not a Z-Image schedule"
+            raise InvalidModel.at(path, what, "SCHEDULER_UNSUPPORTED")
     try:
         return SchedulerConfig(float(values["shift"]))
     except KeyError as missing:
-        raise _invalid(
-            "CONFIG_INCOMPLETE", f"the scheduler's config has no {missing}", path
-        ) from None
+        what = f"the scheduler's config has no {missing}"
+        raise InvalidModel.at(path, what, "CONFIG_INCOMPLETE") from None
 
 
 def _read_config(path: Path) -> TransformerConfig:
-    values = _read_json(path)
+    values = read_json_object(path)
     try:
         return TransformerConfig.from_values(values)
     except InvalidModel as error:
-        raise _invalid(error.reason, error.message, path) from None
+        raise InvalidModel.at(path, error.message, error.reason) from None
 
 
 def _check_family(folder: Path) -> None:
     if not folder.is_dir():
-        raise _invalid("MODEL_NOT_FOUND", "there is no such model folder", folder)
+        raise InvalidModel.at(folder, "there is no such model folder", "FILE_MISSING")
     index = folder / "model_index.json"
     if not index.is_file():
         return
-    class_name = str(_read_json(index).get("_class_name"))
+    class_name = str(read_json_object(index).get("_class_name"))
     if not class_name.startswith("ZImage"):
-        raise _invalid(
-            "FOREIGN_MODEL", f"this is a {class_name}, and a ZImagePipeline is wanted", folder
-        )
+        what = f"this is a {class_name}, and a ZImagePipeline is wanted"
+        raise InvalidModel.at(folder, what, "FOREIGN_MODEL")
 
 
 def _check_class(values: Mapping[str, Any], wanted: str, path: Path) -> None:
     class_name = values.get("_class_name")
     if class_name != wanted:
-        raise _invalid("FOREIGN_MODEL", f"this is a {class_name}, and {wanted} is wanted", path)
+        what = f"this is a {class_name}, and {wanted} is wanted"
+        raise InvalidModel.at(path, what, "FOREIGN_MODEL")
 
 
 def _check_tensor(
     name: str, weight: Tensor, wanted: Mapping[str, torch.Size], folder: Path
 ) -> None:
     if name not in wanted:
-        raise _invalid("WEIGHTS_UNKNOWN", f"the weight {name} belongs to another model", folder)
+        what = f"the weight {name} belongs to another model"
+        raise InvalidModel.at(folder, what, "WEIGHTS_UNKNOWN")
     if weight.shape != wanted[name]:
-        raise _invalid(
-            "WEIGHTS_MISSHAPEN",
-            f"the weight {name} is {list(weight.shape)}, by its config {list(wanted[name])}",
-            folder,
-        )
+        what = f"the weight {name} is {list(weight.shape)}, by its config {list(wanted[name])}"
+        raise InvalidModel.at(folder, what, "WEIGHTS_MISSHAPEN")
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor, mapped rather than read; a file is closed before the next opens."""
-    for path in _weight_files(folder):
-        if not path.is_file():
-            raise _invalid("MODEL_NOT_FOUND", "the weights are missing", path)
+    for path in weights.files(folder, _WEIGHTS):
         try:
             with safe_open(path, framework="pt", device="cpu") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - an open file is no mapping
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
-            raise _invalid(
-                "WEIGHTS_UNREADABLE", f"the weights cannot be read: {error}", path
-            ) from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{_WEIGHTS}.index.json"
-    if not index.is_file():
-        return [folder / _WEIGHTS]
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise _invalid("CONFIG_MALFORMED", "the index has no weight_map", index)
-    return [folder / str(file) for file in sorted(set(weight_map.values()))]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise _invalid("MODEL_NOT_FOUND", "the file is missing", path) from None
-    except (OSError, ValueError) as error:
-        raise _invalid("CONFIG_MALFORMED", f"the file cannot be read: {error}", path) from error
-    if not isinstance(values, dict):
-        raise _invalid("CONFIG_MALFORMED", "the file holds no JSON object", path)
-    return values
-
-
-def _invalid(reason: str, message: str, path: Path) -> InvalidModel:
-    return InvalidModel(f"{path}: {message}", reason=reason, fields={"path": str(path)})
+            raise InvalidModel.at(path, f"the weights cannot be read: {error}") from error

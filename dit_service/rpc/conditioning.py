@@ -30,7 +30,7 @@ class Side:
     def hidden_layer(self) -> int:
         """The hidden state that it is made of."""
         if isinstance(self.content, Prompt):
-            return self.content.hidden_layer
+            return self.content.effective_layer
         return self.content.embedding.recipe.hidden_layer
 
 

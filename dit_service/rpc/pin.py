@@ -65,8 +65,9 @@ class EncoderPin:
             raise _mismatch(field, "token count", tokens, allowed)
         layer = embedding.recipe.hidden_layer
         known = model.encoder_identities
-        if known and not -len(known) <= layer <= -1:
-            raise _mismatch(field, "hidden layer", layer, f"{-len(known)} to -1 for its encoder")
+        if known and layer not in known:
+            allowed = f"{min(known)} to {max(known)} for its encoder"
+            raise _mismatch(field, "hidden layer", layer, allowed)
         pinned = self._at(layer, model)
         if pinned and embedding.identity != pinned:
             raise NotReady(
@@ -81,7 +82,7 @@ class EncoderPin:
 
     def _at(self, hidden_layer: int, model: messages.Model) -> str:
         if model.encoder_identities:
-            return model.encoder_identities[hidden_layer]
+            return model.encoder_identities.get(hidden_layer, "")
         return self._settings.encoder_identity
 
     def _warn_once(self, embedding: Embedding) -> None:

@@ -14,8 +14,9 @@ from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 def service(settings: DitSettings) -> Service:
     """The DiT service with these settings."""
 
+    encoder = AsyncClient(encoder=settings.encoder) if settings.encoder else None
+
     def register(server: grpc.aio.Server, worker: Worker) -> None:
-        encoder = AsyncClient(encoder=settings.encoder) if settings.encoder else None
         servicer = DitServicer(worker, settings, Conditioner(settings, encoder))
         dit_pb2_grpc.add_DitServiceServicer_to_server(servicer, server)
 
@@ -23,4 +24,5 @@ def service(settings: DitSettings) -> Service:
         name=dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name,
         entry="dit_service.engine.worker:main",
         register=register,
+        neighbours=[encoder] if encoder else [],
     )

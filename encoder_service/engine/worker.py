@@ -34,7 +34,7 @@ def main(port: Port, settings: EncoderSettings) -> None:
         settings.device,
         settings.dtype,
     )
-    identities = encoder_identities(settings.model, settings.max_hidden_layer)
+    identities = encoder_identities(settings.model)
     _settle_threads(encoder)
     seconds_per_token = _warm_up(encoder)
     port.ready(_description(encoder, identities))
@@ -85,7 +85,7 @@ def _plain(tensor: Tensor) -> TensorData:
     return TensorData(_name(tensor.dtype), tuple(tensor.shape), data)
 
 
-def _description(encoder: Qwen3Encoder, identities: tuple[str, ...]) -> Encoder:
+def _description(encoder: Qwen3Encoder, identities: dict[int, str]) -> Encoder:
     table = encoder.embed_tokens.weight
     return Encoder(
         identities=identities,

@@ -1,6 +1,5 @@
 """From a folder of files to an encoder on its device: what is read, to where, in which type."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from transformers import Qwen3Config
 from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats import weights
+from zimage_core.formats.json_object import read_json_object
 from zimage_core.wire.identities import canonical_name
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -62,27 +62,23 @@ def choose_type(name: str, device: torch.device, stored: torch.dtype) -> torch.d
 
 def _config(folder: Path) -> Qwen3Config:
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_bytes())
-        family = values.get("model_type")
-    except FileNotFoundError as error:
-        raise _invalid(path, "this file is missing; a model folder has text_encoder/") from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise _invalid(path, f"no readable JSON object: {error}") from error
+    values = read_json_object(path)
+    family = values.get("model_type")
     if family != _FAMILY:
-        raise _invalid(
-            path, f"this is a {family} model; Z-Image's text encoder is {_FAMILY}", "WRONG_FAMILY"
-        )
+        what = f"this is a {family} model; Z-Image's text encoder is {_FAMILY}"
+        raise InvalidModel.at(path, what, "FOREIGN_MODEL")
     try:
         return Qwen3Config.from_dict(values)
     except Exception as error:  # whatever the library finds wrong with it
-        raise _invalid(path, str(error)) from error
+        raise InvalidModel.at(path, str(error)) from error
 
 
 def _refuse_sliding_windows(folder: Path, config: Qwen3Config, layer_count: int) -> None:
     kinds = set((config.layer_types or [])[:layer_count])
     if kinds - {"full_attention"}:
-        raise _invalid(folder / "config.json", f"layers of kind {sorted(kinds)} are not supported")
+        raise InvalidModel.at(
+            folder / "config.json", f"layers of kind {sorted(kinds)} are not supported"
+        )
 
 
 def _stored(folder: Path, encoder: Qwen3Encoder) -> dict[str, torch.dtype]:
@@ -91,14 +87,16 @@ def _stored(folder: Path, encoder: Qwen3Encoder) -> dict[str, torch.dtype]:
     for name, parameter in encoder.state_dict().items():
         weight = found.get(name)
         if weight is None:
-            raise _invalid(folder, f"no tensor {name} in these files")
+            raise InvalidModel.at(folder, f"no tensor {name} in these files")
         if weight.shape != tuple(parameter.shape):
-            raise _invalid(
+            raise InvalidModel.at(
                 folder,
                 f"{name} is {list(weight.shape)}, but config.json says {list(parameter.shape)}",
             )
         if weight.element_type not in _TYPES:
-            raise _invalid(folder, f"{name} is stored as {weight.element_type}", "ELEMENT_TYPE")
+            raise InvalidModel.at(
+                folder, f"{name} is stored as {weight.element_type}", "ELEMENT_TYPE"
+            )
     return {name: _TYPES[found[name].element_type] for name in encoder.state_dict()}
 
 
@@ -112,7 +110,3 @@ def _read(encoder: Qwen3Encoder, folder: Path, device: torch.device, dtype: torc
                 if canonical in wanted:
                     wanted[canonical] = file.get_tensor(name).to(dtype)
     encoder.load_state_dict(wanted, assign=True)
-
-
-def _invalid(path: Path, what: str, reason: str = "FILE_CORRUPT") -> InvalidModel:
-    return InvalidModel(f"{path}: {what}", reason=reason, fields={"path": str(path)})

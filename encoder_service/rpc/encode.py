@@ -52,7 +52,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts, self._token_limit)
             _refuse_large_reply(token_ids, encoder)
             _refuse_passed_deadline(context)
-            layers = tuple(prompt.hidden_layer for prompt in prompts)
+            layers = tuple(prompt.effective_layer for prompt in prompts)
             encoded = await self._run(messages.Encode(token_ids, layers))
         return encoder_pb2.EncodeResponse(
             embeddings=[
@@ -72,7 +72,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         if isinstance(encoder, messages.Encoder):
             answer.ready = True
             layer = min(DEFAULT_HIDDEN_LAYER, encoder.max_hidden_layer)
-            answer.identity.sha256 = encoder.identity(layer)
+            answer.identity.sha256 = encoder.identities[layer]
             answer.recipe.CopyFrom(embeddings.recipe_to_wire(self._recipe(layer)))
             answer.numerics.CopyFrom(embeddings.numerics_to_wire(_numerics(encoder)))
             answer.width = encoder.width
@@ -91,7 +91,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         return embeddings.embedding_to_wire(
             Embedding(
                 tensor=tensor,
-                identity=encoder.identity(layer),
+                identity=encoder.identities[layer],
                 recipe=self._recipe(layer),
                 numerics=_numerics(encoder),
                 token_count=len(token_ids),

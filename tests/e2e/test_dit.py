@@ -269,17 +269,25 @@ def test_a_list_of_a_million_numbers_is_refused_in_a_few_words(client: Client) -
     assert len(refusal.value.message) < 2_000
 
 
+def _answers(dit: Service, *requests: dit_pb2.GenerateRequest) -> list[dit_pb2.GenerateResponse]:
+    """What the service says to raw messages."""
+    stub = dit_pb2_grpc.DitServiceStub(dit.channel)
+    return answer(lambda sent, **options: list(stub.Generate(sent, **options)), iter(requests))
+
+
+@pytest.mark.parametrize("specs", [0, 2])
+def test_one_spec_is_wanted_and_no_more(dit: Service, specs: int) -> None:
+    request = dit_pb2.GenerateRequest(spec=dit_pb2.GenerateSpec())
+    with pytest.raises(InvalidRequest) as refusal:
+        _answers(dit, *[request] * specs)
+    assert refusal.value.reason == "ONE_SPEC"
+
+
 def test_unknown_fields_are_refused(dit: Service) -> None:
     spec = dit_pb2.GenerateSpec()
     spec.positive.segments.add().prompt.MergeFromString(b"\xf8\x3f\x01")
-    stub = dit_pb2_grpc.DitServiceStub(dit.channel)
     with pytest.raises(InvalidRequest) as refusal:
-        answer(
-            lambda spec, **options: list(
-                stub.Generate(iter([dit_pb2.GenerateRequest(spec=spec)]), **options)
-            ),
-            spec,
-        )
+        _answers(dit, dit_pb2.GenerateRequest(spec=spec))
     assert refusal.value.reason == "UNKNOWN_FIELD"
     assert refusal.value.field == "GenerateRequest.spec.positive.segments[0].prompt"
 

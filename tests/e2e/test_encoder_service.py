@@ -175,6 +175,14 @@ def test_a_killed_worker_is_replaced(service: Service) -> None:
     assert _encode(service, _request("a cat")) == [before]
 
 
+def test_a_path_on_which_somebody_serves_is_not_taken(service: Service, model_folder: Path) -> None:
+    flags = "--model", str(model_folder), "--listen", service.address
+    code, complaint = _complaint(*flags)
+    assert code == 2
+    assert "another process serves there" in complaint
+    assert _describe(service).ready
+
+
 def test_it_speaks_while_it_loads_and_drains_to_its_end(model_folder: Path) -> None:
     with running("encoder_service", "--model", str(model_folder)) as service:
         service.wait_for_line("listens on")
@@ -221,7 +229,7 @@ def test_no_worker_outlives_its_front(service: Service) -> None:
 def test_it_does_not_start_without_what_it_needs(model_folder: Path, tmp_path: Path) -> None:
     nothing = _complaint("--model", str(tmp_path))
     assert nothing[0] == 1
-    assert "tokenizer.json is missing" in nothing[1]
+    assert "tokenizer.json: this file is missing" in nothing[1]
 
     (tmp_path / "tokenizer").symlink_to(model_folder / "tokenizer")
     no_encoder = _complaint("--model", str(tmp_path))

@@ -456,6 +456,15 @@ class TestCancel:
             assert await asyncio.to_thread(dit.cancelled.wait, 10)
         assert len(dit.specs) == 1
 
+    async def test_a_closed_client_begins_nothing_more(self) -> None:
+        dit = FakeDit([Unavailable("it loads", reason="LOADING", retry_after=0.2)])
+        async with client_of(dit) as client, aclosing(client.stream("x")) as events:
+            assert isinstance(await anext(events), Waiting)
+            await client.aclose()
+            with pytest.raises(Cancelled, match="closed"):
+                await anext(events)
+        assert len(dit.specs) == 1
+
     async def test_closing_the_client_ends_what_runs(self) -> None:
         dit = FakeDit([Act.HOLD])
         async with client_of(dit) as client:

@@ -51,7 +51,7 @@ def test_another_family_is_refused_by_name(folder: Path) -> None:
     _edit_config(folder, model_type="t5")
     with pytest.raises(InvalidModel, match=r"t5 .* qwen3") as refusal:
         load(folder, -2, "cpu", "auto")
-    assert refusal.value.reason == "WRONG_FAMILY"
+    assert refusal.value.reason == "FOREIGN_MODEL"
 
 
 @pytest.mark.parametrize(

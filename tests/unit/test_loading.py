@@ -85,7 +85,7 @@ def test_the_file_is_not_needed_afterwards(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason", "words"),
     [
-        (shutil.rmtree, "MODEL_NOT_FOUND", ["no such model folder"]),
+        (shutil.rmtree, "FILE_MISSING", ["no such model folder"]),
         (
             lambda folder: edit_json(folder / "model_index.json", _class_name="FluxPipeline"),
             "FOREIGN_MODEL",
@@ -125,22 +125,22 @@ def test_the_file_is_not_needed_afterwards(folder: Path) -> None:
         ),
         (
             lambda folder: (folder / "transformer" / "config.json").write_text("{"),
-            "CONFIG_MALFORMED",
+            "FILE_CORRUPT",
             ["config.json"],
         ),
         (
             lambda folder: (folder / "transformer" / "config.json").unlink(),
-            "MODEL_NOT_FOUND",
+            "FILE_MISSING",
             ["config.json"],
         ),
         (
             lambda folder: (folder / "transformer" / WEIGHTS).unlink(),
-            "MODEL_NOT_FOUND",
+            "FILE_MISSING",
             [WEIGHTS],
         ),
         (
             lambda folder: (folder / "transformer" / WEIGHTS).write_bytes(b"\x10garbage"),
-            "WEIGHTS_UNREADABLE",
+            "FILE_CORRUPT",
             [WEIGHTS],
         ),
         (
@@ -157,12 +157,12 @@ def test_the_file_is_not_needed_afterwards(folder: Path) -> None:
         ),
         (
             lambda folder: (shard(folder), (folder / "transformer/part-1.safetensors").unlink()),
-            "MODEL_NOT_FOUND",
+            "FILE_MISSING",
             ["part-1.safetensors"],
         ),
         (
             lambda folder: (folder / f"transformer/{WEIGHTS}.index.json").write_text("{}"),
-            "CONFIG_MALFORMED",
+            "FILE_CORRUPT",
             ["weight_map"],
         ),
     ],

@@ -52,10 +52,12 @@ def test_embeddings_come_back() -> None:
     assert embeddings.embedding_from_wire(message, field="x") == EMBEDDING
 
 
-def test_prompts_come_back_with_the_default_layer() -> None:
+def test_prompts_come_back() -> None:
     prompt = Prompt("a", "b", "c", "d", True, True, -5)
     assert embeddings.prompt_from_wire(embeddings.prompt_to_wire(prompt)) == prompt
-    assert embeddings.prompt_from_wire(types_pb2.Prompt(text="a")).hidden_layer == -2
+    unset = embeddings.prompt_from_wire(types_pb2.Prompt(text="a"))
+    assert unset == Prompt("a")
+    assert unset.effective_layer == -2
 
 
 @pytest.mark.parametrize("change", ["tensor name", "token count", "rank"])

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 
+from dit_service import messages
 from zimage_core.errors import InvalidModel, InvalidRequest
 from zimage_core.serving.child import Port
 
@@ -36,6 +37,17 @@ def _obey(port: Port, call: int, word: str) -> None:
         case _:
             for letter in word:
                 port.emit(call, letter)
+
+
+def pictures(port: Port, settings: object) -> None:
+    """Answers every call with two small pictures, at once."""
+    port.ready(settings)
+    while True:
+        submitted = port.next_call()
+        with port.answering(submitted):
+            for index in range(2):
+                port.emit(submitted.call, messages.Picture(index, bytes(64 * 64 * 3)))
+            port.emit(submitted.call, messages.Spent(2, 0.0, 0.0))
 
 
 def broken_model(port: Port, settings: object) -> None:

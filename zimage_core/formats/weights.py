@@ -3,7 +3,6 @@
 A file is the header's length in eight bytes, the header in JSON, then the elements of all tensors.
 """
 
-import json
 import math
 import mmap
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_core.errors import InvalidModel
+from zimage_core.formats.json_object import parse_json_object, read_json_object
 
 ELEMENT_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -19,7 +19,8 @@ ELEMENT_BYTES = {
 }  # fmt: skip
 """The element types by the names of the format."""
 
-_INDEX = ".safetensors.index.json"
+_SUFFIX = ".safetensors"
+_INDEX = _SUFFIX + ".index.json"
 _LONGEST_HEADER = 100_000_000
 """What the format's own library accepts."""
 
@@ -33,22 +34,22 @@ class Weight:
     data: memoryview
 
 
-def files(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a folder: those that an index names, else all that lie there."""
-    indexes = sorted(folder.glob("*" + _INDEX))
+def files(folder: Path, stem: str = "*") -> tuple[Path, ...]:
+    """The weight files of a folder: those that an index names, else all that lie there. A stem
+    tells them from other variants beside them."""
+    indexes = sorted(folder.glob(stem + _INDEX))
     if indexes:
         names = sorted(set(_weight_map(indexes[0]).values()))
         paths = tuple(folder / str(name) for name in names)
     else:
-        paths = tuple(sorted(folder.glob("*.safetensors")))
+        paths = tuple(sorted(folder.glob(stem + _SUFFIX)))
     if not paths:
-        what = "no *.safetensors file here" if folder.is_dir() else "no such folder"
-        raise _invalid(folder, what, "FILE_MISSING")
+        what = f"no {stem}{_SUFFIX} here" if folder.is_dir() else "no such folder"
+        raise InvalidModel.at(folder, what, "FILE_MISSING")
     for path in paths:
         if not path.is_file():
-            raise _invalid(
-                path, f"{indexes[0].name} names this file, but it is missing", "FILE_MISSING"
-            )
+            what = f"{indexes[0].name} names this file, but it is missing"
+            raise InvalidModel.at(path, what, "FILE_MISSING")
     return paths
 
 
@@ -58,7 +59,7 @@ def read_folder(folder: Path) -> dict[str, Weight]:
     for path in files(folder):
         for name, weight in read_file(path):
             if name in found:
-                raise _invalid(path, f"{name} stands in another file of the folder too")
+                raise InvalidModel.at(path, f"{name} stands in another file of the folder too")
             found[name] = weight
     return found
 
@@ -69,11 +70,11 @@ def read_file(path: Path) -> Iterator[tuple[str, Weight]]:
         try:
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except ValueError as error:  # an empty file cannot be mapped
-            raise _invalid(path, "the file is empty") from error
+            raise InvalidModel.at(path, "the file is empty") from error
     header_bytes = int.from_bytes(content[:8], "little")
     if len(content) < 8 or header_bytes > min(_LONGEST_HEADER, len(content) - 8):
-        raise _invalid(path, "not a safetensors file, or cut off within its header")
-    header = _json_object(path, bytes(content[8 : 8 + header_bytes]))
+        raise InvalidModel.at(path, "not a safetensors file, or cut off within its header")
+    header = parse_json_object(path, bytes(content[8 : 8 + header_bytes]))
     elements = content[8 + header_bytes :]
     for name, entry in header.items():
         if name != "__metadata__":
@@ -86,30 +87,18 @@ def _weight(path: Path, name: str, entry: Any, elements: memoryview) -> Weight:
         begin, end = (int(offset) for offset in entry["data_offsets"])
         expected = math.prod(shape) * ELEMENT_BYTES[element_type]
     except (KeyError, TypeError, ValueError) as error:
-        raise _invalid(path, f"{name}: malformed or unknown entry {entry}") from error
+        raise InvalidModel.at(path, f"{name}: malformed or unknown entry {entry}") from error
     if not 0 <= begin <= end <= len(elements):
-        raise _invalid(path, f"{name}: the file ends before this tensor does; it is cut off")
+        raise InvalidModel.at(path, f"{name}: the file ends before this tensor does; it is cut off")
     if end - begin != expected:
-        raise _invalid(path, f"{name}: {end - begin} bytes, but {expected} expected for {entry}")
+        raise InvalidModel.at(
+            path, f"{name}: {end - begin} bytes, but {expected} expected for {entry}"
+        )
     return Weight(element_type, shape, elements[begin:end])
 
 
 def _weight_map(index: Path) -> Mapping[str, Any]:
-    entries = _json_object(index, index.read_bytes()).get("weight_map")
+    entries = read_json_object(index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
-        raise _invalid(index, "no weight_map in this index")
+        raise InvalidModel.at(index, "no weight_map in this index")
     return entries
-
-
-def _json_object(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise _invalid(path, f"no readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise _invalid(path, "a JSON object was expected")
-    return value
-
-
-def _invalid(path: Path, what: str, reason: str = "FILE_CORRUPT") -> InvalidModel:
-    return InvalidModel(f"{path}: {what}", reason=reason, fields={"path": str(path)})

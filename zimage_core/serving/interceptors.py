@@ -8,18 +8,20 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from zimage_core.errors import InternalError, InvalidRequest, Unimplemented, ZImageError
+from zimage_core.errors import InternalError, InvalidRequest, Overloaded, Unimplemented, ZImageError
 from zimage_core.wire import request_id, status, strict
 
 _log = logging.getLogger("zimage.rpc")
 _OURS = "/zimage_rpc."
 _OK = ((status.SERVED_BY_US, "ok"),)
+_READER_SECONDS = 120.0
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic for type checkers alone
@@ -57,13 +59,26 @@ def _unary(method: str, handler: Any) -> Any:
 
 
 def _stream(method: str, handler: Any) -> Any:
-    async def wrapped(raws: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
+    async def wrapped(raws: AsyncIterator[bytes], context: _Context) -> None:
         async with _Call(method, context):
             requests = (_read(raw, handler) async for raw in raws)
-            async for answer in handler.stream_stream(requests, context):
-                yield answer
+            async with aclosing(handler.stream_stream(requests, context)) as answers:
+                async for answer in answers:
+                    await _hand_over(answer, context)
 
     return wrapped
+
+
+async def _hand_over(answer: Message, context: _Context) -> None:
+    """Waits until the client takes the answer, but not for ever: what waits here takes memory."""
+    try:
+        async with asyncio.timeout(_READER_SECONDS):
+            await context.write(answer)
+    except TimeoutError:
+        raise Overloaded(
+            f"the client read nothing for {_READER_SECONDS:g} s; read the answers as they come",
+            reason="SLOW_READER",
+        ) from None
 
 
 def _read(raw: bytes, handler: Any) -> Message:
@@ -105,12 +120,16 @@ class _Call:
                 self._log(status.code_of(error).name, f": {status.text_of(error)}")
                 await _abort(self._context, error)
             case asyncio.CancelledError() | GeneratorExit():
-                self._log("CANCELLED")
+                self._log("DEADLINE_EXCEEDED" if self._is_late() else "CANCELLED")
             case _:
                 _log.error("%s failed", self._method, exc_info=error)
                 self._log("INTERNAL")
                 fields = {"request_id": self._id}
                 await _abort(self._context, InternalError("internal error", fields=fields))
+
+    def _is_late(self) -> bool:
+        remaining = self._context.time_remaining()
+        return remaining is not None and remaining <= 0
 
     def _log(self, code: str, text: str = "") -> None:
         milliseconds = (time.monotonic() - self._began) * 1e3

@@ -11,8 +11,10 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import grpc.aio
@@ -40,6 +42,8 @@ class Service:
     """Where its worker begins, as "module:function"."""
     register: Callable[[grpc.aio.Server, Worker], None]
     """Adds the servicer, which hands its work to the worker."""
+    neighbours: Sequence[AbstractAsyncContextManager[object]] = ()
+    """Clients of other services, closed when this one ends."""
 
 
 async def serve(service: Service, settings: ServiceSettings) -> None:
@@ -54,6 +58,8 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
     reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
 
     async with contextlib.AsyncExitStack() as closing:
+        for neighbour in service.neighbours:
+            await closing.enter_async_context(neighbour)
         if settings.probes:
             at = await closing.enter_async_context(
                 await probes.start(settings.probes, lambda: readiness.is_ready)
@@ -82,14 +88,29 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:
+    if _is_served(address):  # gRPC would take the path away from whoever serves there
+        raise _cannot_listen(address, "another process serves there")
     try:
         return server.add_insecure_port(address)
     except RuntimeError as error:
-        raise InvalidSettings(
-            f"cannot listen on {address}: the address is taken, not of this machine or not allowed",
-            reason="CANNOT_LISTEN",
-            fields={"field": "listen", "given": address},
-        ) from error
+        what = "the address is taken, not of this machine or not allowed"
+        raise _cannot_listen(address, what) from error
+
+
+def _is_served(address: str) -> bool:
+    """Whether somebody listens at a path; one left behind by the dead is free."""
+    if not address.startswith("unix:"):
+        return False
+    with socket.socket(socket.AF_UNIX) as caller:
+        return caller.connect_ex(address.removeprefix("unix:").removeprefix("//")) == 0
+
+
+def _cannot_listen(address: str, what: str) -> InvalidSettings:
+    return InvalidSettings(
+        f"cannot listen on {address}: {what}",
+        reason="CANNOT_LISTEN",
+        fields={"field": "listen", "given": address},
+    )
 
 
 def _spoken(address: str, port: int) -> str:

@@ -1,6 +1,6 @@
 """Prompts and embeddings to and from their messages."""
 
-from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding, Numerics, Prompt, Recipe
+from zimage_core.embeddings import Embedding, Numerics, Prompt, Recipe
 from zimage_core.errors import InvalidRequest
 from zimage_core.wire import tensors
 from zimage_rpc.types.v1 import types_pb2
@@ -30,9 +30,7 @@ def prompt_from_wire(message: types_pb2.Prompt) -> Prompt:
         assistant=message.assistant,
         force_think_block=message.force_think_block,
         strip_quotes=message.strip_quotes,
-        hidden_layer=(
-            message.hidden_layer if message.HasField("hidden_layer") else DEFAULT_HIDDEN_LAYER
-        ),
+        hidden_layer=message.hidden_layer if message.HasField("hidden_layer") else None,
     )
 
 

@@ -10,7 +10,6 @@ wider type that holds the same values change nothing.
 import hashlib
 import json
 import logging
-import math
 import operator
 import os
 import tempfile
@@ -23,6 +22,7 @@ import platformdirs
 
 from zimage_core.errors import InvalidModel
 from zimage_core.formats import weights
+from zimage_core.formats.json_object import read_json_object
 from zimage_core.formats.weight_digest import weight_digest
 
 _log = logging.getLogger(__name__)
@@ -31,11 +31,10 @@ _VERSION = 1
 """Of the rules below; another version makes other identities."""
 
 
-def encoder_identities(
-    model: Path, deepest: int, cache_folder: Path | None = None
-) -> tuple[str, ...]:
-    """The identity of each hidden state of the encoder in a model folder, from the token table,
-    entry [0], to `deepest`, entry [-1]. `deepest` counts from the end: -1 is after the final norm.
+def encoder_identities(model: Path, cache_folder: Path | None = None) -> dict[int, str]:
+    """The identity of each hidden state of the encoder in a model folder, from the token table to
+    the deepest for which there are weights. States are counted from the end: -1 is after the final
+    norm.
 
     The first call reads the encoder whole; later ones answer from the user's cache while the size
     and time of every file stay.
@@ -45,35 +44,36 @@ def encoder_identities(
     stamp = [_VERSION, [[str(path.relative_to(model)), *_size_and_time(path)] for path in paths]]
     folder = cache_folder or platformdirs.user_cache_path("zimage") / "identities"
     entry = folder / f"{_sha256(str(model.resolve()))}.json"
-    config = _read_json(paths[0])
+    config = read_json_object(paths[0])
     try:
-        count = config["num_hidden_layers"] + 2 + deepest
         known = _remembered(entry, stamp)
-        if len(known) < count:
-            known = list(_chain(config, _read_json(paths[1]), encoder, count))
+        if not known:
+            known = list(_chain(config, read_json_object(paths[1]), encoder))
             _remember(entry, stamp, known)
+        return dict(enumerate(known, -config["num_hidden_layers"] - 1))
     except (KeyError, TypeError) as error:
-        raise _invalid(encoder, f"the config here or the tokenizer beside lacks {error}") from error
-    return tuple(known[:count])
+        what = f"the config here or the tokenizer beside lacks {error}"
+        raise InvalidModel.at(encoder, what) from error
 
 
-def _chain(
-    config: Mapping[str, Any], tokenizer: Mapping[str, Any], encoder: Path, count: int
-) -> Iterator[str]:
-    """Each link covers the one before and the tensors between the two hidden states."""
-    found = weights.read_folder(encoder)
-    tensors = {canonical_name(name): found[name] for name in sorted(found)}
-    states = {name: _first_state(name, config["num_hidden_layers"]) for name in tensors}
-    wanted = {name: tensors[name] for name in tensors if states[name] < count}
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        digests = dict(zip(wanted, threads.map(weight_digest, wanted.values()), strict=True))
+def _chain(config: Mapping[str, Any], tokenizer: Mapping[str, Any], encoder: Path) -> Iterator[str]:
+    """Each link covers the one before and the tensors between the two hidden states; a state
+    without tensors ends it."""
+    states: dict[int, dict[str, weights.Weight]] = {}
+    for stored_name, weight in weights.read_folder(encoder).items():
+        name = canonical_name(stored_name)
+        state = _first_state(name, config["num_hidden_layers"])
+        if state is not None:
+            states.setdefault(state, {})[name] = weight
     link = _sha256([_VERSION, _arithmetic(config), _token_rules(tokenizer)])
-    for state in range(count):
-        values = {name: digests[name] for name in wanted if states[name] == state}
-        if not values:
-            raise _invalid(encoder, f"no weights between hidden states {state - 1} and {state}")
-        link = _sha256([link, values])
-        yield link
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for state in range(config["num_hidden_layers"] + 1):
+            tensors = states.get(state)
+            if not tensors:
+                return
+            digests = threads.map(weight_digest, tensors.values())
+            link = _sha256([link, dict(zip(tensors, digests, strict=True))])
+            yield link
 
 
 def canonical_name(name: str) -> str:
@@ -81,8 +81,8 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def _first_state(name: str, layer_count: int) -> float:
-    """The first hidden state that a tensor has a part in; infinite for one that has none."""
+def _first_state(name: str, layer_count: int) -> int | None:
+    """The first hidden state that a tensor has a part in; None for one that has none."""
     match name.split("."):
         case ["embed_tokens", *_]:
             return 0
@@ -91,7 +91,7 @@ def _first_state(name: str, layer_count: int) -> float:
         case ["norm", *_]:
             return layer_count  # the last hidden state is after the final norm
         case _:
-            return math.inf
+            return None
 
 
 def _arithmetic(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,19 +163,8 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
     except OSError as error:
-        raise _invalid(path, f"{error.strerror}") from error
+        raise InvalidModel.at(path, f"cannot be read: {error.strerror}") from error
     return found.st_size, found.st_mtime_ns
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise _invalid(path, f"no readable JSON object: {error}") from error
-
-
-def _invalid(path: Path, what: str) -> InvalidModel:
-    return InvalidModel(f"{path}: {what}", reason="FILE_CORRUPT", fields={"path": str(path)})
 
 
 def _sha256(value: object) -> str:
