@@ -1,12 +1,9 @@
 """What services say of themselves."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from zimage_client._events import NumericPlan
 from zimage_core.embeddings import Numerics, Recipe
-
-Variant = Literal["turbo", "base", ""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +11,8 @@ class Model:
     """The model of a DiT service, with what a picture without wishes gets."""
 
     name: str
-    variant: Variant
+    variant: str
+    """"turbo" or "base"; empty for one that is newer than this client."""
     shift: float
     caption_width: int
     encoder_identity: str

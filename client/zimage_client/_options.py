@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import InvalidRequest
+from zimage_core.wire import names
 from zimage_rpc.dit.v1 import dit_pb2
 
 SEED_LIMIT = 1 << 32
@@ -64,21 +65,8 @@ _PLACES = {
     "quality": "output.quality",
 }
 _CHOICES: Mapping[str, tuple[str, Mapping[str, int]]] = {
-    "schedule": (
-        "schedule.rule",
-        {
-            "official": dit_pb2.Schedule.RULE_OFFICIAL,
-            "legacy": dit_pb2.Schedule.RULE_LEGACY,
-        },
-    ),
-    "format": (
-        "output.format",
-        {
-            "png": dit_pb2.Output.FORMAT_PNG,
-            "jpeg": dit_pb2.Output.FORMAT_JPEG,
-            "webp": dit_pb2.Output.FORMAT_WEBP,
-        },
-    ),
+    "schedule": ("schedule.rule", names.RULES),
+    "format": ("output.format", names.FORMATS),
 }
 
 

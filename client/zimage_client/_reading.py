@@ -10,7 +10,6 @@ from zimage_client._description import (
     EncoderDescription,
     Limits,
     Model,
-    Variant,
 )
 from zimage_client._events import (
     Accepted,
@@ -24,7 +23,7 @@ from zimage_client._events import (
 )
 from zimage_core.embeddings import Embedding, Numerics
 from zimage_core.errors import InternalError, InvalidRequest
-from zimage_core.wire import embeddings, tensors
+from zimage_core.wire import embeddings, names, tensors
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.encoder.v1 import encoder_pb2
 from zimage_rpc.types.v1 import types_pb2
@@ -34,19 +33,6 @@ _STAGES: dict[int, Stage] = {
     dit_pb2.Progress.STAGE_ENCODING: "encoding",
     dit_pb2.Progress.STAGE_DENOISING: "denoising",
     dit_pb2.Progress.STAGE_DECODING: "decoding",
-}
-_FORMATS = {
-    dit_pb2.Output.FORMAT_PNG: "png",
-    dit_pb2.Output.FORMAT_JPEG: "jpeg",
-    dit_pb2.Output.FORMAT_WEBP: "webp",
-}
-_RULES = {
-    dit_pb2.Schedule.RULE_OFFICIAL: "official",
-    dit_pb2.Schedule.RULE_LEGACY: "legacy",
-}
-_VARIANTS: dict[int, Variant] = {
-    dit_pb2.Model.VARIANT_TURBO: "turbo",
-    dit_pb2.Model.VARIANT_BASE: "base",
 }
 
 
@@ -74,13 +60,13 @@ def accepted(message: dit_pb2.Accepted) -> Accepted:
         count=spec.image_count,
         steps=spec.step_count,
         guidance=spec.guidance_scale,
-        schedule=_RULES.get(spec.schedule.rule, ""),
+        schedule=names.name_of(spec.schedule.rule, names.RULES),
         shift=spec.schedule.shift,
         sigmas=tuple(message.sigmas),
         force_guidance=special.force_guidance,
         cfg_normalization=special.cfg_normalization,
         cfg_truncation=special.cfg_truncation,
-        format=_FORMATS.get(output.format, ""),
+        format=names.name_of(output.format, names.FORMATS),
         quality=output.quality if output.HasField("quality") else None,
         forward_count=message.forward_count,
         queue_position=message.queue_position,
@@ -157,7 +143,7 @@ def encoder_description(message: encoder_pb2.DescribeResponse) -> EncoderDescrip
 def _model(message: dit_pb2.Model) -> Model:
     return Model(
         name=message.name,
-        variant=_VARIANTS.get(message.variant, ""),
+        variant=names.name_of(message.variant, names.VARIANTS),
         shift=message.shift,
         caption_width=message.caption_width,
         encoder_identity=message.encoder_identity.sha256,

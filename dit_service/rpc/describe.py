@@ -6,11 +6,9 @@ from dit_service import messages
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.spec import Resolver
 from zimage_core.settings import DitSettings
-from zimage_core.wire import tensors
+from zimage_core.wire import names, tensors
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.types.v1 import types_pb2
-
-_VARIANTS = {"turbo": dit_pb2.Model.VARIANT_TURBO, "base": dit_pb2.Model.VARIANT_BASE}
 
 
 def response(
@@ -30,7 +28,7 @@ def response(
     answer.model.CopyFrom(
         dit_pb2.Model(
             name=model.name,
-            variant=_VARIANTS[model.variant],
+            variant=names.VARIANTS[model.variant],
             shift=model.shift,
             caption_width=model.caption_width,
             default_side_px=resolver.default_side_px,

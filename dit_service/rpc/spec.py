@@ -11,14 +11,9 @@ from zimage_core.errors import InvalidRequest
 from zimage_core.pictures import files
 from zimage_core.planning import schedule, sizes, variants
 from zimage_core.settings import DitSettings
+from zimage_core.wire import names
 from zimage_rpc.dit.v1 import dit_pb2
 
-_FORMATS = {
-    dit_pb2.Output.FORMAT_UNSPECIFIED: "png",
-    dit_pb2.Output.FORMAT_PNG: "png",
-    dit_pb2.Output.FORMAT_JPEG: "jpeg",
-    dit_pb2.Output.FORMAT_WEBP: "webp",
-}
 _LARGEST_SEED = 2**63 - 1
 _SMALLEST_SHIFT = 1e-3
 _LARGEST_REAL = 1e4
@@ -106,12 +101,12 @@ class Resolver:
         if asked.sigmas:
             return self._decide_own_sigmas(spec)
         asked.rule = asked.rule or dit_pb2.Schedule.RULE_OFFICIAL
-        is_legacy = asked.rule == dit_pb2.Schedule.RULE_LEGACY
+        rule = names.name_of(asked.rule, names.RULES)
+        is_legacy = rule == schedule.LEGACY
         default = self.variant.step_count + is_legacy
         spec.step_count = _whole(
             spec, "step_count", default, self.limits.max_step_count, lowest=1 + is_legacy
         )
-        rule = schedule.LEGACY if is_legacy else schedule.OFFICIAL
         return schedule.sigmas(rule, spec.step_count, asked.shift)
 
     def _decide_own_sigmas(self, spec: dit_pb2.GenerateSpec) -> tuple[float, ...]:
@@ -149,7 +144,7 @@ class Resolver:
 
 def _decide_output(output: dit_pb2.Output) -> str:
     output.format = output.format or dit_pb2.Output.FORMAT_PNG
-    name = _FORMATS[output.format]
+    name = names.name_of(output.format, names.FORMATS)
     if name == "png":
         if output.HasField("quality"):
             allowed = "none: PNG loses nothing"

@@ -19,6 +19,7 @@ from zimage_core.files import write_whole
 from zimage_core.formats import embedding as embedding_file
 from zimage_core.planning import sizes
 from zimage_core.settings import ClientSettings
+from zimage_core.wire import names
 
 _SIDE_MULTIPLE_PX = 16
 _OF_GUIDANCE = ("negative_prompt", "negative_embedding", "cfg_normalization", "cfg_truncation")
@@ -74,7 +75,7 @@ def add_flags(parser: ArgumentParser) -> None:
     schedule.add_argument("--shift", type=float, help="static shift (default: the model's)")
     schedule.add_argument(
         "--schedule",
-        choices=("official", "legacy"),
+        choices=tuple(names.RULES),
         help="legacy: the older spelling in which N steps are N - 1 forwards",
     )
     schedule.add_argument(
@@ -83,7 +84,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
     files = parser.add_argument_group("output")
     files.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: zimage-SEED.png")
-    files.add_argument("--format", choices=("png", "jpeg", "webp"), help="default: by FILE's name")
+    files.add_argument("--format", choices=tuple(names.FORMATS), help="default: by FILE's name")
     files.add_argument("--quality", type=int, help="1 to 100, for JPEG and WebP")
     files.add_argument("--overwrite", action="store_true", help="replace files that exist")
     files.add_argument("--json", action="store_true", help="one JSON object a line on stdout")

@@ -1,0 +1,25 @@
+"""What users call the values of the wire's enumerations."""
+
+from collections.abc import Mapping
+
+from zimage_core.planning import schedule
+from zimage_rpc.dit.v1 import dit_pb2
+
+FORMATS = {
+    "png": dit_pb2.Output.FORMAT_PNG,
+    "jpeg": dit_pb2.Output.FORMAT_JPEG,
+    "webp": dit_pb2.Output.FORMAT_WEBP,
+}
+RULES = {
+    schedule.OFFICIAL: dit_pb2.Schedule.RULE_OFFICIAL,
+    schedule.LEGACY: dit_pb2.Schedule.RULE_LEGACY,
+}
+VARIANTS = {
+    "turbo": dit_pb2.Model.VARIANT_TURBO,
+    "base": dit_pb2.Model.VARIANT_BASE,
+}
+
+
+def name_of(value: int, names: Mapping[str, int]) -> str:
+    """The name of a value; empty for one that is unset or newer than this code."""
+    return next((name for name, number in names.items() if number == value), "")
