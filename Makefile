@@ -53,7 +53,7 @@ test-fast: ## the checks of every minute
 	$(call layer,lint,$(BIN)/ruff check .)
 	$(call layer,unit and contract,$(BIN)/pytest tests/unit tests/contract -m "not slow")
 
-parity: ## the same numbers as diffusers and transformers (E1, E2, E5)
+parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E5)
 	$(BIN)/pytest tests/parity $(PARITY)
 
 bench-encoder: ## C1: a prompt against diffusers' encode_prompt

@@ -14,7 +14,7 @@ import torch
 from bench.timing import compare, machine, write_results
 from demo_model.random_model import build
 from dit_service import messages
-from dit_service.engine.generate import Generator
+from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
 from dit_service.model import loading
 from encoder_service.model.loading import load as load_encoder
@@ -41,7 +41,7 @@ class OneProcess:
         self._encoder = load_encoder(
             folder / "text_encoder", DEFAULT_HIDDEN_LAYER, "cpu", "float32"
         )
-        self._generator = Generator(
+        self._generator = Studio(
             loading.load_transformer(folder, cpu, torch.float32),
             loading.load_vae(folder, cpu, torch.float32),
             "sdpa",
@@ -63,6 +63,7 @@ class OneProcess:
             guidance=0.0,
             cfg_normalization=0.0,
             cfg_truncation=1.0,
+            is_solo=True,
         )
         events: list[object] = []
         self._generator.run(request, events.append)

@@ -20,6 +20,8 @@ class Generate:
     guidance: float
     cfg_normalization: float
     cfg_truncation: float
+    is_solo: bool
+    """Whether its steps are shared with nobody."""
 
     @property
     def token_count(self) -> int:
@@ -51,13 +53,24 @@ class Picture:
     rgb: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Spent:
     """Worker to front: what a call took; the last of its events."""
 
-    forward_count: int
-    denoise_seconds: float
-    decode_seconds: float
+    step_count: int = 0
+    forward_count: int = 0
+    denoise_seconds: float = 0.0
+    """Its share of steps that others took part in."""
+    decode_seconds: float = 0.0
+    occupancy: int = 0
+    """The number of requests in each of its steps, summed over them."""
+
+    def count(self, forwards: int, seconds: float, request_count: int) -> None:
+        """Enters one step."""
+        self.step_count += 1
+        self.forward_count += forwards
+        self.denoise_seconds += seconds
+        self.occupancy += request_count
 
 
 @dataclass(frozen=True, slots=True)

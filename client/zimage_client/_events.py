@@ -30,6 +30,8 @@ class Accepted:
     cfg_truncation: float
     format: str
     quality: int | None
+    packing: str
+    """"shared" or "solo": whether its steps may be shared with other requests."""
     forward_count: int
     """How many DiT forwards the whole request takes, guidance included."""
     queue_position: int
@@ -104,6 +106,8 @@ class NumericPlan:
     attention_backend: str
     thread_count: int
     library_versions: Mapping[str, str]
+    packing: str
+    """"shared" or "solo"; empty where no request is spoken of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,10 @@ class Usage:
     queue_seconds: float
     encode_seconds: float
     denoise_seconds: float
+    """Its share of steps that others took part in."""
     decode_seconds: float
+    mean_occupancy: float
+    """How many requests took part in its steps, itself included, on average."""
 
 
 @dataclass(frozen=True, slots=True)

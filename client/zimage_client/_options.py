@@ -45,6 +45,8 @@ class Options(TypedDict, total=False):
     format: Literal["png", "jpeg", "webp"] | None
     quality: int | None
     """1 to 100, for JPEG and WebP."""
+    packing: Literal["shared", "solo"] | None
+    """solo: no step is shared with other requests, which moves the last bits."""
     timeout: float | None
     """Seconds for everything, repeated tries included; unset: none."""
     retry: bool | None
@@ -67,6 +69,7 @@ _PLACES = {
 _CHOICES: Mapping[str, tuple[str, Mapping[str, int]]] = {
     "schedule": ("schedule.rule", names.RULES),
     "format": ("output.format", names.FORMATS),
+    "packing": ("packing", names.PACKINGS),
 }
 
 

@@ -68,6 +68,7 @@ def accepted(message: dit_pb2.Accepted) -> Accepted:
         cfg_truncation=special.cfg_truncation,
         format=names.name_of(output.format, names.FORMATS),
         quality=output.quality if output.HasField("quality") else None,
+        packing=names.name_of(spec.packing, names.PACKINGS),
         forward_count=message.forward_count,
         queue_position=message.queue_position,
     )
@@ -106,6 +107,7 @@ def completed(message: dit_pb2.Completed) -> Completed:
             encode_seconds=_seconds(usage.encode_time),
             denoise_seconds=_seconds(usage.denoise_time),
             decode_seconds=_seconds(usage.decode_time),
+            mean_occupancy=usage.mean_occupancy,
         ),
     )
 
@@ -192,6 +194,7 @@ def _numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
         attention_backend=message.attention_backend,
         thread_count=message.thread_count,
         library_versions=dict(message.library_versions),
+        packing=names.name_of(message.packing, names.PACKINGS),
     )
 
 

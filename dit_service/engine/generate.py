@@ -1,6 +1,9 @@
-"""One request on the device: conditioning once, then each picture step by step, then the VAE."""
+"""A request on the device: conditioning once, then each picture step by step, then the VAE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from torch import Tensor
 from dit_service import messages
 from dit_service.engine.device import Fence, to_device
 from dit_service.engine.pace import Announce, Pace
-from dit_service.engine.packing import Conditioned, Packer
+from dit_service.engine.packing import Asked, Conditioned, Packer
 from dit_service.model.transformer import Caption, ZImageTransformer
 from dit_service.model.vae import Vae
 from dit_service.sampling.euler import text_to_image
@@ -26,8 +29,23 @@ _SLOWEST_SECONDS_PER_TOKEN = 1e-1
 """What is expected before anything was measured: no device in use is slower."""
 
 
-class Generator:
-    """Runs requests one after another."""
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What a request is sent for a step that it asked for."""
+
+    velocities: tuple[Tensor, ...]
+    seconds: float
+    """Its share of the time that the step took."""
+    request_count: int
+    """How many requests shared the step."""
+
+
+Work = Generator[Asked, Predicted, None]
+"""A request under way: yields what it asks of the model, is sent what came of it."""
+
+
+class Studio:
+    """What all requests work with: the model, the VAE, and how fast they are here."""
 
     def __init__(
         self, model: ZImageTransformer, vae: Vae, backend: str, announce: Announce
@@ -40,28 +58,54 @@ class Generator:
         self._denoising = Pace("denoise", _SLOWEST_SECONDS_PER_FLOP, announce)
         self._decoding = Pace("decode", _SLOWEST_SECONDS_PER_PIXEL, announce)
 
-    def run(self, request: messages.Generate, emit: Emit) -> None:
-        """Emits an event before every step, each picture when it is done, and last what it took."""
+    def work(self, request: messages.Generate, emit: Emit) -> Work:
+        """A request from its conditioning to its last picture. Emits an event before every step,
+        each picture when it is done, and last what it took."""
         emit(messages.Denoised(0, 0))  # the request is under way: what breaks now may be its fault
-        denoised, decoded = self._denoising.seconds, self._decoding.seconds
         with self._conditioning.working(request.token_count):
             shared = self._condition(request)
-        forward_count = 0
+        spent = messages.Spent()
         for index, seed in enumerate(request.seeds):
             run = self._begin(request, seed)
             while run.forwards:
                 emit(messages.Denoised(index, run.steps_done))
-                forward_count += len(run.forwards)
-                self._step(shared, run)
+                predicted = yield Asked(shared, run.forwards)
+                run.send(predicted.velocities)
+                spent.count(len(predicted.velocities), predicted.seconds, predicted.request_count)
             emit(messages.Decoding(index))
-            emit(messages.Picture(index, self._decode(run)))
-        emit(
-            messages.Spent(
-                forward_count,
-                denoise_seconds=self._denoising.seconds - denoised,
-                decode_seconds=self._decoding.seconds - decoded,
+            with self._decoding.working(request.width_px * request.height_px) as decoding:
+                rgb = self._decode(run)
+            spent.decode_seconds += decoding.seconds
+            emit(messages.Picture(index, rgb))
+        emit(spent)
+
+    def predict(self, asked: Sequence[Asked]) -> list[Predicted]:
+        """A step of some requests, in one call of the model."""
+        flops = [self._packer.flops(one) for one in asked]
+        with self._denoising.working(sum(flops)) as step:
+            velocities = iter(self._packer.predict(asked))
+            self._fence.step()
+        return [
+            Predicted(
+                velocities=tuple(islice(velocities, len(one.forwards))),
+                seconds=step.seconds * own / sum(flops),
+                request_count=len(asked),
             )
-        )
+            for one, own in zip(asked, flops, strict=True)
+        ]
+
+    def token_count(self, asked: Asked) -> int:
+        """How many tokens a step of this request packs."""
+        return self._packer.token_count(asked)
+
+    def run(self, request: messages.Generate, emit: Emit) -> None:
+        """A request with nobody beside it."""
+        work = self.work(request, emit)
+        with suppress(StopIteration):
+            asked = next(work)
+            while True:
+                [predicted] = self.predict([asked])
+                asked = work.send(predicted)
 
     def _condition(self, request: messages.Generate) -> Conditioned:
         """What all pictures and steps of the request share."""
@@ -105,12 +149,6 @@ class Generator:
             )
         )
 
-    def _step(self, shared: Conditioned, run: Run) -> None:
-        asked = [(shared, forward) for forward in run.forwards]
-        with self._denoising.working(self._packer.flops(asked)):
-            run.send(tuple(self._packer.predict(asked)))
-            self._fence.step()
-
     def _decode(self, run: Run) -> bytes:
         """The picture's pixels; waits for the device. Better no picture than a black one."""
         assert run.latents_CHW is not None
@@ -119,5 +157,4 @@ class Generator:
                 "the picture's values left the range of numbers; ask for less guidance",
                 reason="NOT_FINITE",
             )
-        with self._decoding.working(run.latents_CHW[0].numel() * self._vae.factor**2):
-            return self._vae.decode(run.latents_CHW).numpy().tobytes()
+        return self._vae.decode(run.latents_CHW).numpy().tobytes()

@@ -3,9 +3,17 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 Announce = Callable[[str, float], None]
 """Tells whoever watches that work of this name begins, with the seconds expected of it."""
+
+
+@dataclass(slots=True)
+class Taken:
+    """How long a piece of work took, once it is done."""
+
+    seconds: float = 0.0
 
 
 class Pace:
@@ -16,15 +24,12 @@ class Pace:
         self._guess = guess
         self._slowest = 0.0
         self._announce = announce
-        self.seconds = 0.0
-        """All the time spent so far."""
 
     @contextmanager
-    def working(self, units: float) -> Iterator[None]:
+    def working(self, units: float) -> Iterator[Taken]:
         """Announces a piece of work and learns from how long it took."""
         self._announce(self._what, units * (self._slowest or self._guess))
-        began = time.monotonic()
-        yield
-        seconds = time.monotonic() - began
-        self.seconds += seconds
-        self._slowest = max(self._slowest, seconds / units)
+        taken, began = Taken(), time.monotonic()
+        yield taken
+        taken.seconds = time.monotonic() - began
+        self._slowest = max(self._slowest, taken.seconds / units)

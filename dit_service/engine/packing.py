@@ -22,6 +22,14 @@ class Conditioned:
     modulations: Mapping[float, Modulation]
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request wants of the model for its next step."""
+
+    shared: Conditioned
+    forwards: tuple[Forward, ...]
+
+
 class Packer:
     """One model, one attention backend, and the layouts of late."""
 
@@ -30,30 +38,35 @@ class Packer:
         self._backend = backend
         self._layout = lru_cache(_KEPT_LAYOUTS)(self._build_layout)
 
-    def predict(self, asked: Sequence[tuple[Conditioned, Forward]]) -> list[Tensor]:
-        """The velocities, in order; each linear of the model runs once over all of them."""
+    def predict(self, asked: Sequence[Asked]) -> list[Tensor]:
+        """The velocities of all forwards, in order; each linear of the model runs once over all."""
         samples = [
             Sample(
                 latents_CHW=forward.latents_CHW,
-                caption=shared.captions[forward.conditioning],
-                modulation=shared.modulations[forward.time],
+                caption=one.shared.captions[forward.conditioning],
+                modulation=one.shared.modulations[forward.time],
             )
-            for shared, forward in asked
+            for one in asked
+            for forward in one.forwards
         ]
-        layout = self._layout(self._shapes(asked))
-        velocities: list[Tensor] = self._model(samples, layout, self._backend)
+        shapes = tuple(shape for one in asked for shape in self._shapes(one))
+        velocities: list[Tensor] = self._model(samples, self._layout(shapes), self._backend)
         return velocities
 
-    def flops(self, asked: Sequence[tuple[Conditioned, Forward]]) -> int:
-        """How much arithmetic a call for these would be."""
+    def flops(self, asked: Asked) -> int:
+        """How much arithmetic a call for this is."""
         shapes = ((shape.image_tokens, shape.caption_rows) for shape in self._shapes(asked))
         return dit_step_flops(self._model.config, shapes)
 
-    def _shapes(self, asked: Sequence[tuple[Conditioned, Forward]]) -> tuple[SampleShape, ...]:
-        return tuple(
-            self._model.shape_of(forward.latents_CHW, shared.captions[forward.conditioning])
-            for shared, forward in asked
-        )
+    def token_count(self, asked: Asked) -> int:
+        """How many tokens a call for this packs, pads included."""
+        return sum(shape.image_rows + shape.caption_rows for shape in self._shapes(asked))
+
+    def _shapes(self, asked: Asked) -> list[SampleShape]:
+        return [
+            self._model.shape_of(forward.latents_CHW, asked.shared.captions[forward.conditioning])
+            for forward in asked.forwards
+        ]
 
     def _build_layout(self, shapes: tuple[SampleShape, ...]) -> Layout:
         return self._model.layout(shapes)

@@ -1,6 +1,5 @@
-"""The worker process: loads the model once, then runs request after request on the device."""
+"""The worker process: loads the model once, then lets the schedule run requests on it."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import torch
 
 from dit_service import messages
 from dit_service.engine import device as devices
-from dit_service.engine.generate import Generator
+from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
+from dit_service.engine.schedule import Schedule
 from dit_service.model import loading
 from zimage_core.errors import InvalidModel
 from zimage_core.planning import variants
@@ -22,14 +22,12 @@ from zimage_core.wire.identities import encoder_identities
 _LOADING_SECONDS = 600.0
 """What a cold load of 12 GB from a slow disk may take; the watchdog allows several times that."""
 
-_STEP_EVENT_SECONDS = 0.05
-
 ATTENTION_BACKEND = "sdpa"
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    generator: Generator
+    studio: Studio
     description: messages.Model
 
 
@@ -41,30 +39,7 @@ def main(port: Port, settings: DitSettings) -> None:
     loaded = _load(port, settings)
     _warm_up(loaded)
     port.ready(loaded.description)
-    while True:
-        submitted = port.next_call()
-        with port.answering(submitted):
-            assert isinstance(submitted.payload, messages.Generate)
-            loaded.generator.run(submitted.payload, _Events(port, submitted.call))
-
-
-class _Events:
-    """A request's events on their way out. Fast steps are told only now and then: on a CPU each
-    message takes time from the work."""
-
-    def __init__(self, port: Port, call: int) -> None:
-        self._port = port
-        self._call = call
-        self._told = 0.0
-
-    def __call__(self, event: object) -> None:
-        now = time.monotonic()
-        is_step = isinstance(event, messages.Denoised) and event.step > 0
-        if is_step and now - self._told < _STEP_EVENT_SECONDS:
-            self._port.refuse_cancelled(self._call)
-            return
-        self._told = now
-        self._port.emit(self._call, event)
+    Schedule(loaded.studio, port).serve()
 
 
 def _load(port: Port, settings: DitSettings) -> _Loaded:
@@ -98,7 +73,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         thread_count=torch.get_num_threads() if device.type == "cpu" else 0,
         library_versions=devices.library_versions(),
     )
-    return _Loaded(Generator(transformer, vae, ATTENTION_BACKEND, port.announce), description)
+    return _Loaded(Studio(transformer, vae, ATTENTION_BACKEND, port.announce), description)
 
 
 def _variant(settings: DitSettings, shift: float) -> variants.Variant:
@@ -124,7 +99,7 @@ def _warm_up(loaded: _Loaded) -> None:
     """One small picture: kernels are chosen, memory is taken, the pace is known."""
     width = loaded.description.caption_width
     side_px = 4 * loaded.description.side_multiple_px
-    loaded.generator.run(
+    loaded.studio.run(
         messages.Generate(
             positive=TensorData("float32", (8, width), bytes(8 * width * 4)),
             negative=None,
@@ -135,6 +110,7 @@ def _warm_up(loaded: _Loaded) -> None:
             guidance=0.0,
             cfg_normalization=0.0,
             cfg_truncation=1.0,
+            is_solo=True,
         ),
         emit=lambda _event: None,
     )

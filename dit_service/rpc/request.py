@@ -98,6 +98,7 @@ class Request:
             guidance=spec.guidance_scale,
             cfg_normalization=spec.z_image.cfg_normalization,
             cfg_truncation=spec.z_image.cfg_truncation,
+            is_solo=spec.packing == types_pb2.PACKING_SOLO,
         )
 
     async def _retell(self, event: object) -> None:
@@ -115,10 +116,11 @@ class Request:
             case messages.Picture(index, rgb):
                 for chunk in await asyncio.to_thread(self._artifact, index, rgb):
                     self._tell(dit_pb2.GenerateResponse(artifact_chunk=chunk))
-            case messages.Spent(forward_count, denoise_seconds, decode_seconds):
-                usage.forward_count = forward_count
-                usage.denoise_time.CopyFrom(_duration(denoise_seconds))
-                usage.decode_time.CopyFrom(_duration(decode_seconds))
+            case messages.Spent() as spent:
+                usage.forward_count = spent.forward_count
+                usage.denoise_time.CopyFrom(_duration(spent.denoise_seconds))
+                usage.decode_time.CopyFrom(_duration(spent.decode_seconds))
+                usage.mean_occupancy = spent.occupancy / spent.step_count
 
     def _artifact(self, index: int, rgb: bytes) -> list[dit_pb2.ArtifactChunk]:
         """The picture as a file, entered into the account and cut into chunks."""
@@ -151,6 +153,7 @@ class Request:
         if negative:
             self._completed.negative.CopyFrom(negative[0])
         self._completed.numeric_plan.CopyFrom(describe.numeric_plan(self._model))
+        self._completed.numeric_plan.packing = self._spec.packing
         return dit_pb2.GenerateResponse(completed=self._completed)
 
     def _since_arrival(self) -> Duration:

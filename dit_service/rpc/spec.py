@@ -13,6 +13,7 @@ from zimage_core.planning import schedule, sizes, variants
 from zimage_core.settings import DitSettings
 from zimage_core.wire import names
 from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 _LARGEST_SEED = 2**63 - 1
 _SMALLEST_SHIFT = 1e-3
@@ -69,6 +70,7 @@ class Resolver:
         seeds = self._decide_seeds(spec)
         sigmas = self._decide_schedule(spec)
         self._decide_guidance(spec)
+        spec.packing = spec.packing or types_pb2.PACKING_SHARED
         file_format = _decide_output(spec.output)
         return Resolved(spec, seeds, sigmas, file_format)
 

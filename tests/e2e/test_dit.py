@@ -125,17 +125,6 @@ def test_large_pictures_come_in_pieces(client: Client) -> None:
     assert len(picture.data) > 1 << 20
 
 
-def test_every_way_to_condition_gives_the_same_picture(
-    client: Client, dit: Service, encoder: Service
-) -> None:
-    [by_service] = client.generate(PROMPT, seed=9).pictures
-    with Client(dit.address, encoder.address) as near_encoder:
-        [by_client] = near_encoder.generate(PROMPT, seed=9).pictures
-        embedding = near_encoder.encode(PROMPT)
-    [by_embedding] = client.generate(embedding, seed=9).pictures
-    assert _pixels(by_service) == _pixels(by_client) == _pixels(by_embedding)
-
-
 @pytest.mark.parametrize("file_format", ["png", "jpeg", "webp"])
 def test_every_format_is_a_file_of_its_kind(client: Client, file_format: str) -> None:
     import io

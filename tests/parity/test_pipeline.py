@@ -9,7 +9,7 @@ import torch
 from diffusers import ZImagePipeline
 
 from dit_service import messages
-from dit_service.engine.generate import Generator
+from dit_service.engine.generate import Studio
 from dit_service.model import loading
 from zimage_core.planning import schedule
 from zimage_core.tensors import TensorData
@@ -26,9 +26,9 @@ def _pipeline(folder: Path) -> Any:
     return pipeline
 
 
-def _generator(folder: Path) -> Generator:
+def _generator(folder: Path) -> Studio:
     cpu = torch.device("cpu")
-    return Generator(
+    return Studio(
         loading.load_transformer(folder, cpu, torch.float32),
         loading.load_vae(folder, cpu, torch.float32),
         "sdpa",
@@ -89,6 +89,7 @@ def test_turbo(model_folder: Path, width_px: int, height_px: int) -> None:
         guidance=0.0,
         cfg_normalization=0.0,
         cfg_truncation=1.0,
+        is_solo=True,
     )
     _assert_same(_ours(model_folder, request), _theirs(pipeline, request))
 
@@ -109,6 +110,7 @@ def test_base(base_folder: Path, guidance: float, normalization: float, truncati
         guidance=guidance,
         cfg_normalization=normalization,
         cfg_truncation=truncation,
+        is_solo=True,
     )
     theirs = _theirs(
         pipeline,

@@ -456,6 +456,7 @@ class TestLiveLine:
             cfg_truncation=1.0,
             format="png",
             quality=None,
+            packing="shared",
             forward_count=8,
             queue_position=2,
         )

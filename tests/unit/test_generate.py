@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_service import messages
-from dit_service.engine.generate import Generator
+from dit_service.engine.generate import Studio
 from dit_service.model import loading
 from zimage_core.errors import InvalidRequest
 from zimage_core.tensors import TensorData
@@ -19,7 +19,7 @@ def test_a_picture_out_of_range_is_an_error_and_not_black(
     model_folder: Path, first_sigma: float
 ) -> None:
     cpu = torch.device("cpu")
-    generator = Generator(
+    generator = Studio(
         loading.load_transformer(model_folder, cpu, torch.float32),
         loading.load_vae(model_folder, cpu, torch.float32),
         "sdpa",
@@ -35,6 +35,7 @@ def test_a_picture_out_of_range_is_an_error_and_not_black(
         guidance=0.0,
         cfg_normalization=0.0,
         cfg_truncation=1.0,
+        is_solo=True,
     )
     events: list[object] = []
     with torch.inference_mode():

@@ -47,7 +47,7 @@ def pictures(port: Port, settings: object) -> None:
         with port.answering(submitted):
             for index in range(2):
                 port.emit(submitted.call, messages.Picture(index, bytes(64 * 64 * 3)))
-            port.emit(submitted.call, messages.Spent(2, 0.0, 0.0))
+            port.emit(submitted.call, messages.Spent(step_count=2, forward_count=2, occupancy=2))
 
 
 def broken_model(port: Port, settings: object) -> None:

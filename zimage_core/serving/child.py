@@ -42,6 +42,13 @@ class Port:
             if not self.is_cancelled(submitted.call):
                 return submitted
 
+    def new_calls(self) -> Iterator[pipe.Submit]:
+        """The new calls that are there already."""
+        while not self._inbox.empty():  # nobody else takes from it
+            submitted = self._inbox.get()
+            if not self.is_cancelled(submitted.call):
+                yield submitted
+
     def is_cancelled(self, call: int) -> bool:
         """Whether nobody waits for this call any more."""
         return call not in self._live
@@ -89,22 +96,31 @@ class Port:
 
     @contextmanager
     def answering(self, submitted: pipe.Submit) -> Iterator[None]:
-        """Ends the call as the block ends. A fault of the call is its answer and no more; a fault
-        of the device leaves the block and ends this process."""
+        """Ends the call as the block ends, in one way or another."""
+        with self.working_on(submitted):
+            yield
+            self.finish(submitted.call)
+
+    @contextmanager
+    def working_on(self, submitted: pipe.Submit) -> Iterator[None]:
+        """A piece of a call's work. A fault of the call is its answer and no more; a fault of the
+        device leaves the block and ends this process."""
         context = request_id.current.set(submitted.request_id)
         try:
             yield
-        except ZImageError as error:
-            self.finish(submitted.call, error)
-        except Exception as error:
-            if is_sticky(error):
-                raise
-            _log.exception("call failed")
-            self.finish(submitted.call, _answer(error, submitted.request_id))
-        else:
-            self.finish(submitted.call)
+        except Exception as error:  # noqa: BLE001 - raised again where it is not the call's
+            self.fail(submitted, error)
         finally:
             request_id.current.reset(context)
+
+    def fail(self, submitted: pipe.Submit, error: Exception) -> None:
+        """Ends a call with the answer to a fault of it; raises a fault of the device."""
+        if is_sticky(error):
+            raise error
+        if not isinstance(error, ZImageError):
+            _log.error("call failed", exc_info=error)
+            error = _answer(error, submitted.request_id)
+        self.finish(submitted.call, error)
 
     def _send(self, message: object) -> None:
         packed = pipe.packed(message)

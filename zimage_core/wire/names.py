@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from zimage_core.planning import schedule
 from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 FORMATS = {
     "png": dit_pb2.Output.FORMAT_PNG,
@@ -17,6 +18,10 @@ RULES = {
 VARIANTS = {
     "turbo": dit_pb2.Model.VARIANT_TURBO,
     "base": dit_pb2.Model.VARIANT_BASE,
+}
+PACKINGS = {
+    "shared": types_pb2.PACKING_SHARED,
+    "solo": types_pb2.PACKING_SOLO,
 }
 
 

@@ -39,6 +39,11 @@ def add_flags(parser: ArgumentParser) -> None:
     picture.add_argument("--seed", type=int, help="of the first picture; picture i has SEED + i")
     picture.add_argument("--count", type=int, help="how many pictures (default 1)")
     picture.add_argument("--steps", type=int, help="denoising steps")
+    picture.add_argument(
+        "--solo",
+        action="store_true",
+        help="share no step with other requests: the same picture to the last bit, and slower",
+    )
 
     guidance = parser.add_argument_group("guidance")
     guidance.add_argument(
@@ -171,6 +176,7 @@ def _options(args: Namespace, terminal: Terminal) -> Options:
         cfg_normalization=args.cfg_normalization,
         cfg_truncation=args.cfg_truncation,
         quality=args.quality,
+        packing="solo" if args.solo else None,
         timeout=args.timeout,
     )
 

@@ -65,6 +65,7 @@ class GenerateSpec(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     Z_IMAGE_FIELD_NUMBER: _builtins.int
+    PACKING_FIELD_NUMBER: _builtins.int
     width_px: _builtins.int
     """The picture's width in pixels: a multiple of 16 within the limits in Describe. Unset means the model's default."""
     height_px: _builtins.int
@@ -77,6 +78,8 @@ class GenerateSpec(_message.Message):
     """The number of denoising steps. Unset means the variant's default. Excluded by schedule.sigmas."""
     guidance_scale: _builtins.float
     """Guidance g in v = v+ + g (v+ - v-); 0 is off. The usual scale w is 1 + g. Unset means the variant's default."""
+    packing: _types_pb2.Packing.ValueType
+    """Whether other requests may share its steps."""
     @_builtins.property
     def positive(self) -> _types_pb2.Conditioning:
         """What the picture shall show."""
@@ -111,10 +114,11 @@ class GenerateSpec(_message.Message):
         guidance_scale: _builtins.float | None = ...,
         output: Global___Output | None = ...,
         z_image: Global___ZImageOptions | None = ...,
+        packing: _types_pb2.Packing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "positive", b"positive", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "positive", b"positive", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "packing", b"packing", "positive", b"positive", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -632,12 +636,15 @@ class Usage(_message.Message):
     ENCODE_TIME_FIELD_NUMBER: _builtins.int
     DENOISE_TIME_FIELD_NUMBER: _builtins.int
     DECODE_TIME_FIELD_NUMBER: _builtins.int
+    MEAN_OCCUPANCY_FIELD_NUMBER: _builtins.int
     forward_count: _builtins.int
     """How many DiT forwards were run."""
     pixel_count: _builtins.int
     """How many pixels were made."""
     artifact_bytes: _builtins.int
     """Size of the pictures' files."""
+    mean_occupancy: _builtins.float
+    """How many requests took part in its steps, itself included, on average."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """From arrival until the work could begin on the device."""
@@ -648,7 +655,7 @@ class Usage(_message.Message):
 
     @_builtins.property
     def denoise_time(self) -> _duration_pb2.Duration:
-        """Denoising, on the device."""
+        """Denoising, on the device: its share of steps that others took part in."""
 
     @_builtins.property
     def decode_time(self) -> _duration_pb2.Duration:
@@ -664,10 +671,11 @@ class Usage(_message.Message):
         encode_time: _duration_pb2.Duration | None = ...,
         denoise_time: _duration_pb2.Duration | None = ...,
         decode_time: _duration_pb2.Duration | None = ...,
+        mean_occupancy: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "denoise_time", b"denoise_time", "encode_time", b"encode_time", "queue_time", b"queue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_bytes", b"artifact_bytes", "decode_time", b"decode_time", "denoise_time", b"denoise_time", "encode_time", b"encode_time", "forward_count", b"forward_count", "pixel_count", b"pixel_count", "queue_time", b"queue_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_bytes", b"artifact_bytes", "decode_time", b"decode_time", "denoise_time", b"denoise_time", "encode_time", b"encode_time", "forward_count", b"forward_count", "mean_occupancy", b"mean_occupancy", "pixel_count", b"pixel_count", "queue_time", b"queue_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

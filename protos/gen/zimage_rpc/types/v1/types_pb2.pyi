@@ -47,6 +47,30 @@ ELEMENT_TYPE_FLOAT16: ElementType.ValueType  # 3
 """IEEE 754 binary16, 2 bytes."""
 Global___ElementType: _TypeAlias = ElementType  # noqa: Y015
 
+class _Packing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PackingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Packing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PACKING_UNSPECIFIED: _Packing.ValueType  # 0
+    """Not given: shared."""
+    PACKING_SHARED: _Packing.ValueType  # 1
+    """Its steps are packed with those of other requests, which moves the last bits."""
+    PACKING_SOLO: _Packing.ValueType  # 2
+    """Its steps are its own."""
+
+class Packing(_Packing, metaclass=_PackingEnumTypeWrapper):
+    """With whom a request computes."""
+
+PACKING_UNSPECIFIED: Packing.ValueType  # 0
+"""Not given: shared."""
+PACKING_SHARED: Packing.ValueType  # 1
+"""Its steps are packed with those of other requests, which moves the last bits."""
+PACKING_SOLO: Packing.ValueType  # 2
+"""Its steps are its own."""
+Global___Packing: _TypeAlias = Packing  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """A dense tensor. The length of data must be the product of shape times the element's size."""
@@ -412,6 +436,7 @@ class NumericPlan(_message.Message):
     ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
     THREAD_COUNT_FIELD_NUMBER: _builtins.int
     LIBRARY_VERSIONS_FIELD_NUMBER: _builtins.int
+    PACKING_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device's kind and name, such as "cpu AVX512"."""
     compute_type: Global___ElementType.ValueType
@@ -422,6 +447,8 @@ class NumericPlan(_message.Message):
     """The attention kernel, such as "sdpa"."""
     thread_count: _builtins.int
     """How many threads a CPU used; 0 on other devices."""
+    packing: Global___Packing.ValueType
+    """Whether steps were shared with other requests. Unset where no request is spoken of."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The libraries that matter and their versions, such as "torch" to "2.13.0"."""
@@ -435,10 +462,11 @@ class NumericPlan(_message.Message):
         attention_backend: _builtins.str = ...,
         thread_count: _builtins.int = ...,
         library_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        packing: Global___Packing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "compute_type", b"compute_type", "device", b"device", "library_versions", b"library_versions", "thread_count", b"thread_count", "vae_compute_type", b"vae_compute_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "compute_type", b"compute_type", "device", b"device", "library_versions", b"library_versions", "packing", b"packing", "thread_count", b"thread_count", "vae_compute_type", b"vae_compute_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

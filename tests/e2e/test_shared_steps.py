@@ -1,0 +1,161 @@
+"""Requests that share their steps: each gets its own pictures, and nobody waits for a long one."""
+
+import io
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tests.e2e.services import Service, running
+from zimage_client import Client, Completed, Options, Picture, Progress
+
+CLIENTS = 6
+REQUESTS = 30
+WORDS = [
+    "a",
+    "red",
+    "circle",
+    "on",
+    "a",
+    "blue",
+    "background",
+    "under",
+    "three",
+    "green",
+    "squares",
+    "and",
+    "one",
+    "small",
+    "star",
+]
+
+
+@pytest.fixture(scope="module")
+def dit(base_folder: Path) -> Iterator[Service]:
+    with running("encoder_service", "--model", str(base_folder)) as encoder:
+        encoder.wait_until("SERVING")
+        flags = "--model", str(base_folder), "--encoder", encoder.address
+        with running("dit_service", *flags, "--max-queue-length", str(REQUESTS)) as service:
+            service.wait_until("SERVING")
+            yield service
+
+
+def _wish(chance: random.Random) -> tuple[str, Options]:
+    """Any request: some guided, some not, of any size and length."""
+    options = Options(
+        width=16 * chance.randint(2, 12),
+        height=16 * chance.randint(2, 12),
+        steps=chance.randint(1, 12),
+        guidance=chance.choice([0.0, 1.0, 4.0]),
+        seed=chance.randrange(2**32),
+        count=chance.choice([1, 1, 1, 2]),
+    )
+    return " ".join(chance.choices(WORDS, k=chance.randint(0, 60))), options
+
+
+def _pixels(picture: Picture) -> Any:
+    return np.asarray(Image.open(io.BytesIO(picture.data))).astype(int)
+
+
+def _drawn(
+    client: Client, prompt: str, options: Options, leave_after: float | None
+) -> tuple[list[Picture], Completed | None]:
+    """The pictures and the last event, or what had come when the request was left."""
+    began, pictures, completed = time.monotonic(), [], None
+    for event in client.stream(prompt, **options):
+        if leave_after is not None and time.monotonic() - began > leave_after:
+            break
+        match event:
+            case Picture():
+                pictures.append(event)
+            case Completed():
+                assert completed is None, "one final event each"
+                completed = event
+    return pictures, completed
+
+
+def _leftovers(process: psutil.Process) -> tuple[int, int]:
+    return process.num_threads(), process.num_fds()
+
+
+def test_any_thirty_requests_of_six_clients_are_drawn_as_if_each_were_alone(dit: Service) -> None:
+    chance = random.Random(20)
+    wishes = [_wish(chance) for _ in range(REQUESTS)]
+    leave = [chance.uniform(0.0, 0.5) if chance.random() < 0.3 else None for _ in wishes]
+    front, worker = psutil.Process(dit.process.pid), dit.worker
+    with Client(dit.address) as one:
+        one.generate("warm up", steps=1, seed=1)
+        before = _leftovers(front), _leftovers(worker)
+        clients = [Client(dit.address) for _ in range(CLIENTS)]
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            jobs = [
+                pool.submit(_drawn, clients[i % CLIENTS], *wish, leave[i])
+                for i, wish in enumerate(wishes)
+            ]
+            drawn = [job.result() for job in jobs]
+        for client in clients:
+            client.close()
+
+        shared = []
+        for (prompt, options), (pictures, completed), left in zip(
+            wishes, drawn, leave, strict=True
+        ):
+            if completed is None:
+                assert left is not None, "only who leaves gets no final event"
+                continue
+            shared.append(completed.usage.mean_occupancy)
+            assert completed.numeric_plan.packing == "shared"
+            alone = one.generate(prompt, **options, packing="solo")
+            assert alone.completed.numeric_plan.packing == "solo"
+            assert alone.completed.usage.mean_occupancy == 1
+            assert [picture.seed for picture in pictures] == [p.seed for p in alone.pictures]
+            for ours, theirs in zip(pictures, alone.pictures, strict=True):
+                assert np.abs(_pixels(ours) - _pixels(theirs)).max() <= 1
+        assert len(shared) >= REQUESTS / 2
+        assert sum(shared) / len(shared) >= 2
+        assert (dit.process.poll(), dit.worker.pid) == (None, worker.pid)
+        events = one.stream("nobody is left in the house", steps=1, seed=1)
+        assert next(events).queue_position == 0  # type: ignore[union-attr]
+        events.close()
+        after = _leftovers(front), _leftovers(worker)
+    for (threads, files), (threads_after, files_after) in zip(before, after, strict=True):
+        assert threads_after <= threads + 8  # pools grow to their size once
+        assert files_after <= files + 4
+
+
+def test_a_short_request_after_a_long_one_ends_first(dit: Service) -> None:
+    ended: list[str] = []
+    under_way = threading.Event()
+
+    def draw(name: str, steps: int) -> None:
+        with Client(dit.address) as client:
+            for event in client.stream(name, seed=1, steps=steps, guidance=0.0):
+                if isinstance(event, Progress) and event.step > 0:
+                    under_way.set()
+        ended.append(name)
+
+    long = threading.Thread(target=draw, args=["long", 150])
+    long.start()
+    assert under_way.wait(30)
+    draw("short", 4)
+    long.join()
+    assert ended == ["short", "long"]
+
+
+def test_who_wants_to_be_alone_is(dit: Service) -> None:
+    with Client(dit.address) as client, ThreadPoolExecutor(3) as pool:
+        solo = Options(seed=5, steps=20, guidance=1.0, packing="solo")
+        alone = client.generate("x", **solo).pictures[0].pixels_sha256
+        jobs = [pool.submit(client.generate, "y", seed=i, steps=20) for i in range(2)]
+        beside = client.generate("x", **solo)
+        assert beside.completed.usage.mean_occupancy == 1
+        assert beside.pictures[0].pixels_sha256 == alone
+        assert max(job.result().completed.usage.mean_occupancy for job in jobs) > 1
