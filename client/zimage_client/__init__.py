@@ -23,6 +23,7 @@ from zimage_client._events import (
     Waiting,
 )
 from zimage_client._options import Options
+from zimage_client._receipt import Receipt, read_receipt
 from zimage_client._sync import Client
 from zimage_core.embeddings import Embedding, Numerics, Prompt, Recipe
 from zimage_core.errors import (
@@ -77,6 +78,7 @@ __all__ = [
     "Progress",
     "Prompt",
     "Provenance",
+    "Receipt",
     "Recipe",
     "Stage",
     "TensorData",
@@ -86,4 +88,5 @@ __all__ = [
     "Usage",
     "Waiting",
     "ZImageError",
+    "read_receipt",
 ]

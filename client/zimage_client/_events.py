@@ -30,6 +30,8 @@ class Accepted:
     cfg_truncation: float
     format: str
     quality: int | None
+    metadata: str
+    """"receipt" or "none"."""
     packing: str
     """"shared" or "solo": whether its steps may be shared with other requests."""
     forward_count: int

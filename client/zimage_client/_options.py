@@ -6,7 +6,8 @@ None means unset everywhere, and unset is not zero: the server then uses the mod
 import difflib
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from functools import reduce
+from typing import Any, Literal, TypedDict, cast
 
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import InvalidRequest
@@ -45,6 +46,8 @@ class Options(TypedDict, total=False):
     format: Literal["png", "jpeg", "webp"] | None
     quality: int | None
     """1 to 100, for JPEG and WebP."""
+    metadata: Literal["receipt", "none"] | None
+    """What the file says of how it was made; the receipt holds the prompts, too."""
     packing: Literal["shared", "solo"] | None
     """solo: no step is shared with other requests, which moves the last bits."""
     timeout: float | None
@@ -69,6 +72,7 @@ _PLACES = {
 _CHOICES: Mapping[str, tuple[str, Mapping[str, int]]] = {
     "schedule": ("schedule.rule", names.RULES),
     "format": ("output.format", names.FORMATS),
+    "metadata": ("output.metadata", names.METADATA),
     "packing": ("packing", names.PACKINGS),
 }
 
@@ -121,6 +125,24 @@ def spec(options: Options) -> dit_pb2.GenerateSpec:
             if not message.schedule.sigmas:
                 raise _invalid(name, value, "an empty schedule makes no picture")
     return message
+
+
+def options(spec: dit_pb2.GenerateSpec) -> Options:
+    """The options of a message in which every setting is decided."""
+    found: dict[str, Any] = {name: _get(spec, path) for name, path in _PLACES.items()}
+    found |= {
+        name: names.name_of(_get(spec, path), choices) for name, (path, choices) in _CHOICES.items()
+    }
+    if not spec.output.HasField("quality"):
+        del found["quality"]
+    if spec.schedule.sigmas:
+        del found["steps"], found["schedule"]
+        found["sigmas"] = list(spec.schedule.sigmas)
+    return cast("Options", found)
+
+
+def _get(message: Any, path: str) -> Any:
+    return reduce(getattr, path.split("."), message)
 
 
 def _set(message: Any, path: str, name: str, value: object) -> None:

@@ -68,6 +68,7 @@ def accepted(message: dit_pb2.Accepted) -> Accepted:
         cfg_truncation=special.cfg_truncation,
         format=names.name_of(output.format, names.FORMATS),
         quality=output.quality if output.HasField("quality") else None,
+        metadata=names.name_of(output.metadata, names.METADATA),
         packing=names.name_of(spec.packing, names.PACKINGS),
         forward_count=message.forward_count,
         queue_position=message.queue_position,
@@ -96,9 +97,9 @@ def completed(message: dit_pb2.Completed) -> Completed:
             )
             for artifact in message.artifacts
         ),
-        positive=_provenance(message.positive),
-        negative=_provenance(message.negative) if message.HasField("negative") else None,
-        numeric_plan=_numeric_plan(message.numeric_plan),
+        positive=provenance(message.positive),
+        negative=provenance(message.negative) if message.HasField("negative") else None,
+        numeric_plan=numeric_plan(message.numeric_plan),
         usage=Usage(
             forward_count=usage.forward_count,
             pixel_count=usage.pixel_count,
@@ -120,7 +121,7 @@ def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
         has_encoder=message.has_encoder,
         model=_model(message.model) if message.ready else None,
         limits=_limits(message.limits) if message.ready else None,
-        numeric_plan=_numeric_plan(message.numeric_plan) if message.ready else None,
+        numeric_plan=numeric_plan(message.numeric_plan) if message.ready else None,
     )
 
 
@@ -166,7 +167,8 @@ def _limits(message: dit_pb2.Limits) -> Limits:
     )
 
 
-def _provenance(message: dit_pb2.ConditioningProvenance) -> Provenance:
+def provenance(message: dit_pb2.ConditioningProvenance) -> Provenance:
+    """Where a conditioning came from."""
     return Provenance(
         embedding_sha256=message.embedding_digest.sha256,
         identity=message.identity.sha256,
@@ -186,7 +188,8 @@ def _numerics(message: types_pb2.Numerics) -> Numerics:
     )
 
 
-def _numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
+def numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
+    """The arithmetic of a picture, or of a service."""
     return NumericPlan(
         device=message.device,
         compute_type=_element_type(message.compute_type),

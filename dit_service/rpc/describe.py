@@ -10,13 +10,15 @@ from zimage_core.wire import names, tensors
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.types.v1 import types_pb2
 
+VERSION = metadata.version("zimage-grpc")
+
 
 def response(
     model: messages.Model | None, settings: DitSettings, conditioner: Conditioner
 ) -> dit_pb2.DescribeResponse:
     """`model` is None while it loads."""
     answer = dit_pb2.DescribeResponse(
-        version=metadata.version("zimage-grpc"),
+        version=VERSION,
         ready=model is not None,
         has_encoder=conditioner.has_encoder,
     )

@@ -15,11 +15,16 @@ from dit_service.rpc.conditioning import Conditioner, Side
 from dit_service.rpc.pin import CheckedEmbedding
 from dit_service.rpc.spec import Resolved
 from zimage_core.embeddings import Prompt
+from zimage_core.errors import InvalidRequest
 from zimage_core.pictures import files
 from zimage_core.serving.worker import Worker
+from zimage_core.wire import receipts
 from zimage_core.wire.limits import CHUNK_BYTES
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.types.v1 import types_pb2
+
+_PROVENANCE_BYTES = 4096
+"""More than a receipt grows by what is not known at the beginning."""
 
 _Answers = AsyncGenerator[dit_pb2.GenerateResponse, None]
 
@@ -43,6 +48,7 @@ class Request:
         self._completed = dit_pb2.Completed()
         self._told: asyncio.Queue[dit_pb2.GenerateResponse | None] = asyncio.Queue()
         self._numbers = itertools.count(1)
+        self._refuse_long_receipt()
 
     async def answers(self, worker: Worker, calls_before: int, place: ExitStack) -> _Answers:
         """Every answer, in the order of the grammar. The work waits for no reader, and gives its
@@ -63,12 +69,13 @@ class Request:
             if any(isinstance(side.content, Prompt) for side in self._sides):
                 self._tell(_progress(dit_pb2.Progress.STAGE_ENCODING))
             checked = await self._conditioner.resolve(self._sides, self._model)
+            self._enter_provenance(checked)
             self._completed.usage.encode_time.CopyFrom(self._since_arrival())
             self._tell(_progress(dit_pb2.Progress.STAGE_QUEUED))
             async with aclosing(worker.call(self._work(checked))) as events:
                 async for event in events:
                     await self._retell(event)
-        self._tell(self._final(checked))
+        self._tell(dit_pb2.GenerateResponse(completed=self._completed))
 
     def _tell(self, answer: dit_pb2.GenerateResponse) -> None:
         answer.sequence = next(self._numbers)
@@ -126,7 +133,9 @@ class Request:
         """The picture as a file, entered into the account and cut into chunks."""
         spec, file_format = self._spec, self._resolved.file_format
         size = spec.width_px, spec.height_px
-        file = files.encode(rgb, size, file_format, spec.output.quality)
+        pixels_sha256 = hashlib.sha256(rgb).hexdigest()
+        receipt = self._receipt(index, pixels_sha256)
+        file = files.encode(rgb, size, file_format, spec.output.quality, receipt)
         artifact = self._completed.artifacts.add(
             digest=types_pb2.Digest(
                 sha256=hashlib.sha256(file).hexdigest(),
@@ -134,7 +143,7 @@ class Request:
                 media_type=files.MEDIA_TYPES[file_format],
             ),
             seed=self._resolved.seeds[index],
-            pixels_sha256=hashlib.sha256(rgb).hexdigest(),
+            pixels_sha256=pixels_sha256,
         )
         self._completed.usage.pixel_count += spec.width_px * spec.height_px
         self._completed.usage.artifact_bytes += len(file)
@@ -147,14 +156,49 @@ class Request:
         chunks[-1].artifact.CopyFrom(artifact)
         return chunks
 
-    def _final(self, checked: Sequence[CheckedEmbedding]) -> dit_pb2.GenerateResponse:
+    def _receipt(self, index: int, pixels_sha256: str) -> str:
+        """What the file of a picture says of how it was made."""
+        if self._spec.output.metadata == dit_pb2.Output.METADATA_NONE:
+            return ""
+        account = self._completed
+        receipt = dit_pb2.Receipt(
+            format=receipts.FORMAT,
+            pixels_sha256=pixels_sha256,
+            spec=self._spec,
+            positive=account.positive,
+            negative=account.negative if account.HasField("negative") else None,
+            numeric_plan=account.numeric_plan,
+            model_name=self._model.name,
+            version=describe.VERSION,
+        )
+        receipt.spec.seed = self._resolved.seeds[index]
+        receipt.spec.image_count = 1
+        return receipts.to_text(receipt)
+
+    def _refuse_long_receipt(self) -> None:
+        """Before the work: some formats have little room beside the pixels."""
+        file_format = self._resolved.file_format
+        size = len(self._receipt(0, "")) + _PROVENANCE_BYTES
+        longest = files.LONGEST_TEXT[file_format]
+        if size > longest:
+            raise InvalidRequest(
+                f"spec.output.metadata: a receipt of {size} bytes does not fit into a "
+                f"{file_format} file, {longest} do; ask for PNG, or for no metadata",
+                reason="RECEIPT_SIZE",
+                fields={
+                    "field": "spec.output.metadata",
+                    "given": str(size),
+                    "allowed": str(longest),
+                },
+            )
+
+    def _enter_provenance(self, checked: Sequence[CheckedEmbedding]) -> None:
         positive, *negative = (side.provenance() for side in checked)
         self._completed.positive.CopyFrom(positive)
         if negative:
             self._completed.negative.CopyFrom(negative[0])
         self._completed.numeric_plan.CopyFrom(describe.numeric_plan(self._model))
         self._completed.numeric_plan.packing = self._spec.packing
-        return dit_pb2.GenerateResponse(completed=self._completed)
 
     def _since_arrival(self) -> Duration:
         return _duration(time.monotonic() - self._arrived)

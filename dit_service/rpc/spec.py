@@ -146,6 +146,7 @@ class Resolver:
 
 def _decide_output(output: dit_pb2.Output) -> str:
     output.format = output.format or dit_pb2.Output.FORMAT_PNG
+    output.metadata = output.metadata or dit_pb2.Output.METADATA_RECEIPT
     name = names.name_of(output.format, names.FORMATS)
     if name == "png":
         if output.HasField("quality"):

@@ -155,7 +155,10 @@ class TestGenerate:
         [
             ([], "give either a PROMPT or --embedding FILE"),
             (["x", "--embedding", "e.safetensors"], "give either"),
-            (["--embedding", "e", "--system-prompt", "s"], "--system-prompt has no effect"),
+            (
+                ["--embedding", "e", "--system-prompt", "s"],
+                "--system-prompt has no effect without a PROMPT",
+            ),
             (["x", "-o", "out.png", "--format", "jpeg"], "does not fit out.png"),
             (["x", "-o", "out.gif"], "known are .png, .jpg, .jpeg, .webp"),
             (["x", "-o", "out.gif", "--format", "png"], "known are .png"),
@@ -456,6 +459,7 @@ class TestLiveLine:
             cfg_truncation=1.0,
             format="png",
             quality=None,
+            metadata="receipt",
             packing="shared",
             forward_count=8,
             queue_position=2,

@@ -23,6 +23,10 @@ PACKINGS = {
     "shared": types_pb2.PACKING_SHARED,
     "solo": types_pb2.PACKING_SOLO,
 }
+METADATA = {
+    "receipt": dit_pb2.Output.METADATA_RECEIPT,
+    "none": dit_pb2.Output.METADATA_NONE,
+}
 
 
 def name_of(value: int, names: Mapping[str, int]) -> str:

@@ -7,21 +7,28 @@ import time
 from argparse import ArgumentParser, Namespace
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from zimage_client import Accepted, AsyncClient, Embedding, Options, Picture, Prompt
+from zimage_client import (
+    Accepted,
+    AsyncClient,
+    Options,
+    Picture,
+    Receipt,
+    read_receipt,
+)
 from zimage_client._options import SEED_LIMIT, spec
-from zimage_client.cli import output, prompt, stack
+from zimage_client.cli import conditioning, output, prompt, stack
 from zimage_client.cli.progress import ProgressText
 from zimage_client.cli.terminal import Terminal
-from zimage_client.cli.usage import seconds, wrong
+from zimage_client.cli.usage import seconds
 from zimage_core.files import write_whole
-from zimage_core.formats import embedding as embedding_file
 from zimage_core.planning import sizes
 from zimage_core.settings import ClientSettings
 from zimage_core.wire import names
 
 _SIDE_MULTIPLE_PX = 16
+_OF_SCHEDULE = ("steps", "schedule", "sigmas")
 _OF_GUIDANCE = ("negative_prompt", "negative_embedding", "cfg_normalization", "cfg_truncation")
 
 
@@ -33,6 +40,13 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     prompt.add_flags(parser)
 
+    parser.add_argument(
+        "--from",
+        dest="receipt",
+        type=Path,
+        metavar="PICTURE",
+        help="repeat a picture by the receipt in its file; other flags change it",
+    )
     picture = parser.add_argument_group("picture")
     picture.add_argument("--width", type=int, metavar="PX", help="in pixels, a multiple of 16")
     picture.add_argument("--height", type=int, metavar="PX", help="in pixels, a multiple of 16")
@@ -91,6 +105,11 @@ def add_flags(parser: ArgumentParser) -> None:
     files.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: zimage-SEED.png")
     files.add_argument("--format", choices=tuple(names.FORMATS), help="default: by FILE's name")
     files.add_argument("--quality", type=int, help="1 to 100, for JPEG and WebP")
+    files.add_argument(
+        "--metadata",
+        choices=tuple(names.METADATA),
+        help="what the file says of how it was made; none leaves the prompts out",
+    )
     files.add_argument("--overwrite", action="store_true", help="replace files that exist")
     files.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
 
@@ -104,8 +123,9 @@ def add_flags(parser: ArgumentParser) -> None:
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
     """Checks everything that can be checked here, then makes the pictures."""
-    condition = _positive(args, terminal)
-    options = _options(args, terminal)
+    receipt = read_receipt(args.receipt)[0] if args.receipt else None
+    condition = conditioning.positive(args, terminal, receipt)
+    options = _options(args, terminal, receipt)
     outputs = output.for_pictures(
         args.output, args.format, options["seed"] or 0, args.count or 1, overwrite=args.overwrite
     )
@@ -136,49 +156,33 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     terminal.clear()
 
 
-def _positive(args: Namespace, terminal: Terminal) -> Prompt | Embedding:
-    if (args.prompt is None) == (args.embedding is None):
-        raise wrong("PROMPT", "give either a PROMPT or --embedding FILE")
-    if args.embedding is None:
-        return prompt.prompt(args)
-    if unused := prompt.given_flags(args):
-        raise wrong(unused[0], f"{unused[0]} has no effect on an embedding, which is encoded")
-    return _embedding(args.embedding, terminal)
-
-
-def _negative(args: Namespace, terminal: Terminal) -> str | Embedding | None:
-    if args.negative_embedding is not None:
-        return _embedding(args.negative_embedding, terminal)
-    text: str | None = args.negative_prompt
-    return None if text is None else prompt.checked(Prompt(text)).text
-
-
-def _embedding(path: Path, terminal: Terminal) -> Embedding:
-    content = embedding_file.read(path)
-    if content.has_negative:
-        terminal.note(f"{path} holds a negative embedding, too; this version does not use it yet")
-    return content.embedding
-
-
-def _options(args: Namespace, terminal: Terminal) -> Options:
-    return Options(
-        negative=_negative(args, terminal),
-        width=_snapped("--width", args.width, terminal),
-        height=_snapped("--height", args.height, terminal),
-        seed=secrets.randbelow(SEED_LIMIT) if args.seed is None else args.seed,
-        count=args.count,
-        steps=args.steps,
-        guidance=args.guidance,
-        schedule=args.schedule,
-        sigmas=args.sigmas,
-        shift=args.shift,
-        force_guidance=args.force_guidance,
-        cfg_normalization=args.cfg_normalization,
-        cfg_truncation=args.cfg_truncation,
-        quality=args.quality,
-        packing="solo" if args.solo else None,
-        timeout=args.timeout,
-    )
+def _options(args: Namespace, terminal: Terminal, receipt: Receipt | None) -> Options:
+    """What the flags say; what they leave open is as in the receipt, if there is one."""
+    given = {
+        "negative": conditioning.negative(args, terminal, receipt),
+        "width": _snapped("--width", args.width, terminal),
+        "height": _snapped("--height", args.height, terminal),
+        "seed": args.seed,
+        "count": args.count,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "schedule": args.schedule,
+        "sigmas": args.sigmas,
+        "shift": args.shift,
+        "force_guidance": args.force_guidance,
+        "cfg_normalization": args.cfg_normalization,
+        "cfg_truncation": args.cfg_truncation,
+        "quality": args.quality,
+        "metadata": args.metadata,
+        "packing": "solo" if args.solo else None,
+        "timeout": args.timeout,
+    }
+    options: dict[str, Any] = {"seed": secrets.randbelow(SEED_LIMIT)}
+    options |= receipt.options if receipt else {}
+    if any(given[name] is not None for name in _OF_SCHEDULE):
+        options = {name: value for name, value in options.items() if name not in _OF_SCHEDULE}
+    options |= {name: value for name, value in given.items() if value is not None}
+    return cast("Options", options)
 
 
 def _tell_what_has_no_effect(args: Namespace, terminal: Terminal) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
 
-from zimage_client.cli import encode, generate
+from zimage_client.cli import encode, generate, inspect, verify
 from zimage_client.cli.terminal import Terminal
 from zimage_core import settings
 from zimage_core.errors import (
@@ -24,6 +24,8 @@ from zimage_core.settings import ClientSettings
 _COMMANDS = {
     "generate": (generate, "make pictures from a prompt or an encoded one"),
     "encode": (encode, "encode a prompt into a file"),
+    "inspect": (inspect, "show what a picture's file says of how it was made"),
+    "verify": (verify, "make a picture again and say whether it is the same"),
 }
 _DONE, _FAILED, _USAGE, _REFUSED, _UNREACHABLE, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 _EXIT_CODES: dict[type[ZImageError], int] = {
@@ -69,8 +71,7 @@ def _run(args: Namespace, terminal: Terminal) -> int:
         terminal.result(str(loaded).rstrip())
         return _DONE
     command, _ = _COMMANDS[args.command]
-    asyncio.run(command.run(args, loaded.values, terminal))
-    return _DONE
+    return asyncio.run(command.run(args, loaded.values, terminal)) or _DONE
 
 
 def _explained(error: ZImageError) -> str:

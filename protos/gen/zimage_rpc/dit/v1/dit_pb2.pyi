@@ -241,21 +241,48 @@ class Output(_message.Message):
     FORMAT_WEBP: Output.Format.ValueType  # 3
     """WebP."""
 
+    class _Metadata:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MetadataEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Output._Metadata.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        METADATA_UNSPECIFIED: Output._Metadata.ValueType  # 0
+        """Not given: the receipt."""
+        METADATA_RECEIPT: Output._Metadata.ValueType  # 1
+        """The receipt, prompts included."""
+        METADATA_NONE: Output._Metadata.ValueType  # 2
+        """Nothing."""
+
+    class Metadata(_Metadata, metaclass=_MetadataEnumTypeWrapper):
+        """What a picture's file says of how it was made."""
+
+    METADATA_UNSPECIFIED: Output.Metadata.ValueType  # 0
+    """Not given: the receipt."""
+    METADATA_RECEIPT: Output.Metadata.ValueType  # 1
+    """The receipt, prompts included."""
+    METADATA_NONE: Output.Metadata.ValueType  # 2
+    """Nothing."""
+
     FORMAT_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     format: Global___Output.Format.ValueType
     """The file format."""
     quality: _builtins.int
     """Quality from 1 to 100 for JPEG and WebP; refused for PNG. Unset means 95."""
+    metadata: Global___Output.Metadata.ValueType
+    """What the file says."""
     def __init__(
         self,
         *,
         format: Global___Output.Format.ValueType = ...,
         quality: _builtins.int | None = ...,
+        metadata: Global___Output.Metadata.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "format", b"format", "quality", b"quality"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "format", b"format", "metadata", b"metadata", "quality", b"quality"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
     _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
@@ -680,6 +707,66 @@ class Usage(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class Receipt(_message.Message):
+    """How one picture was made: what its file carries, in the JSON form of this message, so that it can be made again. In PNG
+    it is the iTXt chunk "zimage", in WebP and JPEG the EXIF user comment. It never travels by itself.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    PIXELS_SHA256_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    POSITIVE_FIELD_NUMBER: _builtins.int
+    NEGATIVE_FIELD_NUMBER: _builtins.int
+    NUMERIC_PLAN_FIELD_NUMBER: _builtins.int
+    MODEL_NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    format: _builtins.int
+    """The version of this form: 1."""
+    pixels_sha256: _builtins.str
+    """SHA-256 of the picture's rows of 8-bit RGB, before compression."""
+    model_name: _builtins.str
+    """The name of the model's folder."""
+    version: _builtins.str
+    """The version of the service."""
+    @_builtins.property
+    def spec(self) -> Global___GenerateSpec:
+        """The request for this picture alone, every setting decided; embeddings are named by their digests."""
+
+    @_builtins.property
+    def positive(self) -> Global___ConditioningProvenance:
+        """What it was led to."""
+
+    @_builtins.property
+    def negative(self) -> Global___ConditioningProvenance:
+        """What it was led away from, if guidance was on."""
+
+    @_builtins.property
+    def numeric_plan(self) -> _types_pb2.NumericPlan:
+        """The arithmetic."""
+
+    def __init__(
+        self,
+        *,
+        format: _builtins.int = ...,
+        pixels_sha256: _builtins.str = ...,
+        spec: Global___GenerateSpec | None = ...,
+        positive: Global___ConditioningProvenance | None = ...,
+        negative: Global___ConditioningProvenance | None = ...,
+        numeric_plan: _types_pb2.NumericPlan | None = ...,
+        model_name: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["negative", b"negative", "numeric_plan", b"numeric_plan", "positive", b"positive", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "model_name", b"model_name", "negative", b"negative", "numeric_plan", b"numeric_plan", "pixels_sha256", b"pixels_sha256", "positive", b"positive", "spec", b"spec", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 @_typing.final
 class DescribeRequest(_message.Message):

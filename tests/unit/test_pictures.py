@@ -1,0 +1,74 @@
+"""Picture files: what is written comes back, and what is none is refused."""
+
+import io
+import math
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from zimage_core.errors import InvalidRequest
+from zimage_core.pictures import files
+from zimage_core.wire import receipts
+
+SIZE = (32, 16)
+RGB = bytes(range(256)) * 6
+TEXT = '{"a": "\\u00e9"}'
+
+
+@pytest.mark.parametrize("file_format", list(files.MEDIA_TYPES))
+@pytest.mark.parametrize("length", [0, 1, 50_000])
+def test_a_text_comes_back_beside_the_pixels(file_format: str, length: int) -> None:
+    text = (TEXT * length)[:length]
+    found = files.decode(files.encode(RGB, SIZE, file_format, 95, text), "x")
+    assert found.text == text
+    assert found.image.size == SIZE
+    assert found.is_lossless == (file_format == "png")
+    assert (found.image.tobytes() == RGB) == found.is_lossless
+
+
+def test_other_programs_find_the_text_where_it_is_promised() -> None:
+    png = Image.open(io.BytesIO(files.encode(RGB, SIZE, "png", 95, TEXT)))
+    assert png.text == {"zimage": TEXT}  # type: ignore[attr-defined]
+    webp = Image.open(io.BytesIO(files.encode(RGB, SIZE, "webp", 95, TEXT)))
+    assert webp.getexif().get_ifd(0x8769)[0x9286] == b"ASCII\0\0\0" + TEXT.encode()
+
+
+def test_distance_in_decibels() -> None:
+    def picture(level: int) -> files.PictureFile:
+        return files.decode(files.encode(bytes([level]) * 1536, SIZE, "png", 95), "x")
+
+    assert picture(9).psnr(picture(9)) == math.inf
+    assert picture(0).psnr(picture(255)) == 0
+    assert picture(10).psnr(picture(11)) == pytest.approx(48.13, abs=0.01)
+
+
+def _bomb() -> bytes:
+    """A few bytes that say they are 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"GIF89a", files.encode(RGB, SIZE, "png", 95)[:80], _bomb(), b"\x89PNG\r\n\x1a\n"],
+)
+def test_what_is_no_picture_is_refused_by_name(data: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=r"out\.png") as refusal:
+        files.decode(data, "out.png")
+    assert refusal.value.reason == "PICTURE"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "mask": "x"}', "[" * 100_000]
+)
+def test_what_is_no_receipt_is_refused_by_name(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"out\.png") as refusal:
+        receipts.from_text(text, name="out.png")
+    assert refusal.value.reason == "RECEIPT"
