@@ -69,20 +69,26 @@ class AsyncClient:
         ).events()
 
     @overload
-    async def encode(self, prompt: str | Prompt, *, timeout: float | None = ...) -> Embedding: ...
+    async def encode(
+        self, prompt: str | Prompt, *, timeout: float | None = ..., retry: bool = ...
+    ) -> Embedding: ...
     @overload
-    async def encode(self, prompt: Prompts, *, timeout: float | None = ...) -> list[Embedding]: ...
+    async def encode(
+        self, prompt: Prompts, *, timeout: float | None = ..., retry: bool = ...
+    ) -> list[Embedding]: ...
     async def encode(
         self,
         prompt: str | Prompt | Prompts,
         *,
         timeout: float | None = _calls.ENCODE_SECONDS,
+        retry: bool = True,
     ) -> Embedding | list[Embedding]:
-        """Encodes one prompt, or several together, in order; waits for an encoder that loads."""
+        """Encodes one prompt, or several together, in order; waits for an encoder that loads,
+        unless `retry` is False."""
         check_timeout(timeout)
         given = [prompt] if isinstance(prompt, str | Prompt) else prompt
         prompts = [Prompt(one) if isinstance(one, str) else one for one in given]
-        encoded = await self._encode(prompts, Replay(timeout=timeout))
+        encoded = await self._encode(prompts, Replay(timeout=timeout, enabled=retry))
         return encoded[0] if given is not prompt else encoded
 
     async def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
@@ -96,8 +102,9 @@ class AsyncClient:
         return await _calls.describe_encoder(self._channels.encoder(), timeout, metadata())
 
     async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
-        channel, same_id = self._channels.encoder(), metadata()
+        same_id = metadata()
         while True:
+            channel = self._channels.encoder()  # not before: it may be closed meanwhile
             try:
                 return await _calls.encode(channel, prompts, replay.within(None), same_id)
             except Unavailable as error:

@@ -1,6 +1,7 @@
 """What pictures are led to and away from: texts, or the embeddings that were made of them."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from zimage_core.embeddings import Embedding, Prompt
@@ -48,7 +49,8 @@ def message(side: Prompt | Embedding) -> types_pb2.Conditioning:
     if isinstance(side, Prompt):
         segment = types_pb2.Segment(prompt=prompt_message(side))
     else:
-        segment = types_pb2.Segment(embedding=embeddings.embedding_to_wire(side))
+        with _sayable("embedding"):
+            segment = types_pb2.Segment(embedding=embeddings.embedding_to_wire(side))
     return types_pb2.Conditioning(segments=[segment])
 
 
@@ -65,7 +67,17 @@ def prompt_message(prompt: Prompt) -> types_pb2.Prompt:
                 reason="TEXT_ENCODING",
                 fields={"field": part, "given": ascii(text[error.start])},
             ) from None
-    return embeddings.prompt_to_wire(prompt)
+    with _sayable("prompt"):
+        return embeddings.prompt_to_wire(prompt)
+
+
+@contextmanager
+def _sayable(what: str) -> Iterator[None]:
+    """Numbers out of range, wrong types and odd texts are told as what they are."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"{what}: {error}", reason="OPTION", fields={"field": what}) from None
 
 
 def _prompt(text: str, other: Prompt | Embedding | None = None) -> Prompt:

@@ -52,7 +52,7 @@ class Encoder:
     """The model of an encoder service."""
 
     identity: str
-    """At the deepest layer that it computes."""
+    """At the usual hidden layer, or the deepest computed if that is less deep."""
     recipe: Recipe
     numerics: Numerics
     width: int

@@ -159,8 +159,16 @@ async def _stop(process: Process) -> None:
 
 
 def _flags(model: Path, address: str) -> list[str]:
-    grace = ["--grace-seconds", str(_GRACE_SECONDS)]
-    return ["--model", str(model), "--listen", address, "--probes", "", "--exit-with-stdin", *grace]
+    """What the user's settings file says of services is not meant for these."""
+    where = ["--config", os.devnull, "--listen", address, "--probes", ""]
+    return [
+        *where,
+        "--model",
+        str(model),
+        "--exit-with-stdin",
+        "--grace-seconds",
+        str(_GRACE_SECONDS),
+    ]
 
 
 async def _model(folder: Path, say: Callable[[str], None]) -> Path:

@@ -49,19 +49,25 @@ class Client:
         return _iterate(self, self._loop, self._client.stream(prompt, **options))
 
     @overload
-    def encode(self, prompt: str | Prompt, *, timeout: float | None = ...) -> Embedding: ...
+    def encode(
+        self, prompt: str | Prompt, *, timeout: float | None = ..., retry: bool = ...
+    ) -> Embedding: ...
     @overload
-    def encode(self, prompt: Prompts, *, timeout: float | None = ...) -> list[Embedding]: ...
+    def encode(
+        self, prompt: Prompts, *, timeout: float | None = ..., retry: bool = ...
+    ) -> list[Embedding]: ...
     def encode(
         self,
         prompt: str | Prompt | Prompts,
         *,
         timeout: float | None = _calls.ENCODE_SECONDS,
+        retry: bool = True,
     ) -> Embedding | list[Embedding]:
-        """Encodes one prompt, or several together, in order."""
+        """Encodes one prompt, or several together, in order; waits for an encoder that loads,
+        unless `retry` is False."""
         if isinstance(prompt, str | Prompt):
-            return self._loop.run(self._client.encode(prompt, timeout=timeout))
-        return self._loop.run(self._client.encode(prompt, timeout=timeout))
+            return self._loop.run(self._client.encode(prompt, timeout=timeout, retry=retry))
+        return self._loop.run(self._client.encode(prompt, timeout=timeout, retry=retry))
 
     def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""
@@ -89,7 +95,7 @@ class _LoopThread:
         """Waits for the work's result; being interrupted meanwhile cancels the work."""
         if not self.is_alive:
             work.close()
-            raise RuntimeError("the client is closed")
+            raise Cancelled("the client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -1,5 +1,6 @@
 """Who computes when: requests join and leave between the steps that they share."""
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import NoReturn
@@ -10,6 +11,8 @@ from dit_service.engine.generate import Predicted, Studio, Work
 from dit_service.engine.packing import Asked
 from zimage_core.serving.child import Port, is_sticky
 from zimage_core.serving.pipe import Submit
+
+_log = logging.getLogger(__name__)
 
 _MOST_TOKENS_PER_STEP = 1 << 15
 """What a step packs at most: its activations are what grows with the number of requests."""
@@ -69,19 +72,25 @@ class Schedule:
         return together
 
     def _step(self, together: list[_Live]) -> None:
+        if predicted := self._predict(together):
+            for live, own in zip(together, predicted, strict=True):
+                self._resume(live, own)
+        elif len(together) > 1:  # one of them or all together are too much
+            for live in together:
+                self._step([live])
+
+    def _predict(self, together: list[_Live]) -> list[Predicted]:
+        """What came of a step; nothing when it failed, which a request alone has for its answer."""
         try:
-            predicted = self._studio.predict([live.asked for live in together])
+            return self._studio.predict([live.asked for live in together])
         except Exception as error:
             if len(together) == 1:
                 self._port.fail(together[0].submitted, error)
             elif is_sticky(error):
                 raise
-            else:  # one of them or all together are too much: alone, each has its own answer
-                for live in together:
-                    self._step([live])
-            return
-        for live, own in zip(together, predicted, strict=True):
-            self._resume(live, own)
+            else:
+                _log.warning("a step of %s requests failed: %s", len(together), error)
+            return []  # another try comes later: the error holds the tensors of this one
 
     def _resume(self, live: _Live, predicted: Predicted) -> None:
         """Goes on with a request until it wants the model again, or is done."""

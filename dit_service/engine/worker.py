@@ -92,7 +92,17 @@ def _variant(settings: DitSettings, shift: float) -> variants.Variant:
 
 def _identities(model: Path) -> dict[int, str]:
     """The encoder that lies beside the model, at each of its hidden states."""
-    return encoder_identities(model) if (model / "text_encoder").is_dir() else {}
+    if not (model / "text_encoder").is_dir():
+        return {}
+    try:
+        return encoder_identities(model)
+    except InvalidModel as error:
+        raise InvalidModel(
+            f"{error.message}; text_encoder/ says which embeddings this model takes: complete it, "
+            "or remove the folder and set encoder_identity",
+            reason=error.reason,
+            fields=error.fields,
+        ) from error
 
 
 def _warm_up(loaded: _Loaded) -> None:

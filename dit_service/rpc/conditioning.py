@@ -77,7 +77,8 @@ class Conditioner:
         assert self._encoder is not None
         prompts = [side.content for side in sides if isinstance(side.content, Prompt)]
         try:
-            encoded = await self._encoder.encode(prompts, timeout=None)
+            # Who waits for an encoder that loads is the client: here it would keep others out.
+            encoded = await self._encoder.encode(prompts, timeout=None, retry=False)
         except ZImageError as error:
             raise self._retold(error, sides) from error
         try:
@@ -100,7 +101,7 @@ class Conditioner:
         if isinstance(error, Unavailable):
             return Unavailable(
                 f"the encoder service at {self._address} is not available: {error.message}",
-                reason="ENCODER_UNAVAILABLE",
+                reason=error.reason if error.reason == "LOADING" else "ENCODER_UNAVAILABLE",
                 fields={**fields, "encoder": self._address},
                 retry_after=error.retry_after or _ENCODER_RETRY_SECONDS,
             )

@@ -113,14 +113,14 @@ class Resolver:
 
     def _decide_own_sigmas(self, spec: dit_pb2.GenerateSpec) -> tuple[float, ...]:
         sigmas, field = list(spec.schedule.sigmas), "spec.schedule.sigmas"
+        if len(sigmas) > self.limits.max_step_count:
+            allowed = f"at most {self.limits.max_step_count} steps"
+            raise _refusal(field, f"{len(sigmas)} steps", allowed, "SIGMAS")
         falling = all(above > below for above, below in pairwise([*sigmas, 0.0]))
         if not falling or sigmas[0] > 1:  # NaN is not falling
             raise _refusal(field, sigmas, "falling numbers in (0, 1]", "SIGMAS")
         if spec.schedule.rule:
             raise _refusal("spec.schedule.rule", spec.schedule.rule, f"none with {field}", "SIGMAS")
-        if len(sigmas) > self.limits.max_step_count:
-            allowed = f"at most {self.limits.max_step_count} steps"
-            raise _refusal(field, f"{len(sigmas)} steps", allowed, "SIGMAS")
         if _given(spec, "step_count", len(sigmas)) != len(sigmas):
             allowed = f"none, or the length of {field}, {len(sigmas)}"
             raise _refusal("spec.step_count", spec.step_count, allowed, "SIGMAS")

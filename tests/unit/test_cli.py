@@ -464,7 +464,7 @@ class TestLiveLine:
             forward_count=8,
             queue_position=2,
         )
-        assert text.of(accepted) == "queued, 2 before this one"
+        assert text.of(accepted) == "queued, 2 others under way"
         assert text.of(Progress("encoding")) == "encoding"
         assert text.of(Progress("denoising", 0, 1, 4)) == "picture 1 of 2: step 1/4"
         now = 1.0

@@ -493,6 +493,13 @@ class TestEncoding:
         async with client_of(encoder=encoder) as client:
             assert (await client.encode("abc")).token_count == 4
 
+    async def test_a_loading_encoder_is_not_waited_for_without_retry(self) -> None:
+        encoder = FakeEncoder(*[LOADING] * 5)  # as often as gRPC tries by itself
+        async with client_of(encoder=encoder) as client:
+            with pytest.raises(Unavailable) as refusal:
+                await client.encode("x", retry=False)
+            assert refusal.value.reason == "LOADING"
+
     async def test_only_direct_calls_have_a_time_limit_of_their_own(self) -> None:
         dit, encoder = FakeDit(), FakeEncoder()
         async with client_of(dit, encoder) as client:
@@ -613,7 +620,7 @@ class TestSynchronous:
             client.close()
             assert dit.cancelled.wait(10)
             events.close()
-            with pytest.raises(RuntimeError, match="closed"):
+            with pytest.raises(Cancelled, match="closed"):
                 client.describe()
             client.close()
 

@@ -1,48 +1,88 @@
+"""Requests side by side on a real small model: faults stay with whom they belong to."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
 import pytest
 
-from zimage_core.planning import schedule, sizes, variants
+from dit_service import messages
+from zimage_core.errors import InvalidRequest, Overloaded
+from zimage_core.planning import schedule
+from zimage_core.serving.worker import Worker
+from zimage_core.settings import Watchdog
+from zimage_core.tensors import TensorData
+
+WIDTH = 128
+NANS = b"\x00\x00\xc0\x7f" * 4 * WIDTH
 
 
-def test_turbo_table() -> None:
-    expected = (1, 0.954545, 0.9, 0.833333, 0.75, 0.642857, 0.5, 0.3, 0)
-    assert schedule.sigmas(schedule.OFFICIAL, 8, 3.0) == pytest.approx(expected, abs=1e-6)
+def _request(data: bytes = bytes(4 * 4 * WIDTH), steps: int = 3) -> messages.Generate:
+    return messages.Generate(
+        positive=TensorData("float32", (4, WIDTH), data),
+        negative=None,
+        seeds=(1,),
+        width_px=64,
+        height_px=64,
+        sigmas=schedule.sigmas(schedule.OFFICIAL, steps, 3.0),
+        guidance=0.0,
+        cfg_normalization=0.0,
+        cfg_truncation=1.0,
+        is_solo=False,
+    )
 
 
-def test_nine_legacy_steps_are_eight_official_ones() -> None:
-    legacy = schedule.sigmas(schedule.LEGACY, 9, 3.0)
-    assert legacy == pytest.approx(schedule.sigmas(schedule.OFFICIAL, 8, 3.0))
+@asynccontextmanager
+async def _worker(folder: Path, room: int) -> AsyncIterator[Worker]:
+    """On a device with memory for the steps of so many requests at once."""
+    ready = asyncio.Event()
+    worker = Worker(
+        "tests.unit.workers:cramped",
+        (folder, room),
+        Watchdog(),
+        lambda is_ready: ready.set() if is_ready else None,
+    )
+    supervision = asyncio.create_task(worker.supervise())
+    try:
+        await ready.wait()
+        yield worker
+    finally:
+        supervision.cancel()
+        await asyncio.gather(supervision, return_exceptions=True)
 
 
-def test_own_levels_are_shifted_once() -> None:
-    assert schedule.shifted([1.0, 0.5], 3.0) == pytest.approx((1.0, 0.75, 0.0))
+async def _events(worker: Worker, request: messages.Generate) -> list[object]:
+    return [event async for event in worker.call(request)]
 
 
-def test_forwards_are_counted_as_the_sampler_asks_for_them() -> None:
-    steps = (1.0, 0.75, 0.5, 0.25, 0.0)
-    assert schedule.forward_count(steps, 0.0, 1.0) == 4
-    assert schedule.forward_count(steps, 2.5, 1.0) == 8
-    assert schedule.forward_count(steps, 2.5, 0.5) == 7  # guidance ends above 1 - sigma = 0.5
+@pytest.mark.parametrize("room", [1, 9])
+async def test_what_does_not_fit_together_is_done_one_by_one(model_folder: Path, room: int) -> None:
+    async with _worker(model_folder, room) as worker:
+        every = await asyncio.gather(*(_events(worker, _request(steps=20)) for _ in range(3)))
+    pictures = {event.rgb for one in every for event in one if isinstance(event, messages.Picture)}
+    assert len(pictures) == 1
+    spent = [one[-1] for one in every if isinstance(one[-1], messages.Spent)]
+    assert [one.step_count for one in spent] == [20, 20, 20]
+    assert (max(one.occupancy for one in spent) > 20) == (room > 1)
 
 
-@pytest.mark.parametrize(("shift", "name"), [(3.0, "turbo"), (6.0, "base")])
-def test_shift_tells_the_variant(shift: float, name: str) -> None:
-    variant = variants.by_shift(shift)
-    assert variant is not None
-    assert variant.name == name
+async def test_what_fits_not_even_alone_is_an_answer(model_folder: Path) -> None:
+    async with _worker(model_folder, 0) as worker:
+        with pytest.raises(Overloaded) as refusal:
+            await _events(worker, _request())
+    assert refusal.value.reason == "DEVICE_MEMORY"
 
 
-def test_other_shifts_tell_none() -> None:
-    assert variants.by_shift(4.5) is None
-
-
-@pytest.mark.parametrize(
-    ("side", "nearest"),
-    [(1000, (992, 1008)), (0, (16,)), (-5, (16,)), (5000, (4096,)), (17, (16, 32))],
-)
-def test_nearest_sides(side: int, nearest: tuple[int, ...]) -> None:
-    assert sizes.nearest_sides(side, 16, 4096) == nearest
-
-
-@pytest.mark.parametrize(("side", "snapped"), [(1000, 1008), (1007, 1008), (3, 16), (999, 992)])
-def test_snapping(side: int, snapped: int) -> None:
-    assert sizes.snapped(side, 16) == snapped
+async def test_a_bad_one_harms_nobody_beside_it(model_folder: Path) -> None:
+    async with _worker(model_folder, 9) as worker:
+        first, bad, last = await asyncio.gather(
+            _events(worker, _request(steps=20)),
+            _events(worker, _request(NANS)),
+            _events(worker, _request()),
+            return_exceptions=True,
+        )
+    assert isinstance(bad, InvalidRequest)
+    for one in (first, last):
+        assert isinstance(one, list)
+        assert isinstance(one[-1], messages.Spent)

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 from dit_service import messages
 from zimage_core.errors import InvalidModel, InvalidRequest
@@ -48,6 +50,31 @@ def pictures(port: Port, settings: object) -> None:
             for index in range(2):
                 port.emit(submitted.call, messages.Picture(index, bytes(64 * 64 * 3)))
             port.emit(submitted.call, messages.Spent(step_count=2, forward_count=2, occupancy=2))
+
+
+def cramped(port: Port, settings: tuple[Path, int]) -> None:
+    """Draws with a real model on a device that has memory for so many requests in a step."""
+    import torch
+
+    from dit_service.engine.generate import Predicted, Studio
+    from dit_service.engine.packing import Asked
+    from dit_service.engine.schedule import Schedule
+    from dit_service.model import loading
+
+    folder, room = settings
+
+    class Cramped(Studio):
+        def predict(self, asked: Sequence[Asked]) -> list[Predicted]:
+            if len(asked) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().predict(asked)
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        transformer = loading.load_transformer(folder, cpu, torch.float32)
+        vae = loading.load_vae(folder, cpu, torch.float32)
+        port.ready(settings)
+        Schedule(Cramped(transformer, vae, "sdpa", port.announce), port).serve()
 
 
 def broken_model(port: Port, settings: object) -> None:

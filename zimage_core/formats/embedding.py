@@ -188,7 +188,7 @@ def _foreign(tensor: TensorData, sidecar: dict[str, Any]) -> EmbeddingFile:
         identity="",
         recipe=Recipe(
             chat_format=0,
-            hidden_layer=layer if isinstance(layer, int) else DEFAULT_HIDDEN_LAYER,
+            hidden_layer=layer if type(layer) is int else DEFAULT_HIDDEN_LAYER,  # and no bool
             token_limit=0,
         ),
         numerics=Numerics(

@@ -1,5 +1,5 @@
-"""How noise falls from step to step, and which steps are guided: the CLI, admission and sampler
-agree because they all ask here."""
+"""How noise falls from step to step, and which steps are guided: front and sampler agree because
+both ask here."""
 
 from collections.abc import Sequence
 

@@ -102,7 +102,10 @@ def _is_served(address: str) -> bool:
     if not address.startswith("unix:"):
         return False
     with socket.socket(socket.AF_UNIX) as caller:
-        return caller.connect_ex(address.removeprefix("unix:").removeprefix("//")) == 0
+        try:
+            return caller.connect_ex(address.removeprefix("unix:").removeprefix("//")) == 0
+        except OSError as error:  # such as a path that is too long for any socket
+            raise _cannot_listen(address, str(error)) from error
 
 
 def _cannot_listen(address: str, what: str) -> InvalidSettings:

@@ -2,6 +2,7 @@
 ignore a new field and answer something else than was asked."""
 
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -10,10 +11,14 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from zimage_core.errors import InvalidRequest
 
+_MOST_PARTS = 10_000
+
 
 def refuse_unknown(message: Message) -> None:
-    """Raises InvalidRequest naming the parent's path and the number, if anything is unknown."""
-    for path, number, kind in _unknown(message, message.DESCRIPTOR.name):
+    """Raises InvalidRequest naming the parent's path and the number, if anything is unknown; also
+    for a message of more parts than anyone means, which would take long to look through."""
+    parts = count(1)
+    for path, number, kind in _unknown(message, message.DESCRIPTOR.name, parts):
         raise InvalidRequest(
             f"{path}: {kind} {number} is unknown to this server; "
             "a newer client must talk to a newer server or leave it out",
@@ -22,7 +27,9 @@ def refuse_unknown(message: Message) -> None:
         )
 
 
-def _unknown(message: Message, path: str) -> Iterator[tuple[str, int, str]]:
+def _unknown(message: Message, path: str, parts: Iterator[int]) -> Iterator[tuple[str, int, str]]:
+    if next(parts) > _MOST_PARTS:
+        raise InvalidRequest(f"the message has more than {_MOST_PARTS} parts", reason="MALFORMED")
     for field in UnknownFieldSet(message):  # type: ignore[attr-defined]
         yield path, field.field_number, "field"
     for descriptor, value in message.ListFields():
@@ -31,7 +38,7 @@ def _unknown(message: Message, path: str) -> Iterator[tuple[str, int, str]]:
             continue  # numbers and texts, of which there may be very many
         for item_path, item in _items(descriptor, f"{path}.{descriptor.name}", value):
             if isinstance(item, Message):
-                yield from _unknown(item, item_path)
+                yield from _unknown(item, item_path, parts)
             elif enum is not None and item not in enum.values_by_number:
                 yield item_path, item, "enum value"
 

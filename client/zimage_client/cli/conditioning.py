@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from zimage_client import Embedding, Prompt, Receipt
+from zimage_client._conditioning import message
 from zimage_client.cli import prompt
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
@@ -55,4 +56,5 @@ def _embedding(path: Path, terminal: Terminal) -> Embedding:
     content = embedding_file.read(path)
     if content.has_negative:
         terminal.note(f"{path} holds a negative embedding, too; this version does not use it yet")
+    message(content.embedding)  # refuses what cannot be sent before any service is started
     return content.embedding

@@ -24,7 +24,7 @@ class ProgressText:
                 return f"{trouble}; trying again in {event.seconds:.1f} s"
             case Accepted():
                 self._count = event.count
-                waiting = f", {event.queue_position} before this one"
+                waiting = f", {event.queue_position} others under way"
                 return "queued" + (waiting if event.queue_position else "")
             case Progress(stage="denoising" | "decoding"):
                 return self._picture(event) + self._work(event)

@@ -394,7 +394,7 @@ class Accepted(_message.Message):
     forward_count: _builtins.int
     """How many DiT forwards the whole request takes, guidance included."""
     queue_position: _builtins.int
-    """How many requests stand before this one."""
+    """How many requests came before this one and are not done."""
     @_builtins.property
     def spec(self) -> Global___GenerateSpec:
         """The request with every effective setting; embeddings are replaced by their digests."""

@@ -117,7 +117,7 @@ class DescribeResponse(_message.Message):
 
     @_builtins.property
     def recipe(self) -> _types_pb2.EncodingRecipe:
-        """The recipe that a prompt without wishes gets."""
+        """The recipe that a prompt without wishes gets, unless the usual hidden layer is not computed: then the deepest."""
 
     @_builtins.property
     def numerics(self) -> _types_pb2.Numerics:
