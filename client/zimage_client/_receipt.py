@@ -41,9 +41,14 @@ class Receipt:
     """All of it, as it stands in the file."""
 
 
-def read_receipt(path: Path) -> tuple[Receipt, PictureFile]:
-    """A picture's receipt and the picture; raises InvalidRequest for a file that is no picture of
-    a known kind, NotFound for one without a receipt."""
+def read_receipt(path: Path) -> Receipt:
+    """The receipt in a picture's file; raises InvalidRequest for a file that is no picture of a
+    known kind, NotFound for one without a receipt."""
+    return read_picture(path)[0]
+
+
+def read_picture(path: Path) -> tuple[Receipt, PictureFile]:
+    """The same, with the picture."""
     picture = files.decode(path.read_bytes(), str(path))
     if not picture.text:
         raise NotFound(

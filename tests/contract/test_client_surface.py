@@ -40,6 +40,7 @@ NAMES = [
     "Progress",
     "Prompt",
     "Provenance",
+    "Receipt",
     "Recipe",
     "Stage",
     "TensorData",
@@ -49,6 +50,7 @@ NAMES = [
     "Usage",
     "Waiting",
     "ZImageError",
+    "read_receipt",
 ]
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "PIL", "pydantic", "platformdirs")
 NEVER = (*HEAVY[:4], "zimage_core.serving")

@@ -46,7 +46,7 @@ def _pixels(path: Path) -> bytes:
 
 
 def test_it_says_how_it_was_made(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    receipt, _ = read_receipt(picture)
+    receipt = read_receipt(picture)
     assert isinstance(receipt.positive, Prompt)
     assert isinstance(receipt.negative, Prompt)
     assert (receipt.positive.text, receipt.negative.text) == ("a lighthouse", "blurry")
@@ -72,7 +72,7 @@ def test_flags_change_what_the_receipt_says(picture: Path, dit: Service, tmp_pat
     path = tmp_path / "other.png"
     flags = ["--sigmas", "1,0.5", "--guidance", "0", "-o", str(path), "--count", "2"]
     assert _run("generate", "a red square", "--from", str(picture), *flags, dit=dit) == 0
-    receipt, _ = read_receipt(tmp_path / "other-1.png")
+    receipt = read_receipt(tmp_path / "other-1.png")
     assert receipt.positive == Prompt("a red square", hidden_layer=-2)
     assert receipt.negative is None
     assert receipt.options["seed"] == 8

@@ -123,7 +123,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
     """Checks everything that can be checked here, then makes the pictures."""
-    receipt = read_receipt(args.receipt)[0] if args.receipt else None
+    receipt = read_receipt(args.receipt) if args.receipt else None
     condition = conditioning.positive(args, terminal, receipt)
     options = _options(args, terminal, receipt)
     outputs = output.for_pictures(

@@ -4,7 +4,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from zimage_client import Prompt, Receipt, read_receipt
+from zimage_client import Prompt, Receipt
+from zimage_client._receipt import read_picture
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.settings import ClientSettings
@@ -20,7 +21,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     """Reads the file; needs no service."""
     if args.picture is None:
         raise wrong("PICTURE", "give a PICTURE")
-    receipt, picture = read_receipt(args.picture)
+    receipt, picture = read_picture(args.picture)
     if args.json:
         terminal.result(receipt.text)
         return

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from zimage_client import AsyncClient, Completed, Options, Receipt, read_receipt
+from zimage_client import AsyncClient, Completed, Options, Receipt
+from zimage_client._receipt import read_picture
 from zimage_client.cli import conditioning, stack
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds, wrong
@@ -33,7 +34,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     """0 when the picture came out the same and the file was not edited, else 1."""
     if args.picture is None:
         raise wrong("PICTURE", "give a PICTURE")
-    receipt, picture = read_receipt(args.picture)
+    receipt, picture = read_picture(args.picture)
     positive = conditioning.repeated(receipt.positive, args.embedding, "--embedding", terminal)
     negative = receipt.negative and conditioning.repeated(
         receipt.negative, args.negative_embedding, "--negative-embedding", terminal
