@@ -7,7 +7,14 @@ with Client("localhost:50052") as client:
 
 from zimage_client._client import AsyncClient
 from zimage_client._conditioning import Condition
-from zimage_client._description import DitDescription, Encoder, EncoderDescription, Limits, Model
+from zimage_client._description import (
+    DitDescription,
+    Encoder,
+    EncoderDescription,
+    Limits,
+    Model,
+    WorkerState,
+)
 from zimage_client._events import (
     Accepted,
     Artifact,
@@ -87,6 +94,7 @@ __all__ = [
     "Unimplemented",
     "Usage",
     "Waiting",
+    "WorkerState",
     "ZImageError",
     "read_receipt",
 ]

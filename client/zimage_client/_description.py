@@ -7,6 +7,19 @@ from zimage_core.embeddings import Numerics, Recipe
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerState:
+    """The process of a service that computes."""
+
+    state: str
+    """"loading", "idle" or "working"; empty for one that is newer than this client."""
+    work: str
+    """The piece of work at hand, such as "denoise"."""
+    call_count: int
+    restart_count: int
+    """How often it died or hung and was replaced."""
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """The model of a DiT service, with what a picture without wishes gets."""
 
@@ -45,6 +58,7 @@ class DitDescription:
     model: Model | None
     limits: Limits | None
     numeric_plan: NumericPlan | None
+    worker: WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +82,4 @@ class EncoderDescription:
     version: str
     ready: bool
     model: Encoder | None
+    worker: WorkerState

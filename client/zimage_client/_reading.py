@@ -10,6 +10,7 @@ from zimage_client._description import (
     EncoderDescription,
     Limits,
     Model,
+    WorkerState,
 )
 from zimage_client._events import (
     Accepted,
@@ -122,6 +123,7 @@ def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
         model=_model(message.model) if message.ready else None,
         limits=_limits(message.limits) if message.ready else None,
         numeric_plan=numeric_plan(message.numeric_plan) if message.ready else None,
+        worker=_worker(message.worker),
     )
 
 
@@ -140,7 +142,16 @@ def encoder_description(message: encoder_pb2.DescribeResponse) -> EncoderDescrip
         if message.ready
         else None
     )
-    return EncoderDescription(message.version, message.ready, model)
+    return EncoderDescription(message.version, message.ready, model, _worker(message.worker))
+
+
+def _worker(message: types_pb2.Worker) -> WorkerState:
+    return WorkerState(
+        state=names.name_of(message.state, names.WORKER_STATES),
+        work=message.work,
+        call_count=message.call_count,
+        restart_count=message.restart_count,
+    )
 
 
 def _model(message: dit_pb2.Model) -> Model:

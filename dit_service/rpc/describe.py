@@ -5,6 +5,7 @@ from importlib import metadata
 from dit_service import messages
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.spec import Resolver
+from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
 from zimage_core.wire import names, tensors
 from zimage_rpc.dit.v1 import dit_pb2
@@ -14,16 +15,19 @@ VERSION = metadata.version("zimage-grpc")
 
 
 def response(
-    model: messages.Model | None, settings: DitSettings, conditioner: Conditioner
+    worker: Worker, settings: DitSettings, conditioner: Conditioner
 ) -> dit_pb2.DescribeResponse:
-    """`model` is None while it loads."""
+    """Less while the model loads."""
+    model = worker.description
     answer = dit_pb2.DescribeResponse(
         version=VERSION,
         ready=model is not None,
         has_encoder=conditioner.has_encoder,
+        worker=worker.state,
     )
     if model is None:
         return answer
+    assert isinstance(model, messages.Model)
     resolver = Resolver(model, settings)
     answer.limits.CopyFrom(resolver.limits)
     answer.numeric_plan.CopyFrom(numeric_plan(model))

@@ -36,9 +36,7 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         self, request: dit_pb2.DescribeRequest, context: _Context
     ) -> dit_pb2.DescribeResponse:
         """Answers while the model loads, with less."""
-        model = self._worker.description
-        assert model is None or isinstance(model, messages.Model)
-        return describe.response(model, self._settings, self._conditioner)
+        return describe.response(self._worker, self._settings, self._conditioner)
 
     async def Generate(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[dit_pb2.GenerateRequest], context: _Context

@@ -66,7 +66,9 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
     ) -> encoder_pb2.DescribeResponse:
         """Answers at any time; while the model loads, without what only the worker knows."""
         answer = encoder_pb2.DescribeResponse(
-            version=version("zimage-grpc"), max_prompt_count=PROMPTS_PER_ENCODE
+            version=version("zimage-grpc"),
+            max_prompt_count=PROMPTS_PER_ENCODE,
+            worker=self._worker.state,
         )
         encoder = self._worker.description
         if isinstance(encoder, messages.Encoder):

@@ -49,6 +49,7 @@ NAMES = [
     "Unimplemented",
     "Usage",
     "Waiting",
+    "WorkerState",
     "ZImageError",
     "read_receipt",
 ]

@@ -1,5 +1,6 @@
 """The DiT service as it runs: real processes, real sockets, the SDK as its users have it."""
 
+import json
 import signal
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from zimage_client import (
     Unavailable,
     Waiting,
 )
+from zimage_client.cli.main import main as command
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
 PROMPT = "a red circle on a blue background"
@@ -88,6 +90,23 @@ def test_a_prompt_becomes_the_picture_that_diffusers_makes(
     [ours] = client.generate(PROMPT, width=128, height=96, seed=5).pictures
     pixels = np.asarray(Image.open(io.BytesIO(ours.data))).astype(int)
     assert np.abs(pixels - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_info_says_what_the_services_are(
+    dit: Service, encoder: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ["info", "--server", dit.address]
+    assert command([*here, "--encoder", encoder.address]) == 0
+    shown = capsys.readouterr().out
+    for said in (f"DiT service at {dit.address}", "turbo, shift 3", "sdpa", "idle", "8 steps"):
+        assert said in shown
+    assert f"encoder service at {encoder.address}" in shown
+    assert command([*here, "--encoder", "unix:/nowhere", "--timeout", "1", "--json"]) == 4
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["worker"]["state"] == "idle"
+    assert first["model"]["variant"] == "turbo"
+    assert second["error"]
+    assert command(["info"]) == 2
 
 
 def test_events_follow_the_grammar(client: Client) -> None:

@@ -219,11 +219,16 @@ class TestGenerate:
             "--cfg-truncation has no effect with --guidance 0\n"
         )
 
-    def test_a_negative_in_the_file_is_told_to_be_unused(self, capsys: Captured) -> None:
+    def test_a_negative_in_the_file_is_used_unless_another_is_given(self, dit: FakeDit) -> None:
         rows = torch.zeros(2, services.WIDTH)
         save_file({"embeddings": rows, "negative_embeddings": rows + 1}, "both.safetensors")
-        assert main(["generate", "--embedding", "both.safetensors"]) == 0
-        assert "both.safetensors holds a negative embedding" in capsys.readouterr().err
+        both = ["generate", "--embedding", "both.safetensors"]
+        assert main(both) == 0
+        assert main([*both, "--negative-prompt", "n", "-o", "other.png"]) == 0
+        first, second = (spec.negative.segments[0] for spec in dit.specs)
+        sent = first.embedding.tensors["embeddings"].data
+        assert sent == (rows + 1).numpy().tobytes()
+        assert second.prompt.text == "n"
 
     def test_a_terminal_that_lacks_letters_gets_their_numbers(
         self, monkeypatch: pytest.MonkeyPatch
@@ -323,6 +328,13 @@ class TestEncode:
         assert content.prompt is not None
         assert (content.prompt.text, content.prompt.system) == ("abc", "s")
 
+        both = ["encode", "abc", "--negative-prompt", "n", "-o", "both.safetensors", "--no-prompt"]
+        assert main([*both, "--encoder", stack.encoder]) == 0
+        content_of_both = embedding_file.read(Path("both.safetensors"))
+        assert content_of_both.negative is not None
+        assert content_of_both.negative.token_count == 2
+        assert content_of_both.prompt is content_of_both.negative_prompt is None
+
         files_given = ["--embedding", "p.safetensors", "--negative-embedding", "p.safetensors"]
         assert main(["generate", *files_given]) == 0
         (spec,) = dit.specs
@@ -330,7 +342,7 @@ class TestEncode:
         assert sent.tensors["embeddings"].data == content.embedding.tensor.data
         assert sent.identity.sha256 == content.embedding.identity
         assert spec.negative == spec.positive
-        assert len(encoder.prompts) == 1
+        assert len(encoder.prompts) == 3
 
     def test_json_and_a_file_without_the_text(
         self, stack: services.Addresses, capsys: Captured

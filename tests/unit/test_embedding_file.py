@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from zimage_core.embeddings import Embedding, Numerics, Prompt, Recipe
 from zimage_core.errors import InvalidRequest, NotFound, ZImageError
@@ -96,11 +96,28 @@ def test_a_bare_tensor_is_read(tmp_path: Path) -> None:
     assert (content.embedding.identity, content.embedding.token_count) == ("", 2)
 
 
-def test_a_negative_beside_it_is_told(tmp_path: Path) -> None:
+def test_both_sides_of_guidance_lie_in_one_file() -> None:
+    negative = replace(embedding(), tensor=TensorData("float32", (1, 5), bytes(20)), token_count=1)
+    content = EmbeddingFile(embedding(), PROMPT, negative, Prompt("blurry"))
+    data = embedding_file.dump(content)
+    assert embedding_file.load(data, Path("x")) == content
+    assert set(load(data)) == {"embeddings", "negative_embeddings"}
+
+
+def test_a_description_of_a_negative_that_is_not_there_is_refused() -> None:
+    said = json.loads(json.dumps({"identity": "", "token_ids_sha256": "", "token_count": 1}))
+    said |= {"recipe": {"chat_format": 1, "hidden_layer": -2, "token_limit": 1}}
+    said |= {"numerics": dict.fromkeys(("compute_type", "weight_type"), "float32")}
+    said["numerics"] |= {"engine": "", "device": ""}
+    assert "negative" in refusal(altered(negative=said), Path("x.safetensors"))
+
+
+def test_a_negative_beside_it_is_read(tmp_path: Path) -> None:
     path, rows = tmp_path / "both.safetensors", torch.zeros(2, 5)
     save_file({"embeddings": rows, "negative_embeddings": rows + 1}, path)
     content = embedding_file.read(path)
-    assert content.has_negative
+    assert content.negative is not None
+    assert content.negative.tensor.data == (rows + 1).numpy().tobytes()
     assert content.embedding.tensor.data == bytes(40)
 
 

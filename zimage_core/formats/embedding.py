@@ -1,13 +1,14 @@
 """The embedding file: a prompt encoded here, a picture made from it there.
 
-A safetensors file with the tensor "embeddings" [tokens, width]; its header's key "zimage" says in
-JSON which encoder made it and how. Files without that key are read as well, with whatever a JSON
-sidecar of the same stem knows of them; what nobody knows is empty.
+A safetensors file with the tensor "embeddings" [tokens, width] and, for guidance, another one named
+"negative_embeddings"; its header's key "zimage" says in JSON which encoder made them and how. Files
+without that key are read as well, with whatever a JSON sidecar of the same stem knows of them; what
+nobody knows is empty.
 """
 
 import json
 import struct
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _NEGATIVE = "negative_embeddings"
 _KEY = "zimage"
 _ELEMENT_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HEADER_NAMES = {name: short for short, name in _ELEMENT_TYPES.items()}
-_LARGEST_FILE_BYTES = 64 << 20  # four times an embedding of 1504 tokens of 2560 in float32
+_LARGEST_FILE_BYTES = 64 << 20  # twice both embeddings of 1504 tokens of 2560 in float32
 _PICKLES = (b"PK\x03\x04", b"\x80")
 _CONVERSION = """\
   import torch; from safetensors.torch import save_file; e = torch.load({old!r}, weights_only=True)
@@ -35,13 +36,24 @@ _CONVERSION = """\
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingFile:
-    """What a file holds."""
+    """What a file holds; the texts, unless its maker left them out."""
 
     embedding: Embedding
     prompt: Prompt | None = None
-    """The text, unless the file's maker left it out."""
-    has_negative: bool = False
-    """Whether a negative embedding lies beside it in the file; this version does not read it."""
+    negative: Embedding | None = None
+    negative_prompt: Prompt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What is said of one of the tensors."""
+
+    identity: str
+    recipe: Recipe
+    numerics: Numerics
+    token_count: int
+    token_ids_sha256: str
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +67,7 @@ class _Description:
     token_count: int
     token_ids_sha256: str
     prompt: Prompt | None = None
+    negative: _Side | None = None
 
 
 def write(path: Path, content: EmbeddingFile) -> None:
@@ -82,28 +95,36 @@ def dump(content: EmbeddingFile) -> bytes:
 
     Written by hand, because the library's own raw writer takes memory addresses.
     """
-    embedding = content.embedding
-    description = asdict(
-        _Description(
-            format=FORMAT,
-            identity=embedding.identity,
-            recipe=embedding.recipe,
-            numerics=embedding.numerics,
-            token_count=embedding.token_count,
-            token_ids_sha256=embedding.token_ids_sha256,
-            prompt=content.prompt,
-        )
+    description = {"format": FORMAT, **_said(content.embedding, content.prompt)}
+    tensors = {_TENSOR: content.embedding.tensor}
+    if content.negative is not None:
+        description["negative"] = _said(content.negative, content.negative_prompt)
+        tensors[_NEGATIVE] = content.negative.tensor
+    header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(description)}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + len(tensor.data)
+        header[name] = {
+            "dtype": _HEADER_NAMES[tensor.element_type],
+            "shape": tensor.shape,
+            "data_offsets": [begin, end],
+        }
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)  # so that the elements begin at a multiple of 8 bytes
+    elements = b"".join(tensor.data for tensor in tensors.values())
+    return struct.pack("<Q", len(written)) + written + elements
+
+
+def _said(embedding: Embedding, prompt: Prompt | None) -> dict[str, Any]:
+    side = _Side(
+        identity=embedding.identity,
+        recipe=embedding.recipe,
+        numerics=embedding.numerics,
+        token_count=embedding.token_count,
+        token_ids_sha256=embedding.token_ids_sha256,
+        prompt=prompt,
     )
-    if content.prompt is None:
-        del description["prompt"]
-    tensor = {
-        "dtype": _HEADER_NAMES[embedding.tensor.element_type],
-        "shape": embedding.tensor.shape,
-        "data_offsets": [0, len(embedding.tensor.data)],
-    }
-    header = json.dumps({"__metadata__": {_KEY: json.dumps(description)}, _TENSOR: tensor}).encode()
-    header += b" " * (-len(header) % 8)  # so that the elements begin at a multiple of 8 bytes
-    return struct.pack("<Q", len(header)) + header + embedding.tensor.data
+    return {name: value for name, value in asdict(side).items() if value is not None}
 
 
 def load(data: bytes, path: Path) -> EmbeddingFile:
@@ -121,12 +142,11 @@ def load(data: bytes, path: Path) -> EmbeddingFile:
     if unknown := sorted(tensors.keys() - {_TENSOR, _NEGATIVE}):
         raise _broken(name, f"this version does not know its {', '.join(map(repr, unknown))}")
     tensor = _tensor(name, tensors[_TENSOR])
+    negative = _tensor(name, tensors[_NEGATIVE]) if _NEGATIVE in tensors else None
     written = _metadata(data).get(_KEY)
     if written is None:
-        content = _foreign(tensor, _sidecar(path))
-    else:
-        content = _described(name, tensor, written)
-    return replace(content, has_negative=_NEGATIVE in tensors)
+        return _foreign(tensor, negative, _sidecar(path))
+    return _described(name, tensor, negative, written)
 
 
 def _tensor(name: str, raw: dict[str, Any]) -> TensorData:
@@ -146,7 +166,9 @@ def _metadata(data: bytes) -> dict[str, str]:
     return header.get("__metadata__") or {}
 
 
-def _described(name: str, tensor: TensorData, written: str) -> EmbeddingFile:
+def _described(
+    name: str, tensor: TensorData, negative: TensorData | None, written: str
+) -> EmbeddingFile:
     """A file of ours."""
     from pydantic import TypeAdapter, ValidationError  # slow to import, and seldom needed
 
@@ -158,51 +180,68 @@ def _described(name: str, tensor: TensorData, written: str) -> EmbeddingFile:
         raise _broken(name, f"its description is wrong: {where}: {first['msg']}") from None
     if known.format != FORMAT:
         raise _broken(name, f"it has format {known.format}; this version reads format {FORMAT}")
-    if known.token_count != tensor.shape[0]:
+    if (negative is None) != (known.negative is None):
+        raise _broken(name, "its description and its tensors differ over a negative embedding")
+    embedding = _embedding(name, tensor, known)
+    if negative is None or known.negative is None:
+        return EmbeddingFile(embedding, known.prompt)
+    other = _embedding(name, negative, known.negative)
+    return EmbeddingFile(embedding, known.prompt, other, known.negative.prompt)
+
+
+def _embedding(name: str, tensor: TensorData, said: _Side | _Description) -> Embedding:
+    if said.token_count != tensor.shape[0]:
         raise _broken(
-            name, f"it speaks of {known.token_count} tokens and has {tensor.shape[0]} rows"
+            name, f"it speaks of {said.token_count} tokens and has {tensor.shape[0]} rows"
         )
-    if not {known.numerics.compute_type, known.numerics.weight_type} <= ELEMENT_BYTES.keys():
+    if not {said.numerics.compute_type, said.numerics.weight_type} <= ELEMENT_BYTES.keys():
         raise _broken(name, f"its element types are not among {', '.join(ELEMENT_BYTES)}")
-    embedding = Embedding(
+    return Embedding(
         tensor=tensor,
-        identity=known.identity,
-        recipe=known.recipe,
-        numerics=known.numerics,
-        token_count=known.token_count,
-        token_ids_sha256=known.token_ids_sha256,
+        identity=said.identity,
+        recipe=said.recipe,
+        numerics=said.numerics,
+        token_count=said.token_count,
+        token_ids_sha256=said.token_ids_sha256,
     )
-    return EmbeddingFile(embedding, known.prompt)
 
 
-def _foreign(tensor: TensorData, sidecar: dict[str, Any]) -> EmbeddingFile:
+def _foreign(
+    tensor: TensorData, negative: TensorData | None, sidecar: dict[str, Any]
+) -> EmbeddingFile:
     """Another program's file, with what its sidecar says; nobody knows which encoder made it."""
 
     def said(key: str) -> str:
         value = sidecar.get(key)
         return value if isinstance(value, str) else ""
 
+    def embedding(tensor: TensorData) -> Embedding:
+        return Embedding(
+            tensor=tensor,
+            identity="",
+            recipe=Recipe(
+                chat_format=0,
+                hidden_layer=layer if type(layer) is int else DEFAULT_HIDDEN_LAYER,  # and no bool
+                token_limit=0,
+            ),
+            numerics=Numerics(
+                compute_type=tensor.element_type,
+                weight_type=tensor.element_type,
+                engine="",
+                device=said("encoder_device"),
+            ),
+            token_count=tensor.shape[0],
+            token_ids_sha256="",
+        )
+
     layer = sidecar.get("hidden_layer")
-    embedding = Embedding(
-        tensor=tensor,
-        identity="",
-        recipe=Recipe(
-            chat_format=0,
-            hidden_layer=layer if type(layer) is int else DEFAULT_HIDDEN_LAYER,  # and no bool
-            token_limit=0,
-        ),
-        numerics=Numerics(
-            compute_type=tensor.element_type,
-            weight_type=tensor.element_type,
-            engine="",
-            device=said("encoder_device"),
-        ),
-        token_count=tensor.shape[0],
-        token_ids_sha256="",
-    )
     text = said("prompt")
     prompt = Prompt(text, system=said("system_prompt"), thinking=said("thinking_content"))
-    return EmbeddingFile(embedding, prompt if text else None)
+    return EmbeddingFile(
+        embedding(tensor),
+        prompt if text else None,
+        None if negative is None else embedding(negative),
+    )
 
 
 def _sidecar(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from zimage_core.errors import DeviceLost, InternalError, Unavailable
 from zimage_core.serving import child, pipe
 from zimage_core.settings import Watchdog
 from zimage_core.wire import request_id
+from zimage_rpc.types.v1 import types_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Worker:
         self._numbers = itertools.count(1)
         self._calls: dict[int, asyncio.Queue[pipe.Event | pipe.Finished]] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._work: pipe.Working | None = None
+        self._lives = 0
         self.description: object | None = None
         """What the worker said of itself when it was ready; None until then."""
 
@@ -65,6 +68,19 @@ class Worker:
         assert isinstance(self.description, kind)
         return self.description
 
+    @property
+    def state(self) -> types_pb2.Worker:
+        """What the worker does, as Describe tells it."""
+        states = types_pb2.Worker
+        is_loading = self.description is None
+        doing = states.STATE_WORKING if self._work else states.STATE_IDLE
+        return types_pb2.Worker(
+            state=states.STATE_LOADING if is_loading else doing,
+            work=self._work.what if self._work else "",
+            call_count=len(self._calls),
+            restart_count=max(0, self._lives - 1),
+        )
+
     async def call(self, payload: object) -> AsyncGenerator[object, None]:
         """The events of one call until it is done; raises its error. Closing it early cancels."""
         self.loaded(object)
@@ -82,6 +98,7 @@ class Worker:
 
     async def _live_once(self) -> bool:
         """One process from start to death; whether it was ever ready."""
+        self._lives += 1
         ours, theirs = socket.socketpair()
         arguments = (theirs, self._entry, self._settings, self._watchdog.silence_seconds / 8)
         spawn = multiprocessing.get_context("spawn")
@@ -102,14 +119,14 @@ class Worker:
 
     async def _listen(self, reader: asyncio.StreamReader, process: BaseProcess) -> None:
         """Hands out what the worker says, until it falls silent for good."""
-        work: pipe.Working | None = None
+        self._work = None
         work_ends = float("inf")
         while True:
             patience = min(self._watchdog.silence_seconds, work_ends - time.monotonic())
             try:
                 message = await _heard(reader, patience)
             except TimeoutError:
-                what = work.what if work else "idle"
+                what = self._work.what if self._work else "idle"
                 _log.error("worker %s hung (%s); killing it", process.pid, what)
                 return
             match message:
@@ -120,11 +137,11 @@ class Worker:
                 case pipe.Event() | pipe.Finished():
                     self._deliver(message)
                 case pipe.Working(_, expected):
-                    work = message
+                    self._work = message
                     allowed = max(self._watchdog.least_seconds, self._watchdog.factor * expected)
                     work_ends = time.monotonic() + allowed
                 case pipe.Idle():
-                    work, work_ends = None, float("inf")
+                    self._work, work_ends = None, float("inf")
                 case pipe.Ready(description):
                     self.description = description
                     self._on_ready(True)

@@ -27,6 +27,11 @@ METADATA = {
     "receipt": dit_pb2.Output.METADATA_RECEIPT,
     "none": dit_pb2.Output.METADATA_NONE,
 }
+WORKER_STATES = {
+    "loading": types_pb2.Worker.STATE_LOADING,
+    "idle": types_pb2.Worker.STATE_IDLE,
+    "working": types_pb2.Worker.STATE_WORKING,
+}
 
 
 def name_of(value: int, names: Mapping[str, int]) -> str:

@@ -3,9 +3,10 @@
 import json
 import time
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
-from zimage_client import AsyncClient
+from zimage_client import AsyncClient, Prompt
 from zimage_client.cli import output, prompt, stack
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds, wrong
@@ -17,6 +18,9 @@ from zimage_core.settings import ClientSettings
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to encode")
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="encode what to lead away from into the same file"
+    )
     prompt.add_flags(parser)
     files = parser.add_argument_group("output")
     files.add_argument("-o", "--output", type=Path, metavar="FILE", help="required")
@@ -38,16 +42,24 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     if args.output is None:
         raise wrong("--output", "give the file to write, -o FILE")
     output.check(args.output, overwrite=args.overwrite)
-    given = prompt.prompt(args)
+    given = [prompt.prompt(args)]
+    if args.negative_prompt is not None:
+        layer = given[0].hidden_layer
+        given.append(prompt.checked(Prompt(args.negative_prompt, hidden_layer=layer)))
     async with (
         stack.for_prompts(settings, terminal) as address,
         AsyncClient(encoder=address) as client,
     ):
         terminal.live("encoding")
         began = time.monotonic()
-        embedding = await client.encode(given, timeout=args.timeout)
+        embedding, *negative = await client.encode(given, timeout=args.timeout)
         took = time.monotonic() - began
-    embedding_file.write(args.output, EmbeddingFile(embedding, None if args.no_prompt else given))
+    content = EmbeddingFile(embedding, given[0])
+    if negative:
+        content = replace(content, negative=negative[0], negative_prompt=given[1])
+    if args.no_prompt:
+        content = replace(content, prompt=None, negative_prompt=None)
+    embedding_file.write(args.output, content)
     tokens, width = embedding.tensor.shape
     if args.json:
         line = {

@@ -124,8 +124,9 @@ def add_flags(parser: ArgumentParser) -> None:
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
     """Checks everything that can be checked here, then makes the pictures."""
     receipt = read_receipt(args.receipt) if args.receipt else None
-    condition = conditioning.positive(args, terminal, receipt)
+    sides = conditioning.given(args, receipt)
     options = _options(args, terminal, receipt)
+    options["negative"] = sides.negative
     outputs = output.for_pictures(
         args.output, args.format, options["seed"] or 0, args.count or 1, overwrite=args.overwrite
     )
@@ -139,7 +140,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     async with (
         stack.for_pictures(settings, terminal) as (server, encoder),
         AsyncClient(server, encoder) as client,
-        aclosing(client.stream(condition, **options)) as events,
+        aclosing(client.stream(sides.positive, **options)) as events,
     ):
         began = time.monotonic()
         async for event in events:
@@ -159,7 +160,6 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
 def _options(args: Namespace, terminal: Terminal, receipt: Receipt | None) -> Options:
     """What the flags say; what they leave open is as in the receipt, if there is one."""
     given = {
-        "negative": conditioning.negative(args, terminal, receipt),
         "width": _snapped("--width", args.width, terminal),
         "height": _snapped("--height", args.height, terminal),
         "seed": args.seed,

@@ -35,9 +35,9 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     if args.picture is None:
         raise wrong("PICTURE", "give a PICTURE")
     receipt, picture = read_picture(args.picture)
-    positive = conditioning.repeated(receipt.positive, args.embedding, "--embedding", terminal)
+    positive = conditioning.repeated(receipt.positive, args.embedding, "--embedding")
     negative = receipt.negative and conditioning.repeated(
-        receipt.negative, args.negative_embedding, "--negative-embedding", terminal
+        receipt.negative, args.negative_embedding, "--negative-embedding"
     )
     options = Options(**receipt.options, negative=negative, timeout=args.timeout)
     is_edited = picture.is_lossless and picture.pixels_sha256 != receipt.pixels_sha256

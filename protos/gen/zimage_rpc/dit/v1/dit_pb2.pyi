@@ -797,6 +797,7 @@ class DescribeResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     NUMERIC_PLAN_FIELD_NUMBER: _builtins.int
     HAS_ENCODER_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of the service."""
     ready: _builtins.bool
@@ -815,6 +816,10 @@ class DescribeResponse(_message.Message):
     def numeric_plan(self) -> _types_pb2.NumericPlan:
         """The arithmetic of this service."""
 
+    @_builtins.property
+    def worker(self) -> _types_pb2.Worker:
+        """Its worker."""
+
     def __init__(
         self,
         *,
@@ -824,10 +829,11 @@ class DescribeResponse(_message.Message):
         limits: Global___Limits | None = ...,
         numeric_plan: _types_pb2.NumericPlan | None = ...,
         has_encoder: _builtins.bool = ...,
+        worker: _types_pb2.Worker | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -99,6 +99,7 @@ class DescribeResponse(_message.Message):
     LAYER_COUNT_FIELD_NUMBER: _builtins.int
     MAX_HIDDEN_LAYER_FIELD_NUMBER: _builtins.int
     MAX_PROMPT_COUNT_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of the service."""
     ready: _builtins.bool
@@ -123,6 +124,10 @@ class DescribeResponse(_message.Message):
     def numerics(self) -> _types_pb2.Numerics:
         """The arithmetic of this service."""
 
+    @_builtins.property
+    def worker(self) -> _types_pb2.Worker:
+        """Its worker."""
+
     def __init__(
         self,
         *,
@@ -135,10 +140,11 @@ class DescribeResponse(_message.Message):
         layer_count: _builtins.int = ...,
         max_hidden_layer: _builtins.int = ...,
         max_prompt_count: _builtins.int = ...,
+        worker: _types_pb2.Worker | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "numerics", b"numerics", "recipe", b"recipe"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "numerics", b"numerics", "recipe", b"recipe", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "layer_count", b"layer_count", "max_hidden_layer", b"max_hidden_layer", "max_prompt_count", b"max_prompt_count", "numerics", b"numerics", "ready", b"ready", "recipe", b"recipe", "version", b"version", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "layer_count", b"layer_count", "max_hidden_layer", b"max_hidden_layer", "max_prompt_count", b"max_prompt_count", "numerics", b"numerics", "ready", b"ready", "recipe", b"recipe", "version", b"version", "width", b"width", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

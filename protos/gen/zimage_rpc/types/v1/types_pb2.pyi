@@ -471,3 +471,64 @@ class NumericPlan(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NumericPlan: _TypeAlias = NumericPlan  # noqa: Y015
+
+@_typing.final
+class Worker(_message.Message):
+    """The process of a service that computes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Worker._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Worker._State.ValueType  # 0
+        """Not known."""
+        STATE_LOADING: Worker._State.ValueType  # 1
+        """It loads the model, for the first time or anew."""
+        STATE_IDLE: Worker._State.ValueType  # 2
+        """It waits for calls."""
+        STATE_WORKING: Worker._State.ValueType  # 3
+        """It computes."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """What it does."""
+
+    STATE_UNSPECIFIED: Worker.State.ValueType  # 0
+    """Not known."""
+    STATE_LOADING: Worker.State.ValueType  # 1
+    """It loads the model, for the first time or anew."""
+    STATE_IDLE: Worker.State.ValueType  # 2
+    """It waits for calls."""
+    STATE_WORKING: Worker.State.ValueType  # 3
+    """It computes."""
+
+    STATE_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
+    CALL_COUNT_FIELD_NUMBER: _builtins.int
+    RESTART_COUNT_FIELD_NUMBER: _builtins.int
+    state: Global___Worker.State.ValueType
+    """What it does."""
+    work: _builtins.str
+    """The piece of work at hand, such as "denoise"."""
+    call_count: _builtins.int
+    """How many calls it has."""
+    restart_count: _builtins.int
+    """How often it died or hung and was replaced."""
+    def __init__(
+        self,
+        *,
+        state: Global___Worker.State.ValueType = ...,
+        work: _builtins.str = ...,
+        call_count: _builtins.int = ...,
+        restart_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_count", b"call_count", "restart_count", b"restart_count", "state", b"state", "work", b"work"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Worker: _TypeAlias = Worker  # noqa: Y015

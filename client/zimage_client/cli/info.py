@@ -1,0 +1,117 @@
+"""`zimage-client info`: what the services that can be reached are, and how they are."""
+
+import asyncio
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict
+
+from zimage_client import (
+    AsyncClient,
+    DitDescription,
+    EncoderDescription,
+    WorkerState,
+    ZImageError,
+)
+from zimage_client.cli.terminal import Terminal
+from zimage_client.cli.usage import seconds, wrong
+from zimage_core.settings import ClientSettings
+
+Description = DitDescription | EncoderDescription
+
+_REACHED, _UNREACHABLE = 0, 4
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("--json", action="store_true", help="one JSON object a service")
+    parser.add_argument(
+        "--timeout", type=seconds, default=5.0, metavar="SECONDS", help="default: 5"
+    )
+
+
+async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int:
+    """Asks every service that is configured; 0 when all of them answered."""
+    if not settings.server and not settings.encoder:
+        raise wrong(
+            "--server",
+            "no service is configured; give --server ADDR, --encoder ADDR or both (an embedded "
+            "stack lives as long as the command that started it)",
+        )
+    async with AsyncClient(settings.server, settings.encoder) as client:
+        asked: dict[str, tuple[str, Callable[..., Awaitable[Description]]]] = {}
+        if settings.server:
+            asked["DiT service"] = settings.server, client.describe
+        if settings.encoder:
+            asked["encoder service"] = settings.encoder, client.describe_encoder
+        answers = await asyncio.gather(
+            *(describe(timeout=args.timeout) for _, describe in asked.values()),
+            return_exceptions=True,
+        )
+    for (name, (address, _)), answer in zip(asked.items(), answers, strict=True):
+        if isinstance(answer, BaseException) and not isinstance(answer, ZImageError):
+            raise answer
+        for line in _told(args, name, address, answer):
+            terminal.result(line)
+    return _UNREACHABLE if any(isinstance(one, BaseException) for one in answers) else _REACHED
+
+
+def _told(
+    args: Namespace, name: str, address: str, answer: Description | BaseException
+) -> Iterator[str]:
+    if isinstance(answer, ZImageError):
+        if args.json:
+            yield json.dumps({"service": name, "address": address, "error": answer.message})
+        else:
+            yield f"{name} at {address}: {answer.message}"
+        return
+    assert not isinstance(answer, BaseException)
+    if args.json:
+        yield json.dumps({"service": name, "address": address, **asdict(answer)})
+        return
+    yield f"{name} at {address}"
+    lines = _of_dit(answer) if isinstance(answer, DitDescription) else _of_encoder(answer)
+    for title, value in lines:
+        yield f"  {title:<12}{value}"
+
+
+def _of_dit(it: DitDescription) -> Iterator[tuple[str, str]]:
+    yield "version", it.version
+    yield "worker", _state(it.worker)
+    yield "prompts", "by its encoder" if it.has_encoder else "no encoder: embeddings alone"
+    if it.model is None or it.limits is None or it.numeric_plan is None:
+        return
+    model, limits, plan = it.model, it.limits, it.numeric_plan
+    yield "model", f"{model.name}, {model.variant}, shift {model.shift:g}"
+    yield "encoder", model.encoder_identity or "any of the right width"
+    threads = f", {plan.thread_count} threads" if plan.thread_count else ""
+    yield "device", plan.device + threads
+    yield "computes in", f"{plan.compute_type}, VAE {plan.vae_compute_type}"
+    yield "attention", plan.attention_backend
+    defaults = f"{model.default_steps} steps, guidance {model.default_guidance:g}"
+    yield "by default", f"{model.default_side_px} px, {defaults}"
+    most = f"{limits.max_steps} steps, {limits.max_count} pictures, {limits.max_token_count} tokens"
+    sides = f"{limits.max_side_px} px in steps of {limits.side_multiple_px}"
+    yield "limits", f"{sides}, {most}, {limits.max_queue_length} waiting"
+    yield "libraries", ", ".join(f"{name} {v}" for name, v in sorted(plan.library_versions.items()))
+
+
+def _of_encoder(it: EncoderDescription) -> Iterator[tuple[str, str]]:
+    yield "version", it.version
+    yield "worker", _state(it.worker)
+    if it.model is None:
+        return
+    model, numerics = it.model, it.model.numerics
+    yield "identity", f"{model.identity} at hidden layer {model.recipe.hidden_layer}"
+    yield "layers", f"{model.layer_count}, computed to hidden layer {model.max_hidden_layer}"
+    yield "device", numerics.device
+    yield "computes in", f"{numerics.compute_type}, weights {numerics.weight_type}"
+    yield "engine", numerics.engine
+    yield "limits", f"{model.recipe.token_limit} tokens, {model.max_prompt_count} prompts a call"
+
+
+def _state(worker: WorkerState) -> str:
+    work = f" ({worker.work})" if worker.work else ""
+    calls = f", {worker.call_count} calls" if worker.call_count else ""
+    restarts = f", replaced {worker.restart_count} times" if worker.restart_count else ""
+    return f"{worker.state}{work}{calls}{restarts}"
