@@ -63,6 +63,9 @@ bench-dit: ## C5, C6, C7: a forward against diffusers and the bare matmuls, and 
 	$(BIN)/python -m bench.dit
 	$(BIN)/python -m bench.overhead
 
+bench-engine: ## C8: eight clients against a plain gRPC server around diffusers' pipeline
+	$(BIN)/python -m bench.engine
+
 proto: ## generated code and wire snapshot from the protos
 	$(BIN)/python protos/generate.py
 
@@ -78,4 +81,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast parity bench-encoder bench-dit proto proto-check docs clean
+.PHONY: help setup run test check test-fast parity bench-encoder bench-dit bench-engine proto proto-check docs clean
