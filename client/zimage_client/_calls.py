@@ -1,7 +1,7 @@
 """The calls themselves: messages out, messages or plain data back, errors always our own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 
 import grpc.aio
@@ -11,7 +11,7 @@ from zimage_client._channel import Metadata
 from zimage_client._conditioning import prompt_message
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_core.embeddings import Embedding, Prompt
-from zimage_core.errors import Cancelled
+from zimage_core.errors import Cancelled, ZImageError
 from zimage_core.wire import status
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -35,6 +35,29 @@ async def encode(
     if len(response.embeddings) != len(prompts):
         raise _reading.malformed(f"{len(response.embeddings)} embeddings of {len(prompts)} prompts")
     return [_reading.embedding(message) for message in response.embeddings]
+
+
+async def encode_stream(
+    channel: grpc.aio.Channel,
+    items: AsyncIterator[encoder_pb2.EncodeStreamRequest],
+    timeout: float | None,
+    metadata: Metadata,
+) -> AsyncGenerator[tuple[int, Embedding | ZImageError], None]:
+    """What came of each item, by its number, as it is done."""
+    stub = encoder_pb2_grpc.EncoderServiceStub(channel)
+    call = stub.EncodeStream(items, timeout=timeout, metadata=metadata)
+    try:
+        with _typed_errors():
+            async for answer in call:
+                match answer.WhichOneof("result"):
+                    case "embedding":
+                        yield answer.item_id, _reading.embedding(answer.embedding)
+                    case "failure":
+                        yield answer.item_id, status.from_failure(answer.failure)
+                    case _:
+                        raise _reading.malformed(f"item {answer.item_id} has no result")
+    finally:
+        call.cancel()  # without effect on a call that has ended
 
 
 async def describe_dit(

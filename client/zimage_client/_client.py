@@ -11,11 +11,13 @@ from zimage_client._conditioning import Condition, Prompts, conditioning
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_client._events import Accepted, Completed, Event, Generated, Picture
 from zimage_client._generation import Generation
+from zimage_client._items import Items
+from zimage_client._items import Prompts as StreamPrompts
 from zimage_client._options import Options, check_timeout, spec
 from zimage_client._reading import malformed
 from zimage_client._replay import Replay
 from zimage_core.embeddings import Embedding, Prompt
-from zimage_core.errors import Unavailable
+from zimage_core.errors import Unavailable, ZImageError
 
 
 class AsyncClient:
@@ -90,6 +92,34 @@ class AsyncClient:
         prompts = [Prompt(one) if isinstance(one, str) else one for one in given]
         encoded = await self._encode(prompts, Replay(timeout=timeout, enabled=retry))
         return encoded[0] if given is not prompt else encoded
+
+    async def encode_stream(
+        self, prompts: StreamPrompts, *, timeout: float | None = None
+    ) -> AsyncGenerator[tuple[int, Embedding | ZImageError], None]:
+        """Encodes any number of prompts, each for itself: yields the number of a prompt, counted
+        from 0, with its embedding or its error, when that is there and in any order. Prompts are
+        taken from the iterable as the encoder gets on; what was under way when a connection broke
+        is sent again."""
+        check_timeout(timeout)
+        replay, same_id, items = Replay(timeout=timeout), metadata(), Items(prompts)
+        try:
+            while True:
+                answers = _calls.encode_stream(
+                    self._channels.encoder(), items.to_send(), replay.within(None), same_id
+                )
+                try:
+                    async with aclosing(answers):
+                        async for number, result in answers:
+                            replay.worked()
+                            items.done(number)
+                            yield number, result
+                    items.end()
+                    return
+                except Unavailable as error:
+                    pause = replay.pause_after(error)
+                await asyncio.sleep(pause)
+        finally:
+            items.close()
 
     async def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""

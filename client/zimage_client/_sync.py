@@ -12,9 +12,10 @@ from zimage_client._client import AsyncClient
 from zimage_client._conditioning import Condition, Prompts
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_client._events import Event, Generated
+from zimage_client._items import Prompts as StreamPrompts
 from zimage_client._options import Options
 from zimage_core.embeddings import Embedding, Prompt
-from zimage_core.errors import Cancelled
+from zimage_core.errors import Cancelled, ZImageError
 
 T = TypeVar("T")
 
@@ -68,6 +69,13 @@ class Client:
         if isinstance(prompt, str | Prompt):
             return self._loop.run(self._client.encode(prompt, timeout=timeout, retry=retry))
         return self._loop.run(self._client.encode(prompt, timeout=timeout, retry=retry))
+
+    def encode_stream(
+        self, prompts: StreamPrompts, *, timeout: float | None = None
+    ) -> Generator[tuple[int, Embedding | ZImageError], None, None]:
+        """Encodes any number of prompts, each for itself, as AsyncClient's does. The iterable is
+        read in the client's own thread."""
+        return _iterate(self, self._loop, self._client.encode_stream(prompts, timeout=timeout))
 
     def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""
@@ -140,8 +148,8 @@ async def _serve(
 
 
 def _iterate(
-    owner: Client, loop: _LoopThread, events: AsyncGenerator[Event, None]
-) -> Generator[Event, None, None]:
+    owner: Client, loop: _LoopThread, events: AsyncGenerator[T, None]
+) -> Generator[T, None, None]:
     """The events; holds the client, which ends its loop when nobody does."""
     try:
         while (event := loop.run(_next(events))) is not None:
@@ -150,9 +158,9 @@ def _iterate(
         loop.finish(_close(events))
 
 
-async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
+async def _next(events: AsyncGenerator[T, None]) -> T | None:
     return await anext(events, None)
 
 
-async def _close(events: AsyncGenerator[Event, None]) -> None:
+async def _close(events: AsyncGenerator[T, None]) -> None:
     await events.aclose()

@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any
 
@@ -12,12 +13,20 @@ import grpc.aio
 
 from encoder_service import messages
 from encoder_service.prompt import TokenIds, Tokenizer, check_hidden_layers
-from zimage_core.embeddings import CHAT_FORMAT, DEFAULT_HIDDEN_LAYER, Embedding, Numerics, Recipe
-from zimage_core.errors import DeadlineTooShort, InvalidRequest
+from zimage_core.embeddings import (
+    CHAT_FORMAT,
+    DEFAULT_HIDDEN_LAYER,
+    Embedding,
+    Numerics,
+    Prompt,
+    Recipe,
+)
+from zimage_core.errors import DeadlineTooShort, InvalidRequest, Unavailable, ZImageError
 from zimage_core.serving.admission import Admission
+from zimage_core.serving.batches import batched
 from zimage_core.serving.worker import Worker
 from zimage_core.tensors import TensorData, byte_count
-from zimage_core.wire import embeddings
+from zimage_core.wire import embeddings, status
 from zimage_core.wire.limits import MESSAGE_BYTES, PROMPTS_PER_ENCODE
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
@@ -48,18 +57,22 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         with self._admission.place():
             encoder = self._worker.loaded(messages.Encoder)
             prompts = [embeddings.prompt_from_wire(prompt) for prompt in request.prompts]
-            check_hidden_layers(prompts, encoder.layer_count, encoder.max_hidden_layer)
-            token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts, self._token_limit)
-            _refuse_large_reply(token_ids, encoder)
+            call = await self._read(prompts, encoder)
+            _refuse_large_reply(call.token_ids, encoder)
             _refuse_passed_deadline(context)
-            layers = tuple(prompt.effective_layer for prompt in prompts)
-            encoded = await self._run(messages.Encode(token_ids, layers))
-        return encoder_pb2.EncodeResponse(
-            embeddings=[
-                self._embedding(encoder, ids, layer, tensor)
-                for ids, layer, tensor in zip(token_ids, layers, encoded.embeddings, strict=True)
-            ]
-        )
+            encoded = await self._run(call, encoder)
+        return encoder_pb2.EncodeResponse(embeddings=encoded)
+
+    async def EncodeStream(  # noqa: N802
+        self, request_iterator: AsyncIterator[encoder_pb2.EncodeStreamRequest], context: _Context
+    ) -> AsyncIterator[encoder_pb2.EncodeStreamResponse]:
+        """Each item succeeds or fails alone; those that came meanwhile are one batch."""
+        with self._admission.place():
+            self._worker.loaded(messages.Encoder)
+            async with aclosing(batched(request_iterator, PROMPTS_PER_ENCODE)) as batches:
+                async for items in batches:
+                    for answer in await self._answers(items):
+                        yield answer
 
     async def Describe(  # noqa: N802
         self, request: encoder_pb2.DescribeRequest, context: _Context
@@ -82,10 +95,39 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             answer.max_hidden_layer = encoder.max_hidden_layer
         return answer
 
-    async def _run(self, call: messages.Encode) -> messages.Encoded:
+    async def _answers(
+        self, items: Sequence[encoder_pb2.EncodeStreamRequest]
+    ) -> list[encoder_pb2.EncodeStreamResponse]:
+        """One batch if none of them fails; else each for itself, so that its failure is its own."""
+        encoder = self._worker.loaded(messages.Encoder)
+        answer = encoder_pb2.EncodeStreamResponse
+        try:
+            prompts = [embeddings.prompt_from_wire(item.prompt) for item in items]
+            encoded = await self._run(await self._read(prompts, encoder), encoder)
+        except Unavailable:
+            raise  # not theirs: the whole stream is sent again
+        except ZImageError as error:
+            if len(items) == 1:
+                return [answer(item_id=items[0].item_id, failure=_of_one(error))]
+            return [one for item in items for one in await self._answers([item])]
+        return [
+            answer(item_id=item.item_id, embedding=embedding)
+            for item, embedding in zip(items, encoded, strict=True)
+        ]
+
+    async def _read(self, prompts: Sequence[Prompt], encoder: messages.Encoder) -> messages.Encode:
+        """The prompts as token ids; raises InvalidRequest for one that cannot be encoded."""
+        check_hidden_layers(prompts, encoder.layer_count, encoder.max_hidden_layer)
+        token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts, self._token_limit)
+        return messages.Encode(token_ids, tuple(prompt.effective_layer for prompt in prompts))
+
+    async def _run(
+        self, call: messages.Encode, encoder: messages.Encoder
+    ) -> list[types_pb2.PromptEmbedding]:
         [encoded] = [event async for event in self._worker.call(call)]
         assert isinstance(encoded, messages.Encoded)
-        return encoded
+        every = zip(call.token_ids, call.hidden_layers, encoded.embeddings, strict=True)
+        return [self._embedding(encoder, ids, layer, tensor) for ids, layer, tensor in every]
 
     def _embedding(
         self, encoder: messages.Encoder, token_ids: TokenIds, layer: int, tensor: TensorData
@@ -103,6 +145,15 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
 
     def _recipe(self, layer: int) -> Recipe:
         return Recipe(CHAT_FORMAT, layer, self._token_limit)
+
+
+def _of_one(error: ZImageError) -> types_pb2.Failure:
+    """The error of a batch of one, in words that fit a single prompt."""
+    failure = status.to_failure(error)
+    failure.message = failure.message.replace("prompts[0]", "prompt")
+    for name, value in error.fields.items():
+        failure.fields[name] = value.replace("prompts[0]", "prompt")
+    return failure
 
 
 def _numerics(encoder: messages.Encoder) -> Numerics:

@@ -1,18 +1,21 @@
 """The encoder service as its users meet it: real processes, real sockets, a real small model."""
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.services import PATIENCE_SECONDS, Service, answer, running, typed
+from zimage_client import AsyncClient, Embedding, Prompt, ZImageError
 from zimage_core.errors import DeviceLost, InvalidRequest, Overloaded, Unavailable
 from zimage_core.wire import embeddings, request_id
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -173,6 +176,81 @@ def test_a_killed_worker_is_replaced(service: Service) -> None:
     service.wait_until("SERVING")
     assert service.worker.pid != worker.pid
     assert _encode(service, _request("a cat")) == [before]
+
+
+async def _results(
+    service: Service, prompts: Iterable[str | Prompt]
+) -> dict[int, Embedding | ZImageError]:
+    async with AsyncClient(encoder=service.address) as client:
+        return dict([one async for one in client.encode_stream(prompts)])
+
+
+async def test_a_stream_answers_each_for_itself(service: Service) -> None:
+    prompts = [Prompt(f"number {n}") for n in range(100)]
+    prompts[7] = Prompt("too long " * 2_000)
+    prompts[50] = Prompt("x", hidden_layer=-99)
+    results = await _results(service, prompts)
+    assert sorted(results) == list(range(100))
+    failures = {n: one.reason for n, one in results.items() if isinstance(one, ZImageError)}
+    assert failures == {7: "TOKEN_LIMIT", 50: "HIDDEN_LAYER"}
+    assert str(results[50]).startswith("prompt.hidden_layer: -99 given")
+    assert isinstance(results[50], InvalidRequest)
+    for number in (0, 99):
+        alone = embeddings.embedding_from_wire(
+            _encode(service, _request(f"number {number}"))[0], field="x"
+        )
+        found = results[number]
+        assert isinstance(found, Embedding)
+        assert found.token_ids_sha256 == alone.token_ids_sha256
+        assert len(found.tensor.data) == len(alone.tensor.data)
+
+
+async def test_a_stream_takes_prompts_only_as_it_gets_on(service: Service) -> None:
+    taken = 0
+
+    async def prompts() -> AsyncIterator[str]:
+        nonlocal taken
+        for taken in range(1_000_000):
+            yield f"{taken} " * 50
+
+    async with (
+        AsyncClient(encoder=service.address) as client,
+        aclosing(client.encode_stream(prompts())) as results,
+    ):
+        async for number, _result in results:
+            if number > 10:
+                break
+    assert taken < 20_000
+
+
+async def test_a_stream_outlives_a_worker(service: Service) -> None:
+    answered = asyncio.Event()
+
+    async def prompts() -> AsyncIterator[str]:
+        yield "first"
+        await answered.wait()
+        service.worker.kill()
+        for number in range(40):
+            yield f"number {number}"
+
+    results = {}
+    async with AsyncClient(encoder=service.address) as client:
+        async for number, result in client.encode_stream(prompts()):
+            assert number not in results
+            results[number] = result
+            answered.set()
+    assert len(results) == 41
+    assert all(isinstance(result, Embedding) for result in results.values())
+
+
+async def test_a_fault_of_the_prompts_comes_after_the_answers(service: Service) -> None:
+    async with (
+        AsyncClient(encoder=service.address) as client,
+        aclosing(client.encode_stream(["fine", "\ud83d"])) as results,
+    ):
+        assert (await anext(results))[0] == 0
+        with pytest.raises(InvalidRequest, match="half a character"):
+            await anext(results)
 
 
 def test_a_path_on_which_somebody_serves_is_not_taken(service: Service, model_folder: Path) -> None:

@@ -8,6 +8,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from zimage_core import errors
+from zimage_rpc.types.v1 import types_pb2
 
 SERVED_BY_US = "zimage-status"
 """The trailer on every status that a server of ours sends. A broken call without it broke in the
@@ -98,6 +99,24 @@ def from_status(
         fields=dict(info.metadata),
         retry_after=retry_after,
     )
+
+
+def to_failure(error: errors.ZImageError) -> types_pb2.Failure:
+    """The error of one item of a stream."""
+    return types_pb2.Failure(
+        code=_CODE_NUMBERS[code_of(error)],
+        message=text_of(error),
+        reason=error.reason,
+        fields=error.fields,
+    )
+
+
+def from_failure(failure: types_pb2.Failure) -> errors.ZImageError:
+    """The error that ended one item."""
+    code = next((code for code, n in _CODE_NUMBERS.items() if n == failure.code), None)
+    cls = errors.InternalError if code is None else _CLASSES.get(code, errors.InternalError)
+    cls = _SUBCLASSES.get(failure.reason, cls)
+    return cls(failure.message, reason=failure.reason or None, fields=dict(failure.fields))
 
 
 def _transport_error(code: grpc.StatusCode, message: str) -> errors.ZImageError:

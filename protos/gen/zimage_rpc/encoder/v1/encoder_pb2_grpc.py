@@ -40,6 +40,11 @@ class EncoderServiceStub:
                 request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.EncodeStream = channel.stream_stream(
+                '/zimage_rpc.encoder.v1.EncoderService/EncodeStream',
+                request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/zimage_rpc.encoder.v1.EncoderService/Describe',
                 request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.DescribeRequest.SerializeToString,
@@ -53,6 +58,14 @@ class EncoderServiceServicer:
 
     def Encode(self, request, context):
         """Encodes some prompts, all or none; the answer keeps their order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodeStream(self, request_iterator, context):
+        """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
+        in any order. The server reads ahead only so far; whoever sends faster waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +85,11 @@ def add_EncoderServiceServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.FromString,
                     response_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.SerializeToString,
+            ),
+            'EncodeStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeStream,
+                    request_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.FromString,
+                    response_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -107,6 +125,33 @@ class EncoderService:
             '/zimage_rpc.encoder.v1.EncoderService/Encode',
             zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
             zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/zimage_rpc.encoder.v1.EncoderService/EncodeStream',
+            zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.SerializeToString,
+            zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,10 @@ class EncoderServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EncoderServiceAsyncStub: ...
     Encode: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]
     """Encodes some prompts, all or none; the answer keeps their order."""
+    EncodeStream: _grpc.StreamStreamMultiCallable[_encoder_pb2.EncodeStreamRequest, _encoder_pb2.EncodeStreamResponse]
+    """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
+    in any order. The server reads ahead only so far; whoever sends faster waits.
+    """
     Describe: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]
     """Says which encoder this is and what it can do. Answers while the model loads."""
 
@@ -45,6 +49,10 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Encode: _aio.UnaryUnaryMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]  # type: ignore[assignment]
     """Encodes some prompts, all or none; the answer keeps their order."""
+    EncodeStream: _aio.StreamStreamMultiCallable[_encoder_pb2.EncodeStreamRequest, _encoder_pb2.EncodeStreamResponse]  # type: ignore[assignment]
+    """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
+    in any order. The server reads ahead only so far; whoever sends faster waits.
+    """
     Describe: _aio.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]  # type: ignore[assignment]
     """Says which encoder this is and what it can do. Answers while the model loads."""
 
@@ -58,6 +66,16 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.EncodeResponse, _abc.Awaitable[_encoder_pb2.EncodeResponse]]:
         """Encodes some prompts, all or none; the answer keeps their order."""
+
+    @_abc_1.abstractmethod
+    def EncodeStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_encoder_pb2.EncodeStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_encoder_pb2.EncodeStreamResponse], _abc.AsyncIterator[_encoder_pb2.EncodeStreamResponse]]:
+        """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
+        in any order. The server reads ahead only so far; whoever sends faster waits.
+        """
 
     @_abc_1.abstractmethod
     def Describe(

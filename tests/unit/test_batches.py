@@ -1,0 +1,53 @@
+"""Batches of a stream: what has come is taken, order is kept, the sender waits."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+from zimage_core.errors import InvalidRequest
+from zimage_core.serving.batches import batched
+
+
+async def _numbers(count: int, fault: InvalidRequest | None = None) -> AsyncIterator[int]:
+    for number in range(count):
+        yield number
+    if fault is not None:
+        raise fault
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 9, 100])
+async def test_every_item_comes_once_and_in_order(count: int) -> None:
+    sizes, seen = [], []
+    async with aclosing(batched(_numbers(count), 4)) as batches:
+        async for batch in batches:
+            sizes.append(len(batch))
+            seen += batch
+            await asyncio.sleep(0)  # the work, in which others come
+    assert seen == list(range(count))
+    assert all(1 <= size <= 4 for size in sizes)
+    assert count < 10 or max(sizes) == 4
+
+
+async def test_the_sender_waits_for_slow_work() -> None:
+    sent = 0
+
+    async def items() -> AsyncIterator[int]:
+        nonlocal sent
+        for sent in range(1_000):
+            yield sent
+
+    async with aclosing(batched(items(), 4)) as batches:
+        await anext(batches)
+        await asyncio.sleep(0.05)
+        assert sent <= 10
+
+
+async def test_a_fault_of_the_stream_comes_after_what_was_good() -> None:
+    seen = []
+    with pytest.raises(InvalidRequest, match="bad bytes"):
+        async with aclosing(batched(_numbers(6, InvalidRequest("bad bytes")), 4)) as batches:
+            async for batch in batches:
+                seen += batch
+    assert seen == list(range(6))
