@@ -44,7 +44,7 @@ class EmbeddingFile:
     negative_prompt: Prompt | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Side:
     """What is said of one of the tensors."""
 
@@ -56,17 +56,11 @@ class _Side:
     prompt: Prompt | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Description:
-    """What stands under the header's key."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Description(_Side):
+    """What stands under the header's key: the positive side, and the other if there is one."""
 
     format: int
-    identity: str
-    recipe: Recipe
-    numerics: Numerics
-    token_count: int
-    token_ids_sha256: str
-    prompt: Prompt | None = None
     negative: _Side | None = None
 
 
@@ -189,7 +183,7 @@ def _described(
     return EmbeddingFile(embedding, known.prompt, other, known.negative.prompt)
 
 
-def _embedding(name: str, tensor: TensorData, said: _Side | _Description) -> Embedding:
+def _embedding(name: str, tensor: TensorData, said: _Side) -> Embedding:
     if said.token_count != tensor.shape[0]:
         raise _broken(
             name, f"it speaks of {said.token_count} tokens and has {tensor.shape[0]} rows"

@@ -2,42 +2,44 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
 from typing import TypeVar
 
-from zimage_core.errors import ZImageError
-
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """No item comes any more."""
+
+    fault: Exception | None = None
 
 
 async def batched(items: AsyncIterator[T], largest: int) -> AsyncGenerator[list[T], None]:
     """Whatever has come, at least one and at most `largest`; as many again are read ahead. More are
     left to the connection, whose window makes the sender wait."""
-    waiting: asyncio.Queue[T | ZImageError | None] = asyncio.Queue(largest)
+    waiting: asyncio.Queue[T | _End] = asyncio.Queue(largest)
 
     async def read() -> None:
-        end: ZImageError | None = None
+        end = _End()
         try:
             async for item in items:
                 await waiting.put(item)
-        except ZImageError as error:
-            end = error
+        except Exception as error:  # noqa: BLE001 - raised where the batches are taken
+            end = _End(error)
         await waiting.put(end)
 
     reading = asyncio.create_task(read())
     try:
         while True:
-            batch, last = [], await waiting.get()
-            while last is not None and not isinstance(last, ZImageError):
-                batch.append(last)
-                if len(batch) == largest or waiting.empty():
-                    break
-                last = waiting.get_nowait()
-            else:
-                if batch:
-                    yield batch
-                if last is not None:
-                    raise last
+            came = [await waiting.get()]
+            while len(came) < largest and not waiting.empty():
+                came.append(waiting.get_nowait())
+            if batch := [item for item in came if not isinstance(item, _End)]:
+                yield batch
+            if isinstance(came[-1], _End):
+                if came[-1].fault is not None:
+                    raise came[-1].fault
                 return
-            yield batch
     finally:
         reading.cancel()
