@@ -1,5 +1,6 @@
 """A request on the device: conditioning once, then each picture step by step, then the VAE."""
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from dit_service.sampling.forwards import NEGATIVE, POSITIVE, Run
 from dit_service.sampling.noise import initial_noise
 from zimage_core.errors import InvalidRequest
 from zimage_core.tensors import TensorData
+
+_log = logging.getLogger(__name__)
 
 Emit = Callable[[object], None]
 """Takes an event of the request; raises Cancelled when nobody waits for the request any more."""
@@ -62,22 +65,35 @@ class Studio:
         """A request from its conditioning to its last picture. Emits an event before every step,
         each picture when it is done, and last what it took."""
         emit(messages.Denoised(0, 0))  # the request is under way: what breaks now may be its fault
-        with self._conditioning.working(request.token_count):
-            shared = self._condition(request)
         spent = messages.Spent()
-        for index, seed in enumerate(request.seeds):
-            run = self._begin(request, seed)
-            while run.forwards:
-                emit(messages.Denoised(index, run.steps_done))
-                predicted = yield Asked(shared, run.forwards)
-                run.send(predicted.velocities)
-                spent.count(len(predicted.velocities), predicted.seconds, predicted.request_count)
-            emit(messages.Decoding(index))
-            with self._decoding.working(request.width_px * request.height_px) as decoding:
-                rgb = self._decode(run)
-            spent.decode_seconds += decoding.seconds
-            emit(messages.Picture(index, rgb))
-        emit(spent)
+        try:
+            with self._conditioning.working(request.token_count):
+                shared = self._condition(request)
+            for index, seed in enumerate(request.seeds):
+                run = self._begin(request, seed)
+                while run.forwards:
+                    emit(messages.Denoised(index, run.steps_done))
+                    predicted = yield Asked(shared, run.forwards)
+                    run.send(predicted.velocities)
+                    count = len(predicted.velocities)
+                    spent.count(count, predicted.seconds, predicted.request_count)
+                emit(messages.Decoding(index))
+                with self._decoding.working(request.width_px * request.height_px) as decoding:
+                    rgb = self._decode(run)
+                spent.decode_seconds += decoding.seconds
+                emit(messages.Picture(index, rgb))
+            emit(spent)
+        finally:  # however it ends
+            _log.info(
+                "%s of %sx%s, %s tokens: %s forwards in %.3f s, decoding %.3f s",
+                len(request.seeds),
+                request.width_px,
+                request.height_px,
+                request.token_count,
+                spent.forward_count,
+                spent.denoise_seconds,
+                spent.decode_seconds,
+            )
 
     def predict(self, asked: Sequence[Asked]) -> list[Predicted]:
         """A step of some requests, in one call of the model."""

@@ -65,10 +65,13 @@ class Schedule:
             if is_wanted and together and (room < 0 or live.request.is_solo):
                 break
             self._line.popleft()
-            if is_wanted:
-                together.append(live)
-                if live.request.is_solo:
-                    break
+            if not is_wanted:
+                with self._port.working_on(live.submitted):
+                    live.work.close()
+                continue
+            together.append(live)
+            if live.request.is_solo:
+                break
         return together
 
     def _step(self, together: list[_Live]) -> None:
