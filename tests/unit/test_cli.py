@@ -484,3 +484,24 @@ class TestLiveLine:
         assert text.of(Progress("decoding", 0)) == "picture 1 of 2: decoding"
         assert text.of(Progress("denoising", 1, 1, 4)) == "picture 2 of 2: step 1/4"
         assert text.of(Waiting("LOADING", "it loads", 1.0)) == "it loads; trying again in 1.0 s"
+
+
+class TestCompletion:
+    def test_a_shell_completes_commands_flags_and_choices(self, capsys: Captured) -> None:
+        assert main(["completion", "bash"]) == 0
+        script = capsys.readouterr().out
+        for words, completed in (
+            ("zimage-client gen", "generate"),
+            ("zimage-client generate --neg", "--negative-prompt --negative-embedding"),
+            ("zimage-client generate --format w", "webp"),
+        ):
+            ask = (
+                f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
+                "_shtab_zimage_client; echo ${COMPREPLY[@]}"
+            )
+            shell = ["bash", "-c", f"{script}\n{ask}"]
+            answer = subprocess.run(shell, capture_output=True, text=True, check=True)
+            assert answer.stdout.split() == completed.split(), answer.stderr
+
+    def test_a_shell_is_needed(self) -> None:
+        assert main(["completion"]) == 2

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
 
-from zimage_client.cli import encode, generate, info, inspect, verify
+from zimage_client.cli import completion, encode, generate, info, inspect, verify
 from zimage_client.cli.terminal import Terminal
 from zimage_core import settings
 from zimage_core.errors import (
@@ -24,6 +24,7 @@ from zimage_core.settings import ClientSettings
 _COMMANDS = {
     "generate": (generate, "make pictures from a prompt or an encoded one"),
     "encode": (encode, "encode a prompt into a file"),
+    "completion": (completion, "print what a shell needs to complete commands and flags"),
     "info": (info, "show what the configured services are, and how they are"),
     "inspect": (inspect, "show what a picture's file says of how it was made"),
     "verify": (verify, "make a picture again and say whether it is the same"),
@@ -92,6 +93,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="zimage-client", description="Makes pictures with Z-Image.", allow_abbrev=False
     )
+    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action="version", version=version("zimage-grpc"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (command, purpose) in _COMMANDS.items():
