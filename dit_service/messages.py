@@ -22,12 +22,38 @@ class Generate:
     cfg_truncation: float
     is_solo: bool
     """Whether its steps are shared with nobody."""
+    previews: "Previews | None" = None
 
     @property
     def token_count(self) -> int:
         """Of both conditionings together."""
         sides = (self.positive, self.negative)
         return sum(side.shape[0] for side in sides if side is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Previews:
+    """Part of Generate: pictures of how it goes on."""
+
+    interval_steps: int
+    use_vae: bool
+    """Rather than the linear map."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeImage:
+    """Front to worker: a picture whose latents are wanted; answered by one TensorData."""
+
+    width_px: int
+    height_px: int
+    rgb: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLatents:
+    """Front to worker: latents whose picture is wanted; answered by one Picture."""
+
+    latents: TensorData
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +76,17 @@ class Picture:
     """Worker to front: a finished picture as rows of 8-bit RGB."""
 
     image_index: int
+    rgb: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Worker to front: where a picture is heading, as rows of 8-bit RGB."""
+
+    image_index: int
+    step: int
+    width_px: int
+    height_px: int
     rgb: bytes
 
 
@@ -92,5 +129,11 @@ class Model:
     compute_type: str
     vae_compute_type: str
     attention_backend: str
+    attention_reasons: dict[str, str]
+    """Why each backend is in use or is not, by name."""
+    preview_r_squared: float
+    latent_channels: int
+    pixels_per_latent: int
+    """Along a side."""
     thread_count: int
     library_versions: dict[str, str]

@@ -1,8 +1,9 @@
 """The calls themselves: messages out, messages or plain data back, errors always our own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import grpc.aio
 
@@ -10,11 +11,16 @@ from zimage_client import _reading
 from zimage_client._channel import Metadata
 from zimage_client._conditioning import prompt_message
 from zimage_client._description import DitDescription, EncoderDescription
+from zimage_client._events import DecodedImage
+from zimage_client._items import Answers
 from zimage_core.embeddings import Embedding, Prompt
-from zimage_core.errors import Cancelled, ZImageError
+from zimage_core.errors import Cancelled
+from zimage_core.tensors import TensorData
 from zimage_core.wire import status
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+
+T = TypeVar("T")
 
 ENCODE_SECONDS = 30.0
 DESCRIBE_SECONDS = 10.0
@@ -37,25 +43,55 @@ async def encode(
     return [_reading.embedding(message) for message in response.embeddings]
 
 
-async def encode_stream(
+def encode_stream(
     channel: grpc.aio.Channel,
     items: AsyncIterator[encoder_pb2.EncodeStreamRequest],
     timeout: float | None,
     metadata: Metadata,
-) -> AsyncGenerator[tuple[int, Embedding | ZImageError], None]:
-    """What came of each item, by its number, as it is done."""
+) -> Answers[Embedding]:
+    """The embeddings of prompts, each for itself."""
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
-    call = stub.EncodeStream(items, timeout=timeout, metadata=metadata)
+    return _results(
+        stub.EncodeStream(items, timeout=timeout, metadata=metadata), _reading.embedding
+    )
+
+
+def encode_images(
+    channel: grpc.aio.Channel,
+    items: AsyncIterator[dit_pb2.EncodeImagesRequest],
+    timeout: float | None,
+    metadata: Metadata,
+) -> Answers[TensorData]:
+    """The latents of pictures, each for itself."""
+    stub = dit_pb2_grpc.DitServiceStub(channel)
+    return _results(stub.EncodeImages(items, timeout=timeout, metadata=metadata), _reading.latents)
+
+
+def decode_latents(
+    channel: grpc.aio.Channel,
+    items: AsyncIterator[dit_pb2.DecodeLatentsRequest],
+    timeout: float | None,
+    metadata: Metadata,
+) -> Answers[DecodedImage]:
+    """The pictures of latents, each for itself."""
+    stub = dit_pb2_grpc.DitServiceStub(channel)
+    return _results(
+        stub.DecodeLatents(items, timeout=timeout, metadata=metadata), _reading.decoded_image
+    )
+
+
+async def _results(call: Any, read: Callable[[Any], T]) -> Answers[T]:
+    """What came of each item of a stream, by its number, as it is done."""
     try:
         with _typed_errors():
             async for answer in call:
                 match answer.WhichOneof("result"):
-                    case "embedding":
-                        yield answer.item_id, _reading.embedding(answer.embedding)
+                    case None:
+                        raise _reading.malformed(f"item {answer.item_id} has no result")
                     case "failure":
                         yield answer.item_id, status.from_failure(answer.failure)
-                    case _:
-                        raise _reading.malformed(f"item {answer.item_id} has no result")
+                    case name:
+                        yield answer.item_id, read(getattr(answer, name))
     finally:
         call.cancel()  # without effect on a call that has ended
 

@@ -1,23 +1,43 @@
 """The asynchronous client."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Self, Unpack, overload
+from typing import Literal, Self, TypeVar, Unpack, overload
+
+import grpc.aio
 
 from zimage_client import _calls
 from zimage_client._channel import Channels, metadata
 from zimage_client._conditioning import Condition, Prompts, conditioning
 from zimage_client._description import DitDescription, EncoderDescription
-from zimage_client._events import Accepted, Completed, Event, Generated, Picture
+from zimage_client._events import (
+    Accepted,
+    Completed,
+    DecodedImage,
+    Event,
+    Generated,
+    Picture,
+)
 from zimage_client._generation import Generation
-from zimage_client._items import Items
-from zimage_client._items import Prompts as StreamPrompts
+from zimage_client._items import (
+    Answers,
+    Many,
+    answered,
+    image_item,
+    latents_item,
+    prompt_item,
+)
 from zimage_client._options import Options, check_timeout, spec
 from zimage_client._reading import malformed
 from zimage_client._replay import Replay
 from zimage_core.embeddings import Embedding, Prompt
-from zimage_core.errors import Unavailable, ZImageError
+from zimage_core.errors import Unavailable
+from zimage_core.tensors import TensorData
+
+T = TypeVar("T")
+M = TypeVar("M")
+R = TypeVar("R")
 
 
 class AsyncClient:
@@ -93,33 +113,35 @@ class AsyncClient:
         encoded = await self._encode(prompts, Replay(timeout=timeout, enabled=retry))
         return encoded[0] if given is not prompt else encoded
 
-    async def encode_stream(
-        self, prompts: StreamPrompts, *, timeout: float | None = None
-    ) -> AsyncGenerator[tuple[int, Embedding | ZImageError], None]:
+    def encode_stream(
+        self, prompts: Many[str | Prompt], *, timeout: float | None = None
+    ) -> Answers[Embedding]:
         """Encodes any number of prompts, each for itself: yields the number of a prompt, counted
         from 0, with its embedding or its error, when that is there and in any order. Prompts are
         taken from the iterable as the encoder gets on; what was under way when a connection broke
         is sent again."""
-        check_timeout(timeout)
-        replay, same_id, items = Replay(timeout=timeout), metadata(), Items(prompts)
-        try:
-            while True:
-                answers = _calls.encode_stream(
-                    self._channels.encoder(), items.to_send(), replay.within(None), same_id
-                )
-                try:
-                    async with aclosing(answers):
-                        async for number, result in answers:
-                            replay.worked()
-                            items.done(number)
-                            yield number, result
-                    items.end()
-                    return
-                except Unavailable as error:
-                    pause = replay.pause_after(error)
-                await asyncio.sleep(pause)
-        finally:
-            items.close()
+        return self._each(
+            prompts, prompt_item, self._channels.encoder, _calls.encode_stream, timeout
+        )
+
+    def encode_images(
+        self, files: Many[bytes], *, timeout: float | None = None
+    ) -> Answers[TensorData]:
+        """Turns pictures into latents, each for itself, as `encode_stream` does prompts. A picture
+        is the content of a PNG, JPEG or WebP file."""
+        return self._each(files, image_item, self._channels.dit, _calls.encode_images, timeout)
+
+    def decode_latents(
+        self,
+        latents: Many[TensorData],
+        *,
+        format: Literal["png", "jpeg", "webp"] = "png",
+        quality: int | None = None,
+        timeout: float | None = None,
+    ) -> Answers[DecodedImage]:
+        """Turns latents into pictures, each for itself, as `encode_stream` does prompts."""
+        item = latents_item(format, quality)
+        return self._each(latents, item, self._channels.dit, _calls.decode_latents, timeout)
 
     async def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""
@@ -130,6 +152,22 @@ class AsyncClient:
     ) -> EncoderDescription:
         """What the encoder service is and can do; answered while it loads, too."""
         return await _calls.describe_encoder(self._channels.encoder(), timeout, metadata())
+
+    def _each(
+        self,
+        items: Many[T],
+        message: Callable[[int, T], M],
+        channel: Callable[[], grpc.aio.Channel],
+        call: Callable[..., Answers[R]],
+        timeout: float | None,
+    ) -> Answers[R]:
+        check_timeout(timeout)
+        same_id = metadata()
+
+        def one_try(messages: AsyncIterator[M], seconds: float | None) -> Answers[R]:
+            return call(channel(), messages, seconds, same_id)
+
+        return answered(items, message, one_try, Replay(timeout=timeout))
 
     async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
         same_id = metadata()

@@ -33,6 +33,18 @@ class Model:
     default_side_px: int
     default_steps: int
     default_guidance: float
+    preview_r_squared: float
+    """How much a linear map of its latents tells of a picture: previews need 0.5."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBackend:
+    """A way to compute attention that a DiT service knows."""
+
+    name: str
+    chosen: bool
+    reason: str
+    """Why it is in use, or why not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +71,9 @@ class DitDescription:
     limits: Limits | None
     numeric_plan: NumericPlan | None
     worker: WorkerState
+    features: tuple[str, ...]
+    """What its version can do that another may not."""
+    attention_backends: tuple[AttentionBackend, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +98,5 @@ class EncoderDescription:
     ready: bool
     model: Encoder | None
     worker: WorkerState
+    features: tuple[str, ...]
+    """What its version can do that another may not."""

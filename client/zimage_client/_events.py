@@ -34,6 +34,10 @@ class Accepted:
     """"receipt" or "none"."""
     packing: str
     """"shared" or "solo": whether its steps may be shared with other requests."""
+    previews: str
+    """"latents" or "vae", whatever makes them; empty where none are wanted."""
+    preview_interval: int
+    """How many steps lie between two of them."""
     forward_count: int
     """How many DiT forwards the whole request takes, guidance included."""
     queue_position: int
@@ -49,6 +53,21 @@ class Progress:
     step: int = 0
     """How many steps of this picture are done."""
     steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Where a picture is heading after some of its steps."""
+
+    index: int
+    """Which picture, counted from 0."""
+    step: int
+    """How many steps of this picture are done."""
+    width: int
+    height: int
+    """In pixels: not those of the picture."""
+    data: bytes
+    """A PNG file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +88,19 @@ class Picture:
     data: bytes
     media_type: str
     sha256: str
+    pixels_sha256: str
+    """Of its rows of 8-bit RGB."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """A picture that was made of latents as they are."""
+
+    data: bytes
+    """The file."""
+    media_type: str
+    width: int
+    height: int
     pixels_sha256: str
     """Of its rows of 8-bit RGB."""
 
@@ -140,7 +172,7 @@ class Completed:
     usage: Usage
 
 
-Event = Accepted | Progress | Waiting | Picture | Completed
+Event = Accepted | Progress | Preview | Waiting | Picture | Completed
 
 
 @dataclass(frozen=True, slots=True)

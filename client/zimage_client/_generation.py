@@ -94,6 +94,8 @@ class Generation:
                 if event and event.stage in ("denoising", "decoding"):
                     self._replay.worked()
                 return event
+            case "preview":
+                return _reading.preview(response.preview)
             case "artifact_chunk":
                 picture = assembly.add(response.artifact_chunk)
                 return picture if picture and self._delivered.is_new(picture) else None

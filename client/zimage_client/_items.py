@@ -1,38 +1,82 @@
-"""The prompts of a stream: which are under way, and which are still to come."""
+"""The items of a stream: which are under way, and which are still to come."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from typing import Generic, TypeVar
 
 from zimage_client._conditioning import prompt_message
+from zimage_client._options import spec
 from zimage_client._reading import malformed
+from zimage_client._replay import Replay
 from zimage_core.embeddings import Prompt
+from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
+from zimage_core.tensors import TensorData
+from zimage_core.wire import tensors
+from zimage_core.wire.limits import MESSAGE_BYTES
+from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.encoder.v1 import encoder_pb2
 
-Prompts = AsyncIterable[str | Prompt] | Iterable[str | Prompt]
+Item = TypeVar("Item")
+Many = AsyncIterable[Item] | Iterable[Item]
+Message = TypeVar("Message")
+Result = TypeVar("Result")
+
+Answers = AsyncGenerator[tuple[int, Result | ZImageError], None]
+"""The number of an item, counted from 0, with what came of it."""
+
+Call = Callable[[AsyncIterator[Message], float | None], Answers[Result]]
+"""One try: sends the messages within so many seconds."""
 
 
-class Items:
+async def answered(
+    items: Many[Item],
+    message: Callable[[int, Item], Message],
+    call: Call[Message, Result],
+    replay: Replay,
+) -> Answers[Result]:
+    """The answer to each item, in any order, over as many tries as it takes; what was under way
+    when a connection broke is sent again."""
+    open_items = _Items(items, message)
+    try:
+        while True:
+            answers = call(open_items.to_send(), replay.within(None))
+            try:
+                async with aclosing(answers):
+                    async for number, result in answers:
+                        replay.worked()
+                        open_items.done(number)
+                        yield number, result
+                open_items.end()
+                return
+            except Unavailable as error:
+                pause = replay.pause_after(error)
+            await asyncio.sleep(pause)
+    finally:
+        open_items.close()
+
+
+class _Items(Generic[Item, Message]):
     """Over all tries of a stream, numbered from 0."""
 
-    def __init__(self, prompts: Prompts) -> None:
-        self._coming = _each(prompts)
-        self._next: asyncio.Task[str | Prompt | None] | None = None
-        self._under_way: dict[int, encoder_pb2.EncodeStreamRequest] = {}
+    def __init__(self, items: Many[Item], message: Callable[[int, Item], Message]) -> None:
+        self._coming = _each(items)
+        self._message = message
+        self._next: asyncio.Task[Item | None] | None = None
+        self._under_way: dict[int, Message] = {}
         self._count = 0
         self._fault: Exception | None = None
 
-    async def to_send(self) -> AsyncGenerator[encoder_pb2.EncodeStreamRequest, None]:
+    async def to_send(self) -> AsyncGenerator[Message, None]:
         """The messages of a try: first those that an earlier one left open."""
-        for request in list(self._under_way.values()):
-            yield request
+        for message in list(self._under_way.values()):
+            yield message
         try:
-            while (prompt := await self._taken()) is not None:
-                given = Prompt(prompt) if isinstance(prompt, str) else prompt
-                message = prompt_message(given)
-                request = encoder_pb2.EncodeStreamRequest(item_id=self._count, prompt=message)
-                self._under_way[self._count] = request
+            while (item := await self._taken()) is not None:
+                message = self._message(self._count, item)
+                self._under_way[self._count] = message
                 self._count += 1
-                yield request
+                yield message
         except Exception as fault:  # noqa: BLE001 - gRPC would not pass it on; `end` does
             self._fault = fault
 
@@ -42,34 +86,75 @@ class Items:
             raise malformed(f"it answers item {number}, which was not asked for, or twice")
 
     def end(self) -> None:
-        """Raises what kept prompts from being sent, or InternalError when answers are missing."""
+        """Raises what kept items from being sent, or InternalError when answers are missing."""
         if self._fault is not None:
             raise self._fault
         if self._under_way:
-            raise malformed("it ended before all prompts were answered")
+            raise malformed("it ended before all items were answered")
 
     def close(self) -> None:
-        """Takes no more prompts."""
+        """Takes no more items."""
         if self._next is not None:
             self._next.cancel()
 
-    async def _taken(self) -> str | Prompt | None:
-        """The next prompt. One that is awaited when a try breaks is there for the next."""
+    async def _taken(self) -> Item | None:
+        """The next item. One that is awaited when a try breaks is there for the next."""
         if self._next is None:
             self._next = asyncio.ensure_future(_first(self._coming))
-        prompt = await asyncio.shield(self._next)
+        item = await asyncio.shield(self._next)
         self._next = None
-        return prompt
+        return item
 
 
-async def _first(prompts: AsyncIterator[str | Prompt]) -> str | Prompt | None:
-    return await anext(prompts, None)
+def prompt_item(number: int, prompt: str | Prompt) -> encoder_pb2.EncodeStreamRequest:
+    """The message of a prompt."""
+    given = Prompt(prompt) if isinstance(prompt, str) else prompt
+    return encoder_pb2.EncodeStreamRequest(item_id=number, prompt=prompt_message(given))
 
 
-async def _each(prompts: Prompts) -> AsyncIterator[str | Prompt]:
-    if isinstance(prompts, AsyncIterable):
-        async for prompt in prompts:
-            yield prompt
+def image_item(number: int, file: bytes) -> dit_pb2.EncodeImagesRequest:
+    """The message of a picture's file; raises InvalidRequest for one that no message holds."""
+    return _sendable(dit_pb2.EncodeImagesRequest(item_id=number, image=file))
+
+
+def latents_item(
+    file_format: str, quality: int | None
+) -> Callable[[int, TensorData], dit_pb2.DecodeLatentsRequest]:
+    """Makes the messages of latents whose pictures are wanted in this format."""
+    output = spec({"format": file_format, "quality": quality}).output  # type: ignore[typeddict-item]
+
+    def item(number: int, latents: TensorData) -> dit_pb2.DecodeLatentsRequest:
+        return _sendable(
+            dit_pb2.DecodeLatentsRequest(
+                item_id=number,
+                latents=tensors.to_wire(latents),
+                format=output.format,
+                quality=quality,
+            )
+        )
+
+    return item
+
+
+def _sendable(message: Message) -> Message:
+    size = message.ByteSize()  # type: ignore[attr-defined]
+    if size > MESSAGE_BYTES:
+        raise InvalidRequest(
+            f"an item of {size} bytes is more than a message holds, {MESSAGE_BYTES}",
+            reason="ITEM_SIZE",
+            fields={"given": str(size), "allowed": str(MESSAGE_BYTES)},
+        )
+    return message
+
+
+async def _first(items: AsyncIterator[Item]) -> Item | None:
+    return await anext(items, None)
+
+
+async def _each(items: Many[Item]) -> AsyncIterator[Item]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
     else:
-        for prompt in prompts:
-            yield prompt
+        for item in items:
+            yield item

@@ -50,6 +50,11 @@ class Options(TypedDict, total=False):
     """What the file says of how it was made; the receipt holds the prompts, too."""
     packing: Literal["shared", "solo"] | None
     """solo: no step is shared with other requests, which moves the last bits."""
+    previews: Literal["auto", "latents", "vae"] | None
+    """What makes pictures of how it goes on; auto: the latents where their map is good enough.
+    Unset: there are none."""
+    preview_interval: int | None
+    """How many steps lie between two of them; unset: 1."""
     timeout: float | None
     """Seconds for everything, repeated tries included; unset: none."""
     retry: bool | None
@@ -68,12 +73,14 @@ _PLACES = {
     "cfg_normalization": "z_image.cfg_normalization",
     "cfg_truncation": "z_image.cfg_truncation",
     "quality": "output.quality",
+    "preview_interval": "previews.interval_steps",
 }
 _CHOICES: Mapping[str, tuple[str, Mapping[str, int]]] = {
     "schedule": ("schedule.rule", names.RULES),
     "format": ("output.format", names.FORMATS),
     "metadata": ("output.metadata", names.METADATA),
     "packing": ("packing", names.PACKINGS),
+    "previews": ("previews.source", names.PREVIEWS),
 }
 
 
@@ -135,6 +142,8 @@ def options(spec: dit_pb2.GenerateSpec) -> Options:
     }
     if not spec.output.HasField("quality"):
         del found["quality"]
+    if not spec.HasField("previews"):
+        del found["previews"], found["preview_interval"]
     if spec.schedule.sigmas:
         del found["steps"], found["schedule"]
         found["sigmas"] = list(spec.schedule.sigmas)

@@ -5,6 +5,7 @@ from contextlib import suppress
 from google.protobuf.duration_pb2 import Duration
 
 from zimage_client._description import (
+    AttentionBackend,
     DitDescription,
     Encoder,
     EncoderDescription,
@@ -16,7 +17,9 @@ from zimage_client._events import (
     Accepted,
     Artifact,
     Completed,
+    DecodedImage,
     NumericPlan,
+    Preview,
     Progress,
     Provenance,
     Stage,
@@ -24,6 +27,7 @@ from zimage_client._events import (
 )
 from zimage_core.embeddings import Embedding, Numerics
 from zimage_core.errors import InternalError, InvalidRequest
+from zimage_core.tensors import TensorData
 from zimage_core.wire import embeddings, names, tensors
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.encoder.v1 import encoder_pb2
@@ -50,6 +54,32 @@ def embedding(message: types_pb2.PromptEmbedding) -> Embedding:
         raise malformed(error.message) from None
 
 
+def latents(message: types_pb2.Tensor) -> TensorData:
+    """The latents of a picture."""
+    try:
+        return tensors.from_wire(message, field="latents")
+    except InvalidRequest as error:
+        raise malformed(error.message) from None
+
+
+def decoded_image(message: dit_pb2.DecodedImage) -> DecodedImage:
+    """The picture of some latents."""
+    return DecodedImage(
+        data=message.data,
+        media_type=message.media_type,
+        width=message.width_px,
+        height=message.height_px,
+        pixels_sha256=message.pixels_sha256,
+    )
+
+
+def preview(message: dit_pb2.Preview) -> Preview:
+    """Where a picture is heading."""
+    return Preview(
+        message.image_index, message.step, message.width_px, message.height_px, message.data
+    )
+
+
 def accepted(message: dit_pb2.Accepted) -> Accepted:
     """The first event."""
     spec = message.spec
@@ -71,6 +101,8 @@ def accepted(message: dit_pb2.Accepted) -> Accepted:
         quality=output.quality if output.HasField("quality") else None,
         metadata=names.name_of(output.metadata, names.METADATA),
         packing=names.name_of(spec.packing, names.PACKINGS),
+        previews=names.name_of(spec.previews.source, names.PREVIEWS),
+        preview_interval=spec.previews.interval_steps,
         forward_count=message.forward_count,
         queue_position=message.queue_position,
     )
@@ -124,6 +156,11 @@ def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
         limits=_limits(message.limits) if message.ready else None,
         numeric_plan=numeric_plan(message.numeric_plan) if message.ready else None,
         worker=_worker(message.worker),
+        features=tuple(message.features),
+        attention_backends=tuple(
+            AttentionBackend(backend.name, backend.chosen, backend.reason)
+            for backend in message.attention_backends
+        ),
     )
 
 
@@ -142,7 +179,13 @@ def encoder_description(message: encoder_pb2.DescribeResponse) -> EncoderDescrip
         if message.ready
         else None
     )
-    return EncoderDescription(message.version, message.ready, model, _worker(message.worker))
+    return EncoderDescription(
+        version=message.version,
+        ready=message.ready,
+        model=model,
+        worker=_worker(message.worker),
+        features=tuple(message.features),
+    )
 
 
 def _worker(message: types_pb2.Worker) -> WorkerState:
@@ -164,6 +207,7 @@ def _model(message: dit_pb2.Model) -> Model:
         default_side_px=message.default_side_px,
         default_steps=message.default_step_count,
         default_guidance=message.default_guidance_scale,
+        preview_r_squared=message.preview_r_squared,
     )
 
 

@@ -5,19 +5,22 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from concurrent.futures import CancelledError, Future
-from typing import Any, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from zimage_client import _calls
 from zimage_client._client import AsyncClient
 from zimage_client._conditioning import Condition, Prompts
 from zimage_client._description import DitDescription, EncoderDescription
-from zimage_client._events import Event, Generated
-from zimage_client._items import Prompts as StreamPrompts
+from zimage_client._events import DecodedImage, Event, Generated
+from zimage_client._items import Many
 from zimage_client._options import Options
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled, ZImageError
+from zimage_core.tensors import TensorData
 
 T = TypeVar("T")
+Answers = Generator[tuple[int, T | ZImageError], None, None]
+"""The number of an item, counted from 0, with what came of it."""
 
 
 class Client:
@@ -71,11 +74,31 @@ class Client:
         return self._loop.run(self._client.encode(prompt, timeout=timeout, retry=retry))
 
     def encode_stream(
-        self, prompts: StreamPrompts, *, timeout: float | None = None
-    ) -> Generator[tuple[int, Embedding | ZImageError], None, None]:
+        self, prompts: Many[str | Prompt], *, timeout: float | None = None
+    ) -> Answers[Embedding]:
         """Encodes any number of prompts, each for itself, as AsyncClient's does. The iterable is
         read in the client's own thread."""
         return _iterate(self, self._loop, self._client.encode_stream(prompts, timeout=timeout))
+
+    def encode_images(
+        self, files: Many[bytes], *, timeout: float | None = None
+    ) -> Answers[TensorData]:
+        """Turns pictures into latents, each for itself, as AsyncClient's does."""
+        return _iterate(self, self._loop, self._client.encode_images(files, timeout=timeout))
+
+    def decode_latents(
+        self,
+        latents: Many[TensorData],
+        *,
+        format: Literal["png", "jpeg", "webp"] = "png",
+        quality: int | None = None,
+        timeout: float | None = None,
+    ) -> Answers[DecodedImage]:
+        """Turns latents into pictures, each for itself, as AsyncClient's does."""
+        images = self._client.decode_latents(
+            latents, format=format, quality=quality, timeout=timeout
+        )
+        return _iterate(self, self._loop, images)
 
     def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""

@@ -4,15 +4,18 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from dit_service import messages
+from dit_service.engine.conversion import Converter
 from dit_service.engine.device import Fence, to_device
 from dit_service.engine.pace import Announce, Pace
 from dit_service.engine.packing import Asked, Conditioned, Packer
+from dit_service.model import preview
 from dit_service.model.transformer import Caption, ZImageTransformer
 from dit_service.model.vae import Vae
 from dit_service.sampling.euler import text_to_image
@@ -55,6 +58,8 @@ class Studio:
     ) -> None:
         self._model = model
         self._vae = vae
+        self.preview = preview.fit(vae)
+        self.converter = Converter(vae, model.device, announce)
         self._packer = Packer(model, backend)
         self._fence = Fence(model.device)
         self._conditioning = Pace("condition", _SLOWEST_SECONDS_PER_TOKEN, announce)
@@ -71,16 +76,17 @@ class Studio:
                 shared = self._condition(request)
             for index, seed in enumerate(request.seeds):
                 run = self._begin(request, seed)
-                while run.forwards:
+                while run.step:
                     emit(messages.Denoised(index, run.steps_done))
-                    predicted = yield Asked(shared, run.forwards)
+                    if drawn := self._preview_of(request, index, run, spent):
+                        emit(drawn)
+                    predicted = yield Asked(shared, run.step.forwards)
                     run.send(predicted.velocities)
                     count = len(predicted.velocities)
                     spent.count(count, predicted.seconds, predicted.request_count)
                 emit(messages.Decoding(index))
-                with self._decoding.working(request.width_px * request.height_px) as decoding:
-                    rgb = self._decode(run)
-                spent.decode_seconds += decoding.seconds
+                assert run.latents_CHW is not None
+                rgb = self._decode(run.latents_CHW, spent).numpy().tobytes()
                 emit(messages.Picture(index, rgb))
             emit(spent)
         finally:  # however it ends
@@ -165,12 +171,31 @@ class Studio:
             )
         )
 
-    def _decode(self, run: Run) -> bytes:
+    def _preview_of(
+        self, request: messages.Generate, index: int, run: Run, spent: messages.Spent
+    ) -> messages.Preview | None:
+        """Where the picture is heading, in those steps that it was asked for in."""
+        asked = request.previews
+        if asked is None or run.step is None or run.steps_done % asked.interval_steps:
+            return None
+        expected_latents = run.step.expected_latents
+        if expected_latents is None:
+            return None
+        draw = partial(self._decode, spent=spent) if asked.use_vae else self.preview.render
+        picture_HW3 = draw(expected_latents)
+        height, width, _ = picture_HW3.shape
+        rgb = picture_HW3.numpy().tobytes()
+        return messages.Preview(index, run.steps_done, width, height, rgb)
+
+    def _decode(self, latents_CHW: Tensor, spent: messages.Spent) -> Tensor:
         """The picture's pixels; waits for the device. Better no picture than a black one."""
-        assert run.latents_CHW is not None
-        if not run.latents_CHW.isfinite().all():
+        if not latents_CHW.isfinite().all():
             raise InvalidRequest(
                 "the picture's values left the range of numbers; ask for less guidance",
                 reason="NOT_FINITE",
             )
-        return self._vae.decode(run.latents_CHW).numpy().tobytes()
+        _, height, width = latents_CHW.shape
+        with self._decoding.working(height * width * self._vae.factor**2) as decoding:
+            picture_HW3 = self._vae.decode(latents_CHW)
+        spent.decode_seconds += decoding.seconds
+        return picture_HW3

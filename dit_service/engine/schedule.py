@@ -29,27 +29,41 @@ class _Live:
 
 
 class Schedule:
-    """All live requests take turns; as many as fit share a step."""
+    """All live requests take turns; as many as fit share a step. Conversions are done between
+    steps."""
 
     def __init__(self, studio: Studio, port: Port) -> None:
         self._studio = studio
         self._port = port
+        self._conversions: deque[Submit] = deque()
         self._line: deque[_Live] = deque()
         """Whoever waited longest stands first."""
 
     def serve(self) -> NoReturn:
         """Runs requests until the process ends."""
         while True:
-            if not self._line:
-                self._begin(self._port.next_call())
+            if not self._line and not self._conversions:
+                self._take(self._port.next_call())
             for submitted in self._port.new_calls():
-                self._begin(submitted)
+                self._take(submitted)
+            if self._conversions:  # one between two steps: streams of them keep nobody from steps
+                self._convert(self._conversions.popleft())
             if together := self._first():
                 self._step(together)
 
-    def _begin(self, submitted: Submit) -> None:
-        request = submitted.payload
-        assert isinstance(request, messages.Generate)
+    def _take(self, submitted: Submit) -> None:
+        if isinstance(submitted.payload, messages.Generate):
+            self._begin(submitted, submitted.payload)
+        else:
+            self._conversions.append(submitted)
+
+    def _convert(self, submitted: Submit) -> None:
+        if self._port.is_cancelled(submitted.call):
+            return
+        with self._port.answering(submitted):
+            self._port.emit(submitted.call, self._studio.converter.convert(submitted.payload))
+
+    def _begin(self, submitted: Submit, request: messages.Generate) -> None:
         work = self._studio.work(request, Events(self._port, submitted.call))
         with self._port.working_on(submitted):
             self._line.append(_Live(submitted, request, work, next(work)))

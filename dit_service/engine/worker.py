@@ -23,6 +23,9 @@ _LOADING_SECONDS = 600.0
 """What a cold load of 12 GB from a slow disk may take; the watchdog allows several times that."""
 
 ATTENTION_BACKEND = "sdpa"
+_ATTENTION_REASONS = {
+    ATTENTION_BACKEND: "PyTorch's own kernels, which every device has: the only choice so far"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
             f"{transformer.config.in_channels}; they do not belong together"
         )
         raise InvalidModel.at(settings.model / "vae", what, "FOREIGN_VAE")
+    studio = Studio(transformer, vae, ATTENTION_BACKEND, port.announce)
     side_multiple_px = vae.factor * transformer.config.patch_size
     description = messages.Model(
         name=settings.model.resolve().name,
@@ -70,10 +74,14 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         compute_type=devices.NAMES[compute_type],
         vae_compute_type=devices.NAMES[compute_type],
         attention_backend=ATTENTION_BACKEND,
+        attention_reasons=_ATTENTION_REASONS,
+        preview_r_squared=studio.preview.r_squared,
+        latent_channels=vae.latent_channels,
+        pixels_per_latent=vae.factor,
         thread_count=torch.get_num_threads() if device.type == "cpu" else 0,
         library_versions=devices.library_versions(),
     )
-    return _Loaded(Studio(transformer, vae, ATTENTION_BACKEND, port.announce), description)
+    return _Loaded(studio, description)
 
 
 def _variant(settings: DitSettings, shift: float) -> variants.Variant:

@@ -1,4 +1,4 @@
-"""The image decoder: normalised latents to pixels, through diffusers' AutoencoderKL.
+"""Pictures to normalised latents and back, through diffusers' AutoencoderKL.
 
 Shapes: C latent channels of H x W; a picture is [H, W, 3] in pixels.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Vae:
-    """Decodes with the constants of its own config."""
+    """Encodes and decodes with the constants of its own config."""
 
     def __init__(self, model: Any) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -21,6 +21,14 @@ class Vae:
         """Pixels per latent along a side."""
         self.sample_side_px: int = model.config.sample_size
         """The side of the pictures that it was trained on."""
+
+    @torch.inference_mode()
+    def encode(self, picture_HW3: Tensor) -> Tensor:
+        """The mean latents of a uint8 RGB picture, float32 on the VAE's device."""
+        unit_CHW = picture_HW3.to(self._model.device).permute(2, 0, 1).to(self._model.dtype) / 255
+        mean_CHW = self._model.encode((2 * unit_CHW - 1).unsqueeze(0)).latent_dist.mean.squeeze(0)
+        latents: Tensor = (mean_CHW.float() - self._shift_factor) * self._scaling_factor
+        return latents
 
     @torch.inference_mode()
     def decode(self, latents_CHW: Tensor) -> Tensor:

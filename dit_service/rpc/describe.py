@@ -7,7 +7,7 @@ from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.spec import Resolver
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
-from zimage_core.wire import names, tensors
+from zimage_core.wire import features, names, tensors
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.types.v1 import types_pb2
 
@@ -24,6 +24,7 @@ def response(
         ready=model is not None,
         has_encoder=conditioner.has_encoder,
         worker=worker.state,
+        features=features.DIT,
     )
     if model is None:
         return answer
@@ -40,8 +41,12 @@ def response(
             default_side_px=resolver.default_side_px,
             default_step_count=resolver.variant.step_count,
             default_guidance_scale=resolver.variant.guidance,
+            preview_r_squared=model.preview_r_squared,
         )
     )
+    for name, reason in model.attention_reasons.items():
+        is_chosen = name == model.attention_backend
+        answer.attention_backends.add(name=name, chosen=is_chosen, reason=reason)
     if pinned := conditioner.pin.usual(model):
         answer.model.encoder_identity.sha256 = pinned
     return answer

@@ -1,24 +1,30 @@
 """The DiT service on the wire: a request comes in, its events go out."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 
 from dit_service import messages
 from dit_service.rpc import describe
 from dit_service.rpc.conditioning import Conditioner
+from dit_service.rpc.conversions import Conversions
 from dit_service.rpc.request import Request
 from dit_service.rpc.spec import Resolver
 from zimage_core.errors import InvalidRequest
 from zimage_core.serving.admission import Admission
+from zimage_core.serving.batches import answered
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
 _SPEC_SECONDS = 30.0  # a silent caller would hold up a drain
+_CONVERSIONS_AT_ONCE = 2  # one unpacks its file while the other has the device
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,6 +37,7 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         self._settings = settings
         self._conditioner = conditioner
         self._admission = Admission(settings.max_queue_length)
+        self._conversions = Conversions(worker, settings)
 
     async def Describe(  # noqa: N802 - gRPC's name
         self, request: dit_pb2.DescribeRequest, context: _Context
@@ -51,6 +58,29 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
             async with aclosing(request.answers(self._worker, calls_before, place)) as answers:
                 async for answer in answers:
                     yield answer
+
+    async def EncodeImages(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[dit_pb2.EncodeImagesRequest], context: _Context
+    ) -> AsyncIterator[dit_pb2.EncodeImagesResponse]:
+        """Latents for pictures, each for itself."""
+        async for answer in self._each(request_iterator, self._conversions.encode):
+            yield answer
+
+    async def DecodeLatents(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[dit_pb2.DecodeLatentsRequest], context: _Context
+    ) -> AsyncIterator[dit_pb2.DecodeLatentsResponse]:
+        """Pictures for latents, each for itself."""
+        async for answer in self._each(request_iterator, self._conversions.decode):
+            yield answer
+
+    async def _each(
+        self, items: AsyncIterator[T], answer: Callable[[T], Coroutine[Any, Any, R]]
+    ) -> AsyncIterator[R]:
+        self._worker.loaded(messages.Model)
+        with self._admission.place():
+            async with aclosing(answered(items, answer, _CONVERSIONS_AT_ONCE)) as answers:
+                async for one in answers:
+                    yield one
 
 
 async def _only_spec(requests: AsyncIterator[dit_pb2.GenerateRequest]) -> dit_pb2.GenerateSpec:

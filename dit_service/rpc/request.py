@@ -26,6 +26,9 @@ from zimage_rpc.types.v1 import types_pb2
 _PROVENANCE_BYTES = 4096
 """More than a receipt grows by what is not known at the beginning."""
 
+_MOST_UNREAD = 16
+"""No preview is made for a client that has so many answers to read."""
+
 _Answers = AsyncGenerator[dit_pb2.GenerateResponse, None]
 
 
@@ -106,6 +109,7 @@ class Request:
             cfg_normalization=spec.z_image.cfg_normalization,
             cfg_truncation=spec.z_image.cfg_truncation,
             is_solo=spec.packing == types_pb2.PACKING_SOLO,
+            previews=_previews(spec),
         )
 
     async def _retell(self, event: object) -> None:
@@ -120,6 +124,9 @@ class Request:
             case messages.Decoding(index):
                 stage = dit_pb2.Progress.STAGE_DECODING
                 self._tell(_progress(stage, index, step_count, step_count))
+            case messages.Preview() if self._told.qsize() < _MOST_UNREAD:
+                preview = await asyncio.to_thread(_preview, event)
+                self._tell(dit_pb2.GenerateResponse(preview=preview))
             case messages.Picture(index, rgb):
                 for chunk in await asyncio.to_thread(self._artifact, index, rgb):
                     self._tell(dit_pb2.GenerateResponse(artifact_chunk=chunk))
@@ -173,6 +180,7 @@ class Request:
         )
         receipt.spec.seed = self._resolved.seeds[index]
         receipt.spec.image_count = 1
+        receipt.spec.ClearField("previews")  # they change no pixel
         return receipts.to_text(receipt)
 
     def _refuse_long_receipt(self) -> None:
@@ -211,6 +219,20 @@ def _tell_effective(spec: dit_pb2.GenerateSpec, sides: Sequence[Side]) -> None:
             conditioning.segments[0].prompt.hidden_layer = side.hidden_layer
         else:
             conditioning.segments[0].embedding_digest.CopyFrom(side.content.digest)
+
+
+def _previews(spec: dit_pb2.GenerateSpec) -> messages.Previews | None:
+    if not spec.HasField("previews"):
+        return None
+    use_vae = spec.previews.source == dit_pb2.Previews.SOURCE_VAE
+    return messages.Previews(spec.previews.interval_steps, use_vae)
+
+
+def _preview(drawn: messages.Preview) -> dit_pb2.Preview:
+    (width, height), file = files.encode_preview(drawn.rgb, (drawn.width_px, drawn.height_px))
+    return dit_pb2.Preview(
+        image_index=drawn.image_index, step=drawn.step, width_px=width, height_px=height, data=file
+    )
 
 
 def _progress(

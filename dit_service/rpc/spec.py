@@ -9,7 +9,7 @@ from typing import Any
 from dit_service import messages
 from zimage_core.errors import InvalidRequest
 from zimage_core.pictures import files
-from zimage_core.planning import schedule, sizes, variants
+from zimage_core.planning import previews, schedule, sizes, variants
 from zimage_core.settings import DitSettings
 from zimage_core.wire import names
 from zimage_rpc.dit.v1 import dit_pb2
@@ -61,6 +61,8 @@ class Resolver:
         )
         self.default_side_px = min(model.default_side_px, self.limits.max_side_px)
         self._shift = model.shift
+        self._maps_latents = previews.is_good(model.preview_r_squared)
+        self._preview_r_squared = model.preview_r_squared
 
     def resolve(self, asked: dit_pb2.GenerateSpec) -> Resolved:
         """Fills in what is open; raises InvalidRequest for what cannot be."""
@@ -71,7 +73,10 @@ class Resolver:
         sigmas = self._decide_schedule(spec)
         self._decide_guidance(spec)
         spec.packing = spec.packing or types_pb2.PACKING_SHARED
-        file_format = _decide_output(spec.output)
+        if spec.HasField("previews"):
+            self._decide_previews(spec.previews)
+        spec.output.metadata = spec.output.metadata or dit_pb2.Output.METADATA_RECEIPT
+        file_format = decide_format(spec.output, "spec.output.")
         return Resolved(spec, seeds, sigmas, file_format)
 
     def _decide_size(self, spec: dit_pb2.GenerateSpec) -> None:
@@ -143,19 +148,34 @@ class Resolver:
         if spec.guidance_scale == 0:
             spec.ClearField("negative")
 
+    def _decide_previews(self, wanted: dit_pb2.Previews) -> None:
+        sources = dit_pb2.Previews
+        usual = sources.SOURCE_LATENTS if self._maps_latents else sources.SOURCE_VAE
+        if wanted.source == sources.SOURCE_LATENTS and not self._maps_latents:
+            raise _refusal(
+                "spec.previews.source",
+                "latents",
+                f"vae: a linear map of this model's latents tells {self._preview_r_squared:.2f} of "
+                f"a picture's variance, {previews.LEAST_R_SQUARED} are needed",
+                "PREVIEW_UNAVAILABLE",
+            )
+        wanted.source = wanted.source or usual
+        longest = self.limits.max_step_count
+        wanted.interval_steps = _whole(wanted, "interval_steps", 1, longest, path="spec.previews")
 
-def _decide_output(output: dit_pb2.Output) -> str:
+
+def decide_format(output: dit_pb2.Output, path: str) -> str:
+    """The name of the file format, with its quality decided."""
     output.format = output.format or dit_pb2.Output.FORMAT_PNG
-    output.metadata = output.metadata or dit_pb2.Output.METADATA_RECEIPT
     name = names.name_of(output.format, names.FORMATS)
     if name == "png":
         if output.HasField("quality"):
             allowed = "none: PNG loses nothing"
-            raise _refusal("spec.output.quality", output.quality, allowed, "QUALITY")
+            raise _refusal(f"{path}quality", output.quality, allowed, "QUALITY")
         return name
     output.quality = _given(output, "quality", files.DEFAULT_QUALITY)
     if not 1 <= output.quality <= 100:
-        raise _refusal("spec.output.quality", output.quality, "1 to 100", "QUALITY")
+        raise _refusal(f"{path}quality", output.quality, "1 to 100", "QUALITY")
     return name
 
 
@@ -166,11 +186,11 @@ def _given(message: Any, name: str, default: int) -> int:
 
 
 def _whole(
-    spec: dit_pb2.GenerateSpec, name: str, default: int, highest: int, lowest: int = 1
+    message: Any, name: str, default: int, highest: int, *, lowest: int = 1, path: str = "spec"
 ) -> int:
-    value = _given(spec, name, default)
+    value = _given(message, name, default)
     if not lowest <= value <= highest:
-        raise _refusal(f"spec.{name}", value, f"{lowest} to {highest}", name.upper())
+        raise _refusal(f"{path}.{name}", value, f"{lowest} to {highest}", name.upper())
     return value
 
 

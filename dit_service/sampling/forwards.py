@@ -20,8 +20,25 @@ class Forward:
     """Which of the request's conditionings."""
 
 
-Sampler = Generator[tuple[Forward, ...], tuple[Tensor, ...], Tensor]
-"""Yields the forwards of a step, is sent their float32 velocities in order, returns the latents."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The forwards of one step, and the way that led here."""
+
+    forwards: tuple[Forward, ...]
+    velocity_CHW: Tensor | None = None
+    """What the step before followed; None in the first."""
+
+    @property
+    def expected_latents(self) -> Tensor | None:
+        """The latents that this way ends at if it goes on as it came; None in the first step."""
+        if self.velocity_CHW is None:
+            return None
+        here = self.forwards[0]
+        return here.latents_CHW + (1 - here.time) * self.velocity_CHW
+
+
+Sampler = Generator[Step, tuple[Tensor, ...], Tensor]
+"""Yields its steps, is sent the float32 velocities of each in order, returns the latents."""
 
 
 class Run:
@@ -29,17 +46,17 @@ class Run:
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
-        self.forwards: tuple[Forward, ...] = next(sampler)
-        """The forwards of the step at hand; none when all are done."""
+        self.step: Step | None = next(sampler)
+        """The step at hand; None when all are done."""
         self.steps_done = 0
         self.latents_CHW: Tensor | None = None
         """The finished latents."""
 
     def send(self, velocities: tuple[Tensor, ...]) -> None:
-        """Gives the sampler its predictions, in the order of `forwards`."""
+        """Gives the sampler its predictions, in the order of the step's forwards."""
         self.steps_done += 1
         try:
-            self.forwards = self._sampler.send(velocities)
+            self.step = self._sampler.send(velocities)
         except StopIteration as end:
-            self.forwards = ()
+            self.step = None
             self.latents_CHW = end.value

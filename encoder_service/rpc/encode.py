@@ -26,7 +26,7 @@ from zimage_core.serving.admission import Admission
 from zimage_core.serving.batches import batched
 from zimage_core.serving.worker import Worker
 from zimage_core.tensors import TensorData, byte_count
-from zimage_core.wire import embeddings, status
+from zimage_core.wire import embeddings, features, status
 from zimage_core.wire.limits import MESSAGE_BYTES, PROMPTS_PER_ENCODE
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
@@ -82,6 +82,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             version=version("zimage-grpc"),
             max_prompt_count=PROMPTS_PER_ENCODE,
             worker=self._worker.state,
+            features=features.ENCODER,
         )
         encoder = self._worker.description
         if isinstance(encoder, messages.Encoder):

@@ -22,8 +22,8 @@ def _perfect(forward: Forward) -> Tensor:
 def test_a_perfect_model_leads_to_the_data() -> None:
     run = Run(text_to_image(initial_noise(1, (16, 4, 4)), SIGMAS, 0.0, 0.0, 1.0))
     times = []
-    while run.forwards:
-        [forward] = run.forwards
+    while run.step:
+        [forward] = run.step.forwards
         assert forward.conditioning == POSITIVE
         times.append(forward.time)
         run.send((_perfect(forward),))
@@ -35,9 +35,9 @@ def test_a_perfect_model_leads_to_the_data() -> None:
 def test_guided_steps_ask_for_both_until_truncation_ends_them() -> None:
     run = Run(text_to_image(initial_noise(1, (16, 4, 4)), SIGMAS, 2.0, 0.0, 0.3))
     asked = []
-    while run.forwards:
-        asked.append([forward.conditioning for forward in run.forwards])
-        run.send(tuple(_perfect(forward) for forward in run.forwards))
+    while run.step:
+        asked.append([forward.conditioning for forward in run.step.forwards])
+        run.send(tuple(_perfect(forward) for forward in run.step.forwards))
     guided_steps = [sigma for sigma in SIGMAS[:-1] if 1 - sigma <= 0.3]
     assert asked == [[POSITIVE, NEGATIVE]] * len(guided_steps) + [[POSITIVE]] * (
         8 - len(guided_steps)

@@ -28,6 +28,10 @@ TURBO = messages.Model(
     compute_type="float32",
     vae_compute_type="float32",
     attention_backend="sdpa",
+    attention_reasons={"sdpa": "there is nothing else"},
+    preview_r_squared=0.9,
+    latent_channels=16,
+    pixels_per_latent=8,
     thread_count=2,
     library_versions={},
 )

@@ -4,6 +4,8 @@ import hashlib
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from zimage_core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image  # only whoever works with pictures pays for the import
+    from PIL.ImageFile import ImageFile
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 """The formats that can be written, with their media types."""
@@ -20,6 +23,9 @@ DEFAULT_QUALITY = 95
 
 LONGEST_TEXT = {"png": 1_000_000, "webp": 1_000_000, "jpeg": 60_000}
 """The most bytes of text in a file; one segment of a JPEG holds 64 KiB."""
+
+PREVIEW_SIDE_PX = 512
+"""The longer side of a preview at most."""
 
 _PNG_LEVEL = 1  # photographs of the model shrink by 3 % more at level 6, in five times the time
 _KEYWORD = "zimage"
@@ -45,6 +51,15 @@ def encode(
     buffer = io.BytesIO()
     Image.frombytes("RGB", size, rgb).save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def encode_preview(rgb: bytes, size: tuple[int, int]) -> tuple[tuple[int, int], bytes]:
+    """A PNG of a picture, made smaller where it is large, and its size."""
+    from PIL import Image
+
+    image = Image.frombytes("RGB", size, rgb)
+    image.thumbnail((PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
+    return image.size, encode(image.tobytes(), image.size, "png", DEFAULT_QUALITY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +91,43 @@ class PictureFile:
 
 def decode(data: bytes, name: str) -> PictureFile:
     """The picture in a file of this name; raises InvalidRequest for what is none."""
+    with _opened(data, name) as opened:
+        text = _text(opened)
+        return PictureFile(opened.convert("RGB"), text, is_lossless=opened.format == "PNG")
+
+
+def decode_for_model(data: bytes, name: str, longest_side: int) -> tuple[tuple[int, int], bytes]:
+    """The size and the rows of RGB of a picture as a viewer shows it: turned as its EXIF says,
+    over white. Raises InvalidRequest for what is none, before a large one is unpacked."""
+    from PIL import Image, ImageOps
+
+    with _opened(data, name) as opened:
+        if max(opened.size) > longest_side:
+            raise _unreadable(name, f"{opened.width}x{opened.height} is too large", longest_side)
+        if opened.mode.startswith(("I", "F")):  # would be cut to black and white
+            raise _unreadable(name, f"its pixels are of kind {opened.mode}, not of 8 bits")
+        image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.size, image.convert("RGB").tobytes()
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator["ImageFile"]:
     from PIL import Image
 
     formats = [known.upper() for known in MEDIA_TYPES]
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            opened = Image.open(io.BytesIO(data), formats=formats)
-            text = _text(opened)
-            image = opened.convert("RGB")
+            yield Image.open(io.BytesIO(data), formats=formats)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
-        raise InvalidRequest(
-            f"{name}: not a readable PNG, JPEG or WebP file: {error}",
-            reason="PICTURE",
-            fields={"path": name},
-        ) from None
-    return PictureFile(image, text, is_lossless=opened.format == "PNG")
+        raise _unreadable(name, f"not a readable PNG, JPEG or WebP file: {error}") from None
+
+
+def _unreadable(name: str, what: str, longest_side: int | None = None) -> InvalidRequest:
+    allowed = f"; the longest side allowed is {longest_side}" if longest_side else ""
+    return InvalidRequest(f"{name}: {what}{allowed}", reason="PICTURE", fields={"path": name})
 
 
 def _text(image: Any) -> str:

@@ -1,11 +1,13 @@
 """Items of a stream, in the batches in which they come while others are worked on."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +15,22 @@ class _End:
     """No item comes any more."""
 
     fault: Exception | None = None
+
+
+async def answered(
+    items: AsyncIterator[T], answer: Callable[[T], Coroutine[Any, Any, R]], at_once: int
+) -> AsyncGenerator[R, None]:
+    """The answer to each item as soon as it is there; so many are worked on side by side."""
+    async with aclosing(batched(items, at_once)) as batches:
+        async for batch in batches:
+            working = [asyncio.ensure_future(answer(item)) for item in batch]
+            try:
+                for done in asyncio.as_completed(working):
+                    yield await done
+            finally:
+                for work in working:
+                    work.cancel()
+                await asyncio.gather(*working, return_exceptions=True)
 
 
 async def batched(items: AsyncIterator[T], largest: int) -> AsyncGenerator[list[T], None]:

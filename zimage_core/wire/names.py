@@ -27,6 +27,11 @@ METADATA = {
     "receipt": dit_pb2.Output.METADATA_RECEIPT,
     "none": dit_pb2.Output.METADATA_NONE,
 }
+PREVIEWS = {
+    "auto": dit_pb2.Previews.SOURCE_UNSPECIFIED,
+    "latents": dit_pb2.Previews.SOURCE_LATENTS,
+    "vae": dit_pb2.Previews.SOURCE_VAE,
+}
 WORKER_STATES = {
     "loading": types_pb2.Worker.STATE_LOADING,
     "idle": types_pb2.Worker.STATE_IDLE,

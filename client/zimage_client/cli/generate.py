@@ -14,11 +14,12 @@ from zimage_client import (
     AsyncClient,
     Options,
     Picture,
+    Preview,
     Receipt,
     read_receipt,
 )
 from zimage_client._options import SEED_LIMIT, spec
-from zimage_client.cli import conditioning, output, prompt, stack
+from zimage_client.cli import conditioning, output, previews, prompt, stack
 from zimage_client.cli.progress import ProgressText
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds
@@ -113,6 +114,8 @@ def add_flags(parser: ArgumentParser) -> None:
     files.add_argument("--overwrite", action="store_true", help="replace files that exist")
     files.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
 
+    previews.add_flags(parser)
+
     parser.add_argument(
         "--timeout",
         type=seconds,
@@ -127,12 +130,14 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     sides = conditioning.given(args, receipt)
     options = _options(args, terminal, receipt)
     options["negative"] = sides.negative
+    options |= previews.options(args)
     outputs = output.for_pictures(
         args.output, args.format, options["seed"] or 0, args.count or 1, overwrite=args.overwrite
     )
     if args.format or outputs.format != "png":
         options["format"] = outputs.format  # type: ignore[typeddict-item]
     spec(options)  # refuses what cannot be said before any service is started
+    show = previews.shown(args, outputs, terminal)
     _tell_what_has_no_effect(args, terminal)
 
     accepted: Accepted | None = None
@@ -148,6 +153,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
                 terminal.live(line)
             if isinstance(event, Accepted):
                 accepted = event
+            if isinstance(event, Preview):
+                show(event)
             if isinstance(event, Picture):
                 path = outputs.paths[event.index]
                 write_whole(path, event.data)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
 
-from zimage_client.cli import completion, encode, generate, info, inspect, verify
+from zimage_client.cli import completion, encode, generate, info, inline, inspect, verify
 from zimage_client.cli.terminal import Terminal
 from zimage_core import settings
 from zimage_core.errors import (
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a text must not break its own printing
     args = _parser().parse_args(arguments)
-    terminal = Terminal(sys.stdout, sys.stderr)
+    terminal = Terminal(sys.stdout, sys.stderr, inline.way(os.environ))
     try:
         with terminal.shows_warnings():
             return _run(args, terminal)

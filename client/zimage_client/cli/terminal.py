@@ -6,25 +6,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from zimage_client.cli import inline
+
 
 class Terminal:
     """Where a command writes. Files and pipes get no live line."""
 
-    def __init__(self, out: TextIO, err: TextIO) -> None:
+    def __init__(self, out: TextIO, err: TextIO, way: inline.Way | None = None) -> None:
+        """`way` is how it would show pictures, if it is a terminal."""
         self._out = out
         self._err = err
         self._is_live = err.isatty()
+        self._way = way if self._is_live else None
         self._live = ""
+        self._picture_rows = 0
+        """Of the picture right above the live line."""
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether `picture` can be used."""
+        return self._way is not None
+
+    def picture(self, png: bytes, size: tuple[int, int]) -> None:
+        """A picture above the live line; takes the place of the one that is there."""
+        assert self._way is not None
+        self.clear()
+        if self._picture_rows:
+            self._err.write(f"\x1b[{self._picture_rows}A")
+        columns, rows = inline.cells(size, shutil.get_terminal_size())
+        self._err.write(inline.text(self._way, png, columns, rows))
+        self._err.flush()
+        self._picture_rows = rows
 
     def result(self, line: str) -> None:
         """A line that programs may read."""
         self.clear()
+        self._picture_rows = 0  # it has moved up
         self._out.write(f"{line}\n")
         self._out.flush()
 
     def note(self, line: str) -> None:
         """A line for the reader."""
         self.clear()
+        self._picture_rows = 0
         self._err.write(f"{line}\n")
         self._err.flush()
 

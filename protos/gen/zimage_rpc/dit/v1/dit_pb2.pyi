@@ -66,6 +66,7 @@ class GenerateSpec(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     Z_IMAGE_FIELD_NUMBER: _builtins.int
     PACKING_FIELD_NUMBER: _builtins.int
+    PREVIEWS_FIELD_NUMBER: _builtins.int
     width_px: _builtins.int
     """The picture's width in pixels: a multiple of 16 within the limits in Describe. Unset means the model's default."""
     height_px: _builtins.int
@@ -100,6 +101,10 @@ class GenerateSpec(_message.Message):
     def z_image(self) -> Global___ZImageOptions:
         """For Z-Image."""
 
+    @_builtins.property
+    def previews(self) -> Global___Previews:
+        """Pictures of how it goes on. Unset means none."""
+
     def __init__(
         self,
         *,
@@ -115,10 +120,11 @@ class GenerateSpec(_message.Message):
         output: Global___Output | None = ...,
         z_image: Global___ZImageOptions | None = ...,
         packing: _types_pb2.Packing.ValueType = ...,
+        previews: Global___Previews | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "positive", b"positive", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "positive", b"positive", "previews", b"previews", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "packing", b"packing", "positive", b"positive", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "packing", b"packing", "positive", b"positive", "previews", b"previews", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -150,6 +156,57 @@ class GenerateSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_family) -> _WhichOneofReturnType_family | None: ...
 
 Global___GenerateSpec: _TypeAlias = GenerateSpec  # noqa: Y015
+
+@_typing.final
+class Previews(_message.Message):
+    """Pictures of how it goes on, beside those that are asked for. They change nothing in these."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Source:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _SourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Previews._Source.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SOURCE_UNSPECIFIED: Previews._Source.ValueType  # 0
+        """Not given: the latents where the model's map is good enough, else the VAE."""
+        SOURCE_LATENTS: Previews._Source.ValueType  # 1
+        """A linear map of the latents, a pixel for each: costs next to nothing. Refused where Describe calls it unavailable."""
+        SOURCE_VAE: Previews._Source.ValueType  # 2
+        """The VAE, as for a finished picture."""
+
+    class Source(_Source, metaclass=_SourceEnumTypeWrapper):
+        """What makes them."""
+
+    SOURCE_UNSPECIFIED: Previews.Source.ValueType  # 0
+    """Not given: the latents where the model's map is good enough, else the VAE."""
+    SOURCE_LATENTS: Previews.Source.ValueType  # 1
+    """A linear map of the latents, a pixel for each: costs next to nothing. Refused where Describe calls it unavailable."""
+    SOURCE_VAE: Previews.Source.ValueType  # 2
+    """The VAE, as for a finished picture."""
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
+    source: Global___Previews.Source.ValueType
+    """What makes them."""
+    interval_steps: _builtins.int
+    """How many steps lie between two of them, 1 or more. Unset means 1."""
+    def __init__(
+        self,
+        *,
+        source: Global___Previews.Source.ValueType = ...,
+        interval_steps: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_interval_steps", b"_interval_steps", "interval_steps", b"interval_steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval_steps", b"_interval_steps", "interval_steps", b"interval_steps", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__interval_steps: _TypeAlias = _typing.Literal["interval_steps"]  # noqa: Y015
+    _WhichOneofArgType__interval_steps: _TypeAlias = _typing.Literal["_interval_steps", b"_interval_steps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_steps) -> _WhichOneofReturnType__interval_steps | None: ...
+
+Global___Previews: _TypeAlias = Previews  # noqa: Y015
 
 @_typing.final
 class Schedule(_message.Message):
@@ -339,6 +396,7 @@ class GenerateResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     ARTIFACT_CHUNK_FIELD_NUMBER: _builtins.int
     COMPLETED_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1 for the first message of a call, then one more each."""
     @_builtins.property
@@ -361,6 +419,10 @@ class GenerateResponse(_message.Message):
     def completed(self) -> Global___Completed:
         """All is done; always last."""
 
+    @_builtins.property
+    def preview(self) -> Global___Preview:
+        """A picture of how it goes on."""
+
     def __init__(
         self,
         *,
@@ -370,12 +432,13 @@ class GenerateResponse(_message.Message):
         progress: Global___Progress | None = ...,
         artifact_chunk: Global___ArtifactChunk | None = ...,
         completed: Global___Completed | None = ...,
+        preview: Global___Preview | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "artifact_chunk", b"artifact_chunk", "completed", b"completed", "event", b"event", "event_time", b"event_time", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "artifact_chunk", b"artifact_chunk", "completed", b"completed", "event", b"event", "event_time", b"event_time", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "artifact_chunk", b"artifact_chunk", "completed", b"completed", "event", b"event", "event_time", b"event_time", "progress", b"progress", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "artifact_chunk", b"artifact_chunk", "completed", b"completed", "event", b"event", "event_time", b"event_time", "preview", b"preview", "progress", b"progress", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "progress", "artifact_chunk", "completed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "progress", "artifact_chunk", "completed", "preview"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -483,6 +546,44 @@ class Progress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class Preview(_message.Message):
+    """Where a picture is heading after some of its steps. One that its reader is too slow for is left out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_INDEX_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    WIDTH_PX_FIELD_NUMBER: _builtins.int
+    HEIGHT_PX_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    image_index: _builtins.int
+    """Which picture, counted from 0."""
+    step: _builtins.int
+    """How many steps of this picture are done."""
+    width_px: _builtins.int
+    """The width of the preview in pixels."""
+    height_px: _builtins.int
+    """Its height."""
+    data: _builtins.bytes
+    """A PNG file whose longer side has 512 pixels at most."""
+    def __init__(
+        self,
+        *,
+        image_index: _builtins.int = ...,
+        step: _builtins.int = ...,
+        width_px: _builtins.int = ...,
+        height_px: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "height_px", b"height_px", "image_index", b"image_index", "step", b"step", "width_px", b"width_px"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Preview: _TypeAlias = Preview  # noqa: Y015
 
 @_typing.final
 class ArtifactChunk(_message.Message):
@@ -769,6 +870,184 @@ class Receipt(_message.Message):
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 @_typing.final
+class EncodeImagesRequest(_message.Message):
+    """One picture of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.int
+    """Names it in the answer; the caller sees to it that no two are the same."""
+    image: _builtins.bytes
+    """A PNG, JPEG or WebP file with sides within the limits in Describe. It is turned as its EXIF orientation says; what is
+    transparent in it is seen over white.
+    """
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.int = ...,
+        image: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "item_id", b"item_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodeImagesRequest: _TypeAlias = EncodeImagesRequest  # noqa: Y015
+
+@_typing.final
+class EncodeImagesResponse(_message.Message):
+    """What came of one picture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    LATENTS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.int
+    """As in the request."""
+    @_builtins.property
+    def latents(self) -> _types_pb2.Tensor:
+        """The mean of the VAE's distribution, scaled and shifted as the transformer takes it: [channels, height, width] in
+        float32, an eighth of the picture's sides.
+        """
+
+    @_builtins.property
+    def failure(self) -> _types_pb2.Failure:
+        """Why there are none."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.int = ...,
+        latents: _types_pb2.Tensor | None = ...,
+        failure: _types_pb2.Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "latents", b"latents", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "item_id", b"item_id", "latents", b"latents", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["latents", "failure"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___EncodeImagesResponse: _TypeAlias = EncodeImagesResponse  # noqa: Y015
+
+@_typing.final
+class DecodeLatentsRequest(_message.Message):
+    """The latents of one picture of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    LATENTS_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.int
+    """Names them in the answer; the caller sees to it that no two are the same."""
+    format: Global___Output.Format.ValueType
+    """The format of the file to answer; unset means PNG."""
+    quality: _builtins.int
+    """Quality from 1 to 100 for JPEG and WebP; refused for PNG. Unset means 95."""
+    @_builtins.property
+    def latents(self) -> _types_pb2.Tensor:
+        """As EncodeImages answers them; any element type."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.int = ...,
+        latents: _types_pb2.Tensor | None = ...,
+        format: Global___Output.Format.ValueType = ...,
+        quality: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "latents", b"latents", "quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "format", b"format", "item_id", b"item_id", "latents", b"latents", "quality", b"quality"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+
+Global___DecodeLatentsRequest: _TypeAlias = DecodeLatentsRequest  # noqa: Y015
+
+@_typing.final
+class DecodeLatentsResponse(_message.Message):
+    """What came of some latents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.int
+    """As in the request."""
+    @_builtins.property
+    def image(self) -> Global___DecodedImage:
+        """The picture."""
+
+    @_builtins.property
+    def failure(self) -> _types_pb2.Failure:
+        """Why there is none."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.int = ...,
+        image: Global___DecodedImage | None = ...,
+        failure: _types_pb2.Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "image", b"image", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "image", b"image", "item_id", b"item_id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["image", "failure"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___DecodeLatentsResponse: _TypeAlias = DecodeLatentsResponse  # noqa: Y015
+
+@_typing.final
+class DecodedImage(_message.Message):
+    """A picture that was made of latents as they are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    WIDTH_PX_FIELD_NUMBER: _builtins.int
+    HEIGHT_PX_FIELD_NUMBER: _builtins.int
+    PIXELS_SHA256_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The file, without metadata."""
+    media_type: _builtins.str
+    """What kind of file it is, such as "image/png"."""
+    width_px: _builtins.int
+    """Its width in pixels."""
+    height_px: _builtins.int
+    """Its height."""
+    pixels_sha256: _builtins.str
+    """SHA-256 of its pixels as rows of 8-bit RGB, in hexadecimal."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        media_type: _builtins.str = ...,
+        width_px: _builtins.int = ...,
+        height_px: _builtins.int = ...,
+        pixels_sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "height_px", b"height_px", "media_type", b"media_type", "pixels_sha256", b"pixels_sha256", "width_px", b"width_px"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodedImage: _TypeAlias = DecodedImage  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     """Asks for the description."""
 
@@ -798,6 +1077,8 @@ class DescribeResponse(_message.Message):
     NUMERIC_PLAN_FIELD_NUMBER: _builtins.int
     HAS_ENCODER_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    ATTENTION_BACKENDS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of the service."""
     ready: _builtins.bool
@@ -820,6 +1101,14 @@ class DescribeResponse(_message.Message):
     def worker(self) -> _types_pb2.Worker:
         """Its worker."""
 
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What this version can do that another may not: words that stay."""
+
+    @_builtins.property
+    def attention_backends(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttentionBackend]:
+        """The attention kernels that it knows; one of them is in use."""
+
     def __init__(
         self,
         *,
@@ -830,14 +1119,46 @@ class DescribeResponse(_message.Message):
         numeric_plan: _types_pb2.NumericPlan | None = ...,
         has_encoder: _builtins.bool = ...,
         worker: _types_pb2.Worker | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        attention_backends: _abc.Iterable[Global___AttentionBackend] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backends", b"attention_backends", "features", b"features", "has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class AttentionBackend(_message.Message):
+    """A way to compute attention."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, such as "sdpa"."""
+    chosen: _builtins.bool
+    """Whether it is in use."""
+    reason: _builtins.str
+    """Why it is, or why not."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        chosen: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "name", b"name", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttentionBackend: _TypeAlias = AttentionBackend  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -876,6 +1197,7 @@ class Model(_message.Message):
     DEFAULT_SIDE_PX_FIELD_NUMBER: _builtins.int
     DEFAULT_STEP_COUNT_FIELD_NUMBER: _builtins.int
     DEFAULT_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    PREVIEW_R_SQUARED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The folder's name."""
     variant: Global___Model.Variant.ValueType
@@ -890,6 +1212,10 @@ class Model(_message.Message):
     """The number of steps of a picture without wishes."""
     default_guidance_scale: _builtins.float
     """The guidance of a picture without wishes."""
+    preview_r_squared: _builtins.float
+    """How much of the pictures' variance a linear map of the latents tells: R squared on pictures it was not fitted to. Below
+    0.5 previews from the latents are unavailable.
+    """
     @_builtins.property
     def encoder_identity(self) -> _types_pb2.EncoderIdentity:
         """The encoder whose embeddings this model takes; unset when none is pinned."""
@@ -905,10 +1231,11 @@ class Model(_message.Message):
         default_side_px: _builtins.int = ...,
         default_step_count: _builtins.int = ...,
         default_guidance_scale: _builtins.float = ...,
+        preview_r_squared: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_identity", b"encoder_identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption_width", b"caption_width", "default_guidance_scale", b"default_guidance_scale", "default_side_px", b"default_side_px", "default_step_count", b"default_step_count", "encoder_identity", b"encoder_identity", "name", b"name", "shift", b"shift", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption_width", b"caption_width", "default_guidance_scale", b"default_guidance_scale", "default_side_px", b"default_side_px", "default_step_count", b"default_step_count", "encoder_identity", b"encoder_identity", "name", b"name", "preview_r_squared", b"preview_r_squared", "shift", b"shift", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

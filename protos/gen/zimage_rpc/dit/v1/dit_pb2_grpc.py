@@ -40,6 +40,16 @@ class DitServiceStub:
                 request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.EncodeImages = channel.stream_stream(
+                '/zimage_rpc.dit.v1.DitService/EncodeImages',
+                request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.EncodeImagesRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.EncodeImagesResponse.FromString,
+                _registered_method=True)
+        self.DecodeLatents = channel.stream_stream(
+                '/zimage_rpc.dit.v1.DitService/DecodeLatents',
+                request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DecodeLatentsRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DecodeLatentsResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/zimage_rpc.dit.v1.DitService/Describe',
                 request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeRequest.SerializeToString,
@@ -53,8 +63,23 @@ class DitServiceServicer:
 
     def Generate(self, request_iterator, context):
         """Makes pictures. The client sends one message, the spec, and half-closes; the events of the answer follow the grammar
-        accepted (progress | artifact_chunk)* completed
+        accepted (progress | preview | artifact_chunk)* completed
         and then OK. There is exactly one final event. Errors are statuses, never events.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodeImages(self, request_iterator, context):
+        """Turns pictures into latents as they come, each for itself: one that fails leaves the others alone. Answers come when
+        they are done, in any order. The server reads ahead only so far; whoever sends faster waits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeLatents(self, request_iterator, context):
+        """Turns latents into pictures, likewise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,6 +99,16 @@ def add_DitServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GenerateRequest.FromString,
                     response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GenerateResponse.SerializeToString,
+            ),
+            'EncodeImages': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeImages,
+                    request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.EncodeImagesRequest.FromString,
+                    response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.EncodeImagesResponse.SerializeToString,
+            ),
+            'DecodeLatents': grpc.stream_stream_rpc_method_handler(
+                    servicer.DecodeLatents,
+                    request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DecodeLatentsRequest.FromString,
+                    response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DecodeLatentsResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -109,6 +144,60 @@ class DitService:
             '/zimage_rpc.dit.v1.DitService/Generate',
             zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GenerateRequest.SerializeToString,
             zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeImages(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/zimage_rpc.dit.v1.DitService/EncodeImages',
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.EncodeImagesRequest.SerializeToString,
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.EncodeImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeLatents(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/zimage_rpc.dit.v1.DitService/DecodeLatents',
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DecodeLatentsRequest.SerializeToString,
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DecodeLatentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

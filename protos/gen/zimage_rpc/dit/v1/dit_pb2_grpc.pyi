@@ -35,9 +35,15 @@ class DitServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DitServiceAsyncStub: ...
     Generate: _grpc.StreamStreamMultiCallable[_dit_pb2.GenerateRequest, _dit_pb2.GenerateResponse]
     """Makes pictures. The client sends one message, the spec, and half-closes; the events of the answer follow the grammar
-      accepted (progress | artifact_chunk)* completed
+      accepted (progress | preview | artifact_chunk)* completed
     and then OK. There is exactly one final event. Errors are statuses, never events.
     """
+    EncodeImages: _grpc.StreamStreamMultiCallable[_dit_pb2.EncodeImagesRequest, _dit_pb2.EncodeImagesResponse]
+    """Turns pictures into latents as they come, each for itself: one that fails leaves the others alone. Answers come when
+    they are done, in any order. The server reads ahead only so far; whoever sends faster waits.
+    """
+    DecodeLatents: _grpc.StreamStreamMultiCallable[_dit_pb2.DecodeLatentsRequest, _dit_pb2.DecodeLatentsResponse]
+    """Turns latents into pictures, likewise."""
     Describe: _grpc.UnaryUnaryMultiCallable[_dit_pb2.DescribeRequest, _dit_pb2.DescribeResponse]
     """Says which model this is and what it can do. Answers while the model loads."""
 
@@ -48,9 +54,15 @@ class DitServiceAsyncStub(DitServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.StreamStreamMultiCallable[_dit_pb2.GenerateRequest, _dit_pb2.GenerateResponse]  # type: ignore[assignment]
     """Makes pictures. The client sends one message, the spec, and half-closes; the events of the answer follow the grammar
-      accepted (progress | artifact_chunk)* completed
+      accepted (progress | preview | artifact_chunk)* completed
     and then OK. There is exactly one final event. Errors are statuses, never events.
     """
+    EncodeImages: _aio.StreamStreamMultiCallable[_dit_pb2.EncodeImagesRequest, _dit_pb2.EncodeImagesResponse]  # type: ignore[assignment]
+    """Turns pictures into latents as they come, each for itself: one that fails leaves the others alone. Answers come when
+    they are done, in any order. The server reads ahead only so far; whoever sends faster waits.
+    """
+    DecodeLatents: _aio.StreamStreamMultiCallable[_dit_pb2.DecodeLatentsRequest, _dit_pb2.DecodeLatentsResponse]  # type: ignore[assignment]
+    """Turns latents into pictures, likewise."""
     Describe: _aio.UnaryUnaryMultiCallable[_dit_pb2.DescribeRequest, _dit_pb2.DescribeResponse]  # type: ignore[assignment]
     """Says which model this is and what it can do. Answers while the model loads."""
 
@@ -64,9 +76,27 @@ class DitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_dit_pb2.GenerateResponse], _abc.AsyncIterator[_dit_pb2.GenerateResponse]]:
         """Makes pictures. The client sends one message, the spec, and half-closes; the events of the answer follow the grammar
-          accepted (progress | artifact_chunk)* completed
+          accepted (progress | preview | artifact_chunk)* completed
         and then OK. There is exactly one final event. Errors are statuses, never events.
         """
+
+    @_abc_1.abstractmethod
+    def EncodeImages(
+        self,
+        request_iterator: _MaybeAsyncIterator[_dit_pb2.EncodeImagesRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_dit_pb2.EncodeImagesResponse], _abc.AsyncIterator[_dit_pb2.EncodeImagesResponse]]:
+        """Turns pictures into latents as they come, each for itself: one that fails leaves the others alone. Answers come when
+        they are done, in any order. The server reads ahead only so far; whoever sends faster waits.
+        """
+
+    @_abc_1.abstractmethod
+    def DecodeLatents(
+        self,
+        request_iterator: _MaybeAsyncIterator[_dit_pb2.DecodeLatentsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_dit_pb2.DecodeLatentsResponse], _abc.AsyncIterator[_dit_pb2.DecodeLatentsResponse]]:
+        """Turns latents into pictures, likewise."""
 
     @_abc_1.abstractmethod
     def Describe(

@@ -164,6 +164,7 @@ class DescribeResponse(_message.Message):
     MAX_HIDDEN_LAYER_FIELD_NUMBER: _builtins.int
     MAX_PROMPT_COUNT_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of the service."""
     ready: _builtins.bool
@@ -192,6 +193,10 @@ class DescribeResponse(_message.Message):
     def worker(self) -> _types_pb2.Worker:
         """Its worker."""
 
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What this version can do that another may not: words that stay."""
+
     def __init__(
         self,
         *,
@@ -205,10 +210,11 @@ class DescribeResponse(_message.Message):
         max_hidden_layer: _builtins.int = ...,
         max_prompt_count: _builtins.int = ...,
         worker: _types_pb2.Worker | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "numerics", b"numerics", "recipe", b"recipe", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "layer_count", b"layer_count", "max_hidden_layer", b"max_hidden_layer", "max_prompt_count", b"max_prompt_count", "numerics", b"numerics", "ready", b"ready", "recipe", b"recipe", "version", b"version", "width", b"width", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "identity", b"identity", "layer_count", b"layer_count", "max_hidden_layer", b"max_hidden_layer", "max_prompt_count", b"max_prompt_count", "numerics", b"numerics", "ready", b"ready", "recipe", b"recipe", "version", b"version", "width", b"width", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,4 @@
+"""What a version can do that another may not, in words that Describe lists and that stay."""
+
+DIT = ("shared_steps", "receipts", "previews", "encode_images", "decode_latents")
+ENCODER = ("encode_stream",)
