@@ -473,6 +473,8 @@ class TestLiveLine:
             quality=None,
             metadata="receipt",
             packing="shared",
+            previews="",
+            preview_interval=0,
             forward_count=8,
             queue_position=2,
         )

@@ -163,9 +163,12 @@ class TestOptions:
                 cfg_truncation=0.5,
                 format="webp",
                 quality=80,
+                previews="vae",
+                preview_interval=2,
             )
+            await client.generate("x", previews="auto")
             await client.generate("x", sigmas=[1.0, 0.25])
-        spec, listed = dit.specs
+        spec, auto, listed = dit.specs
         assert spec.positive.segments[0].prompt.system == "s"
         assert spec.negative.segments[0].prompt.text == "y"
         assert spec.negative.segments[0].prompt.hidden_layer == -3
@@ -176,6 +179,11 @@ class TestOptions:
             force_guidance=True, cfg_normalization=1.5, cfg_truncation=0.5
         )
         assert spec.output == dit_pb2.Output(format=dit_pb2.Output.FORMAT_WEBP, quality=80)
+        assert spec.previews == dit_pb2.Previews(
+            source=dit_pb2.Previews.SOURCE_VAE, interval_steps=2
+        )
+        assert auto.HasField("previews")
+        assert not listed.HasField("previews")
         assert list(listed.schedule.sigmas) == [1.0, 0.25]
 
     async def test_a_seed_is_drawn_below_two_to_the_32(self) -> None:

@@ -72,3 +72,29 @@ def test_what_is_no_receipt_is_refused_by_name(text: str) -> None:
     with pytest.raises(InvalidRequest, match=r"out\.png") as refusal:
         receipts.from_text(text, name="out.png")
     assert refusal.value.reason == "RECEIPT"
+
+
+def _png(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_the_model_sees_what_a_viewer_shows() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned = _png(Image.new("RGB", (32, 16)), exif=exif)
+    assert files.decode_for_model(turned, "x", 32)[0] == (16, 32)
+    half = _png(Image.new("RGBA", (1, 1), (255, 0, 0, 128)))
+    assert files.decode_for_model(half, "x", 32) == ((1, 1), bytes([255, 127, 127]))
+    with pytest.raises(InvalidRequest, match="48x16 is too large; the longest side allowed is 32"):
+        files.decode_for_model(_png(Image.new("RGB", (48, 16))), "x", 32)
+    with pytest.raises(InvalidRequest, match="not of 8 bits"):
+        files.decode_for_model(_png(Image.new("I;16", (16, 16))), "x", 32)
+
+
+def test_previews_are_small() -> None:
+    size, file = files.encode_preview(bytes(3 * 1024 * 600), (1024, 600))
+    assert size == (512, 300)
+    assert Image.open(io.BytesIO(file)).size == size
+    assert files.encode_preview(bytes(3 * 8 * 4), (8, 4))[0] == (8, 4)
