@@ -1,6 +1,8 @@
 """The embedded stack with the real services: what works without any configuration."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,14 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.e2e.terminal import Terminal
+from zimage_client._embedded import warm
+from zimage_core.files import write_whole
+
 PATIENCE_SECONDS = 40.0
 CLIENT = [sys.executable, "-m", "zimage_client.cli.main"]
 HOLDS_A_STACK = """
 import asyncio, sys
-from zimage_client._embedded import embedded_stack
+from zimage_client._embedded.stack import brief_stack
 
 async def main():
-    async with embedded_stack(lambda line: None):
+    async with brief_stack(lambda line: None):
         print("serving", flush=True)
         await asyncio.Event().wait()
 
@@ -37,6 +43,9 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(home / "run"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         yield home / "cache/zimage" / f"random-model-{version('zimage-grpc')}"
+        for stack in warm.running_stacks():  # of a test that failed
+            for process in _processes(stack):
+                process.kill()
 
 
 def stacks() -> list[Path]:
@@ -80,3 +89,93 @@ def test_a_service_that_cannot_start_says_why(cache: Path) -> None:
     assert f"the logs of the embedded services are in {os.path.realpath(folder)}" in done.stderr
     assert (folder / "encoder_service.log").read_text() in done.stderr.replace("\n  ", "\n")
     assert not Path("out.png").exists()
+
+
+def _alive() -> list[warm.WarmStack]:
+    return warm.running_stacks()
+
+
+def _processes(stack: warm.WarmStack) -> list[psutil.Process]:
+    """The stack's keeper, fronts and workers."""
+    every = psutil.process_iter(["cmdline"])
+    own = [one for one in every if str(stack.folder) in " ".join(one.info["cmdline"] or [])]
+    return [*own, *(child for one in own for child in one.children())]
+
+
+def _command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*CLIENT, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_two_first_callers_at_terminals_share_a_stack(cache: Path, model_folder: Path) -> None:
+    cache.symlink_to(model_folder)
+    terminals = [
+        Terminal(
+            "generate", "a red circle", "-o", f"{name}.png", "--seed", "5", "--steps", "2", "--solo"
+        )
+        for name in ("one", "other")
+    ]
+    for terminal in terminals:
+        assert terminal.end() == 0, terminal.shown
+        terminal.close()
+    assert "another command starts" in "".join(terminal.shown for terminal in terminals)
+    assert Path("one.png").read_bytes() == Path("other.png").read_bytes()
+    [stack] = _alive()
+    assert stack.folder.stat().st_mode & 0o077 == 0
+    assert not stack.stays
+    processes = _processes(stack)
+    assert len(processes) >= 5  # a keeper, two fronts, two workers
+    info = _command("info")
+    assert info.returncode == 0, info.stderr
+    assert f"logs        {stack.folder}" in info.stdout
+    again = _command("generate", "a red circle", "-o", "third.png", "--seed", "5", "--steps", "2")
+    assert again.returncode == 0
+    # Nobody's patience lasts ten minutes: the keeper reads its record anew all the time.
+    write_whole(
+        stack.folder / "stack.json",
+        json.dumps({"model": str(stack.model), "idle_seconds": 1}).encode(),
+    )
+    _, left = psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
+    assert left == []
+    assert _alive() == []
+    assert _command("info").returncode == 4
+
+
+def test_a_stack_that_is_up_serves_its_model_until_down(cache: Path, model_folder: Path) -> None:
+    cache.symlink_to(model_folder)
+    shutil.copytree(model_folder, "mine")
+    up = _command("up", "--model", "mine", "--json")
+    assert up.returncode == 0, up.stderr
+    line = json.loads(up.stdout)
+    [stack] = _alive()
+    assert (line["logs"], stack.stays) == (str(stack.folder), True)
+    made = _command("generate", "x", "-o", "x.png")
+    assert made.returncode == 0
+    assert "noise" not in made.stderr  # it is not the random model, as far as anybody knows
+    assert _command("encode", "x", "-o", "x.safetensors").returncode == 0
+
+    processes = _processes(stack)
+    [keeper] = [one for one in processes if "keeper" in " ".join(one.cmdline())]
+    keeper.kill()
+    _, left = psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
+    assert left == []
+    assert _command("up", "--model", "mine").returncode == 0
+
+    os.utime("mine/model_index.json", (1, 1))
+    stale = _command("generate", "x", "-o", "y.png")
+    assert stale.returncode == 3
+    assert "before the files there were changed; start it anew: zimage-client up" in stale.stderr
+    down = _command("down", "--json")
+    assert json.loads(down.stdout)["model"] == str(Path("mine").resolve())
+    assert _alive() == []
+    assert "no embedded stack runs" in _command("down").stderr
+
+
+def test_a_stack_that_cannot_start_says_why(cache: Path) -> None:
+    Path("broken").mkdir()
+    Path("broken/model_index.json").write_text("{}")
+    up = _command("up", "--model", "broken")
+    assert up.returncode == 1
+    assert "its last words:" in up.stderr
+    assert "encoder_service ended with exit code 1" in up.stderr
+    assert _alive() == []
+    assert _command("up", "--model", "nowhere").returncode == 2

@@ -133,7 +133,9 @@ class _Call:
 
     def _log(self, code: str, text: str = "") -> None:
         milliseconds = (time.monotonic() - self._began) * 1e3
-        _log.info("%s %s %.1f ms%s", self._method, code, milliseconds, text)
+        is_question = self._method.endswith("/Describe") and code == "OK"  # asked all the time
+        level = logging.DEBUG if is_question else logging.INFO
+        _log.log(level, "%s %s %.1f ms%s", self._method, code, milliseconds, text)
 
 
 async def _abort(context: _Context, error: ZImageError) -> NoReturn:

@@ -13,8 +13,10 @@ from zimage_client import (
     WorkerState,
     ZImageError,
 )
+from zimage_client._embedded import warm
 from zimage_client.cli.terminal import Terminal
-from zimage_client.cli.usage import seconds, wrong
+from zimage_client.cli.usage import seconds
+from zimage_core.planning import previews
 from zimage_core.settings import ClientSettings
 
 Description = DitDescription | EncoderDescription
@@ -31,19 +33,36 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int:
-    """Asks every service that is configured; 0 when all of them answered."""
-    if not settings.server and not settings.encoder:
-        raise wrong(
-            "--server",
-            "no service is configured; give --server ADDR, --encoder ADDR or both (an embedded "
-            "stack lives as long as the command that started it)",
+    """Asks every service that is configured, else those of the embedded stacks; 0 when all of them
+    answered."""
+    if settings.server or settings.encoder:
+        return await _ask(args, settings.server, settings.encoder, terminal)
+    stacks = warm.running_stacks()
+    for stack in stacks:
+        if not args.json:
+            minutes = f"{warm.IDLE_SECONDS / 60:g} idle minutes"
+            until = "`zimage-client down`" if stack.stays else f"{minutes} have passed"
+            terminal.result(f"embedded stack with {stack.model}, until {until}")
+            terminal.result(f"  {'logs':<12}{stack.folder}")
+        at = stack.addresses
+        if await _ask(args, at.server, at.encoder, terminal) != _REACHED:
+            return _UNREACHABLE
+    if not stacks:
+        terminal.note(
+            "no service is configured and no embedded stack runs; give --server ADDR, --encoder "
+            "ADDR or both, or start a stack with `zimage-client up`"
         )
-    async with AsyncClient(settings.server, settings.encoder) as client:
+        return _UNREACHABLE
+    return _REACHED
+
+
+async def _ask(args: Namespace, server: str, encoder: str, terminal: Terminal) -> int:
+    async with AsyncClient(server, encoder) as client:
         asked: dict[str, tuple[str, Callable[..., Awaitable[Description]]]] = {}
-        if settings.server:
-            asked["DiT service"] = settings.server, client.describe
-        if settings.encoder:
-            asked["encoder service"] = settings.encoder, client.describe_encoder
+        if server:
+            asked["DiT service"] = server, client.describe
+        if encoder:
+            asked["encoder service"] = encoder, client.describe_encoder
         answers = await asyncio.gather(
             *(describe(timeout=args.timeout) for _, describe in asked.values()),
             return_exceptions=True,
@@ -87,13 +106,18 @@ def _of_dit(it: DitDescription) -> Iterator[tuple[str, str]]:
     threads = f", {plan.thread_count} threads" if plan.thread_count else ""
     yield "device", plan.device + threads
     yield "computes in", f"{plan.compute_type}, VAE {plan.vae_compute_type}"
-    yield "attention", plan.attention_backend
+    for backend in it.attention_backends:
+        use = "" if backend.chosen else "not in use: "
+        yield "attention", f"{backend.name}, {use}{backend.reason}"
+    good = "from latents" if previews.is_good(model.preview_r_squared) else "by the VAE alone"
+    yield "previews", f"{good} (R squared {model.preview_r_squared:.2f})"
     defaults = f"{model.default_steps} steps, guidance {model.default_guidance:g}"
     yield "by default", f"{model.default_side_px} px, {defaults}"
     most = f"{limits.max_steps} steps, {limits.max_count} pictures, {limits.max_token_count} tokens"
     sides = f"{limits.max_side_px} px in steps of {limits.side_multiple_px}"
     yield "limits", f"{sides}, {most}, {limits.max_queue_length} waiting"
     yield "libraries", ", ".join(f"{name} {v}" for name, v in sorted(plan.library_versions.items()))
+    yield "features", ", ".join(it.features)
 
 
 def _of_encoder(it: EncoderDescription) -> Iterator[tuple[str, str]]:
@@ -108,6 +132,7 @@ def _of_encoder(it: EncoderDescription) -> Iterator[tuple[str, str]]:
     yield "computes in", f"{numerics.compute_type}, weights {numerics.weight_type}"
     yield "engine", numerics.engine
     yield "limits", f"{model.recipe.token_limit} tokens, {model.max_prompt_count} prompts a call"
+    yield "features", ", ".join(it.features)
 
 
 def _state(worker: WorkerState) -> str:

@@ -1,6 +1,7 @@
 """`zimage-client`: the command line. The only part of the client that reads the environment."""
 
 import asyncio
+import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -8,7 +9,17 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
 
-from zimage_client.cli import completion, encode, generate, info, inline, inspect, verify
+from zimage_client.cli import (
+    completion,
+    down,
+    encode,
+    generate,
+    info,
+    inline,
+    inspect,
+    up,
+    verify,
+)
 from zimage_client.cli.terminal import Terminal
 from zimage_core import settings
 from zimage_core.errors import (
@@ -27,6 +38,8 @@ _COMMANDS = {
     "completion": (completion, "print what a shell needs to complete commands and flags"),
     "info": (info, "show what the configured services are, and how they are"),
     "inspect": (inspect, "show what a picture's file says of how it was made"),
+    "up": (up, "start the embedded services and leave them running"),
+    "down": (down, "stop the embedded services"),
     "verify": (verify, "make a picture again and say whether it is the same"),
 }
 _DONE, _FAILED, _USAGE, _REFUSED, _UNREACHABLE, _INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -60,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.note("interrupted")
         return _INTERRUPTED
     except ZImageError as error:
+        if getattr(args, "json", False):
+            told = {"error": error.message, "reason": error.reason, "fields": dict(error.fields)}
+            terminal.result(json.dumps(told))
         terminal.note(_explained(error))
         return next(code for cls, code in _EXIT_CODES.items() if isinstance(error, cls))
     except OSError as error:

@@ -3,7 +3,13 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from zimage_client._embedded import embedded_stack
+from zimage_client._embedded import warm
+from zimage_client._embedded.stack import (
+    Addresses,
+    brief_stack,
+    random_model,
+    refuse_what_cannot_work,
+)
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.settings import ClientSettings
@@ -20,15 +26,11 @@ async def for_pictures(
     if settings.encoder:
         raise wrong(
             "--server",
-            "--encoder without --server: the embedded DiT service has a random model and takes "
-            "only its own encoder's embeddings; give --server ADDR, too",
+            "--encoder without --server: the embedded DiT service takes only its own encoder's "
+            "embeddings; give --server ADDR, too",
         )
-    terminal.note(
-        "no server is configured: the embedded stack starts, with a random model whose pictures "
-        "are noise; --server ADDR uses a real one"
-    )
-    async with embedded_stack(terminal.live) as stack:
-        yield stack.server, ""
+    async with _embedded(terminal, dit=True) as addresses:
+        yield addresses.server, ""
 
 
 @asynccontextmanager
@@ -43,9 +45,28 @@ async def for_prompts(settings: ClientSettings, terminal: Terminal) -> AsyncIter
             "encoding needs an encoder service; give --encoder ADDR (a DiT service does not lend "
             "its own)",
         )
+    async with _embedded(terminal, dit=False) as addresses:
+        yield addresses.encoder
+
+
+@asynccontextmanager
+async def _embedded(terminal: Terminal, *, dit: bool) -> AsyncIterator[Addresses]:
+    """The stack that is up; else, at a terminal, one that stays warm for the next command; else one
+    for this command alone."""
+    refuse_what_cannot_work()
+    if stack := warm.chosen():
+        async with warm.used(stack.model, terminal.live) as stack:
+            yield stack.addresses
+        return
+    flag = "--server" if dit else "--encoder"
     terminal.note(
-        "no encoder is configured: an embedded one starts, with a random model; --encoder ADDR "
-        "uses a real one"
+        f"no {flag} is configured: the embedded stack is used, with a random model whose pictures "
+        f"are noise; {flag} ADDR or `zimage-client up --model PATH` use a real one"
     )
-    async with embedded_stack(terminal.live, dit=False) as stack:
-        yield stack.encoder
+    if not terminal.is_interactive:
+        async with brief_stack(terminal.live, dit=dit) as addresses:
+            yield addresses
+        return
+    model = await random_model(terminal.live)
+    async with warm.used(model, terminal.live) as stack:
+        yield stack.addresses

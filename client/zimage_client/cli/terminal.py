@@ -23,6 +23,11 @@ class Terminal:
         """Of the picture right above the live line."""
 
     @property
+    def is_interactive(self) -> bool:
+        """Whether somebody sits there who may give another command soon."""
+        return self._is_live
+
+    @property
     def shows_pictures(self) -> bool:
         """Whether `picture` can be used."""
         return self._way is not None

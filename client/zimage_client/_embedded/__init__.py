@@ -1,0 +1,1 @@
+"""The embedded stack: both services on this machine, on private sockets, for whoever has none."""

@@ -1,0 +1,135 @@
+"""Both services of a stack, started and stopped together."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import platformdirs
+
+from zimage_client._client import AsyncClient
+from zimage_client._embedded import children
+from zimage_client._embedded.children import Child
+from zimage_client._embedded.folders import runtime_folder
+from zimage_core.errors import InternalError, NotReady, Unavailable
+
+_NEEDED = ("torch", "transformers", "diffusers", "tokenizers", "grpc_health")
+_GRACE_SECONDS = 2
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the services of a stack listen."""
+
+    server: str
+    """Empty without a DiT."""
+    encoder: str
+
+
+def addresses_in(folder: Path) -> Addresses:
+    """Those of the stack in a folder."""
+    return Addresses(f"unix:{folder / 'dit.sock'}", f"unix:{folder / 'encoder.sock'}")
+
+
+@asynccontextmanager
+async def brief_stack(say: Say, *, dit: bool = True) -> AsyncIterator[Addresses]:
+    """A stack with the random model that lives as long as the block; `say` hears what goes on until
+    it serves."""
+    refuse_what_cannot_work()
+    with _private_folder() as folder:
+        model = await random_model(say)
+        say("starting the embedded services")
+        async with running(folder, model, dit=dit):
+            yield addresses_in(folder)
+
+
+@asynccontextmanager
+async def running(
+    folder: Path, model: Path, *, dit: bool = True, kept_open: Sequence[int] = ()
+) -> AsyncIterator[list[Child]]:
+    """The services while the block runs, which begins when they serve."""
+    at = addresses_in(folder)
+    async with AsyncExitStack() as closing:
+
+        async def start(module: str, address: str, *more: str) -> Child:
+            flags = [*_flags(model, address), *more]
+            child = children.running(module, flags, folder / f"{module}.log", kept_open)
+            return await closing.enter_async_context(child)
+
+        async with AsyncClient(at.server, at.encoder) as client:
+            started = [(await start("encoder_service", at.encoder), client.describe_encoder)]
+            if dit:
+                child = await start("dit_service", at.server, "--encoder", at.encoder)
+                started.append((child, client.describe))  # type: ignore[arg-type]
+            for child, describe in started:
+                await child.serves(describe)
+        yield [child for child, _ in started]
+
+
+async def random_model(say: Say) -> Path:
+    """The random model of this version, built once into the user's cache."""
+    model = platformdirs.user_cache_path("zimage") / f"random-model-{version('zimage-grpc')}"
+    if not (model / "model_index.json").is_file():
+        say(f"building a random model, once, in {model}")
+        with _private_folder() as folder:
+            log = folder / "model.log"
+            arguments = "demo_model.random_model", [str(model)]
+            async with children.running(*arguments, log) as builder:
+                if await builder.process.wait():
+                    raise builder.ended()
+    return model
+
+
+def refuse_what_cannot_work() -> None:
+    """Raises NotReady where no stack can run."""
+    if sys.platform == "win32":
+        raise NotReady(
+            "the embedded stack does not run on Windows yet; start the services elsewhere and give "
+            "--server ADDR",
+            reason="EMBEDDED_ON_WINDOWS",
+        )
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotReady(
+            f"the embedded stack needs {', '.join(missing)}; install it with\n"
+            "  pip install 'zimage-grpc[encoder,dit]'\n"
+            "or give --server ADDR to use a service that runs elsewhere",
+            reason="EXTRAS_MISSING",
+            fields={"missing": ", ".join(missing)},
+        )
+
+
+def _flags(model: Path, address: str) -> list[str]:
+    """What the user's settings file says of services is not meant for these."""
+    where = ["--config", os.devnull, "--listen", address, "--probes", ""]
+    return [
+        *where,
+        "--model",
+        str(model),
+        "--exit-with-stdin",
+        "--grace-seconds",
+        str(_GRACE_SECONDS),
+    ]
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder for sockets and logs that nobody else can look into; stays when something broke."""
+    folder = Path(tempfile.mkdtemp(prefix="stack-", dir=runtime_folder()))
+    try:
+        yield folder
+    except (InternalError, Unavailable) as error:
+        error.add_note(f"the logs of the embedded services are in {folder}")
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
