@@ -5,6 +5,8 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return {
         **kept,
         "PATH": f"{scripts}:{kept['PATH']}",
+        "XDG_RUNTIME_DIR": str(folder / "run"),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "XDG_CONFIG_HOME": str(folder / "config"),
     }
@@ -46,10 +49,13 @@ def _run(script: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder() -> Iterator[Path]:
     """Where a user would be: the clone, as far as the commands look at it."""
-    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
-    return tmp_path
+    with tempfile.TemporaryDirectory(prefix="zi-") as name:  # short, for the sockets in it
+        folder = Path(name)
+        (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
+        yield folder
+        _run("zimage-client down", folder)  # what a block that broke has left
 
 
 @pytest.mark.timeout(300)

@@ -202,6 +202,14 @@ class TestGenerate:
         assert main(["generate", *flags]) == code
         assert capsys.readouterr().err.startswith(said)
 
+    def test_an_error_is_an_object_for_programs(self, capsys: Captured) -> None:
+        assert main(["generate", "x", "--width", str(1 << 40), "--json"]) == 3
+        shown = capsys.readouterr()
+        told = json.loads(shown.out)
+        assert told["error"].startswith("width: ")
+        assert (told["reason"], told["fields"]["field"]) == ("OPTION", "width")
+        assert shown.err == f"error: {told['error']}\n"
+
     def test_a_name_without_a_suffix_is_kept(self, dit: FakeDit) -> None:
         assert main(["generate", "x", "-o", "out"]) == 0
         assert not dit.specs[0].HasField("output")
