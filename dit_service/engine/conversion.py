@@ -35,7 +35,9 @@ class Converter:
                 with self._decoding.working(height * width * self._vae.factor**2):
                     latents_CHW = to_device(latents, self._device).float()
                     _refuse_no_numbers(latents_CHW, "the latents hold")
-                    return messages.Picture(0, self._vae.decode(latents_CHW).numpy().tobytes())
+                    return messages.Picture(
+                        0, self._vae.decode(latents_CHW).cpu().numpy().tobytes()
+                    )
         raise TypeError(f"this worker does not know {type(asked).__name__}")
 
 

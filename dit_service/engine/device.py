@@ -82,6 +82,34 @@ class Fence:
         self._last = begun
 
 
+class Download:
+    """Tensors on their way to the host; both go on with other work meanwhile."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        device = tensors[0].device
+        if device.type == "cpu":
+            self._hosted, self._there = tensors, None
+            return
+        pinned = device.type == "cuda"
+        hosted = [torch.empty(one.shape, dtype=one.dtype, pin_memory=pinned) for one in tensors]
+        self._hosted = tuple(
+            host.copy_(one, non_blocking=True) for host, one in zip(hosted, tensors, strict=True)
+        )
+        self._there = torch.Event(device)
+        self._there.record()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._there is None or self._there.query()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors on the CPU."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._hosted
+
+
 def to_device(data: TensorData, device: torch.device) -> Tensor:
     """The tensor of plain data: copied once, into pinned memory where a GPU fetches it from."""
     host = torch.empty(data.shape, dtype=TYPES[data.element_type], pin_memory=device.type == "cuda")

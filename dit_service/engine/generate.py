@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from dit_service import messages
 from dit_service.engine.conversion import Converter
+from dit_service.engine.developing import Developing
 from dit_service.engine.device import Fence, to_device
 from dit_service.engine.pace import Announce, Pace
 from dit_service.engine.packing import Asked, Conditioned, Packer
@@ -46,8 +46,9 @@ class Predicted:
     """How many requests shared the step."""
 
 
-Work = Generator[Asked, Predicted, None]
-"""A request under way: yields what it asks of the model, is sent what came of it."""
+Work = Generator[Asked | Developing, Predicted | None, None]
+"""A request under way: yields what it asks of the model and is sent what came of it, or yields a
+picture that the device works on and is sent nothing, when it is there or before."""
 
 
 class Studio:
@@ -81,12 +82,16 @@ class Studio:
                     if drawn := self._preview_of(request, index, run, spent):
                         emit(drawn)
                     predicted = yield Asked(shared, run.step.forwards)
+                    assert predicted is not None
                     run.send(predicted.velocities)
                     count = len(predicted.velocities)
                     spent.count(count, predicted.seconds, predicted.request_count)
                 emit(messages.Decoding(index))
                 assert run.latents_CHW is not None
-                rgb = self._decode(run.latents_CHW, spent).numpy().tobytes()
+                developing = self._develop(run.latents_CHW)
+                while not developing.is_there:
+                    yield developing
+                rgb = developing.picture(spent).numpy().tobytes()
                 emit(messages.Picture(index, rgb))
             emit(spent)
         finally:  # however it ends
@@ -126,8 +131,12 @@ class Studio:
         with suppress(StopIteration):
             asked = next(work)
             while True:
-                [predicted] = self.predict([asked])
-                asked = work.send(predicted)
+                if isinstance(asked, Developing):
+                    asked.wait()
+                    asked = next(work)
+                else:
+                    [predicted] = self.predict([asked])
+                    asked = work.send(predicted)
 
     def _condition(self, request: messages.Generate) -> Conditioned:
         """What all pictures and steps of the request share."""
@@ -181,21 +190,13 @@ class Studio:
         expected_latents = run.step.expected_latents
         if expected_latents is None:
             return None
-        draw = partial(self._decode, spent=spent) if asked.use_vae else self.preview.render
-        picture_HW3 = draw(expected_latents)
+        if asked.use_vae:
+            picture_HW3 = self._develop(expected_latents).picture(spent)
+        else:
+            picture_HW3 = self.preview.render(expected_latents)
         height, width, _ = picture_HW3.shape
         rgb = picture_HW3.numpy().tobytes()
         return messages.Preview(index, run.steps_done, width, height, rgb)
 
-    def _decode(self, latents_CHW: Tensor, spent: messages.Spent) -> Tensor:
-        """The picture's pixels; waits for the device. Better no picture than a black one."""
-        if not latents_CHW.isfinite().all():
-            raise InvalidRequest(
-                "the picture's values left the range of numbers; ask for less guidance",
-                reason="NOT_FINITE",
-            )
-        _, height, width = latents_CHW.shape
-        with self._decoding.working(height * width * self._vae.factor**2) as decoding:
-            picture_HW3 = self._vae.decode(latents_CHW)
-        spent.decode_seconds += decoding.seconds
-        return picture_HW3
+    def _develop(self, latents_CHW: Tensor) -> Developing:
+        return Developing(self._vae, latents_CHW, self._decoding)

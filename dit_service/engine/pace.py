@@ -3,17 +3,9 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 Announce = Callable[[str, float], None]
 """Tells whoever watches that work of this name begins, with the seconds expected of it."""
-
-
-@dataclass(slots=True)
-class Taken:
-    """How long a piece of work took, once it is done."""
-
-    seconds: float = 0.0
 
 
 class Pace:
@@ -25,11 +17,34 @@ class Pace:
         self._slowest = 0.0
         self._announce = announce
 
-    @contextmanager
-    def working(self, units: float) -> Iterator[Taken]:
-        """Announces a piece of work and learns from how long it took."""
+    def begin(self, units: float) -> "Piece":
+        """Announces a piece of work."""
         self._announce(self._what, units * (self._slowest or self._guess))
-        taken, began = Taken(), time.monotonic()
-        yield taken
-        taken.seconds = time.monotonic() - began
-        self._slowest = max(self._slowest, taken.seconds / units)
+        return Piece(self, units)
+
+    @contextmanager
+    def working(self, units: float) -> Iterator["Piece"]:
+        """The same for work that is done when the block is."""
+        piece = self.begin(units)
+        yield piece
+        piece.done()
+
+    def learn(self, seconds_per_unit: float) -> None:
+        """Enters what a piece took."""
+        self._slowest = max(self._slowest, seconds_per_unit)
+
+
+class Piece:
+    """A piece of work under way."""
+
+    def __init__(self, pace: Pace, units: float) -> None:
+        self._pace = pace
+        self._units = units
+        self._began = time.monotonic()
+        self.seconds = 0.0
+        """How long it took, once it is done."""
+
+    def done(self) -> None:
+        """Learns from how long it took."""
+        self.seconds = time.monotonic() - self._began
+        self._pace.learn(self.seconds / self._units)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from dit_service import messages
+from dit_service.engine.developing import Developing
 from dit_service.engine.events import Events
 from dit_service.engine.generate import Predicted, Studio, Work
 from dit_service.engine.packing import Asked
@@ -20,12 +21,14 @@ _MOST_TOKENS_PER_STEP = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """A request under way, with what it waits for."""
+    """A request under way."""
 
     submitted: Submit
     request: messages.Generate
     work: Work
-    asked: Asked
+
+
+_Together = list[tuple[_Live, Asked]]
 
 
 class Schedule:
@@ -36,18 +39,21 @@ class Schedule:
         self._studio = studio
         self._port = port
         self._conversions: deque[Submit] = deque()
-        self._line: deque[_Live] = deque()
-        """Whoever waited longest stands first."""
+        self._line: deque[tuple[_Live, Asked]] = deque()
+        """Whoever waited longest for a step stands first."""
+        self._developing: deque[tuple[_Live, Developing]] = deque()
+        """Those whose picture the device works on."""
 
     def serve(self) -> NoReturn:
         """Runs requests until the process ends."""
         while True:
-            if not self._line and not self._conversions:
+            if not self._line and not self._conversions and not self._developing:
                 self._take(self._port.next_call())
             for submitted in self._port.new_calls():
                 self._take(submitted)
             if self._conversions:  # one between two steps: streams of them keep nobody from steps
                 self._convert(self._conversions.popleft())
+            self._develop()
             if together := self._first():
                 self._step(together)
 
@@ -65,56 +71,77 @@ class Schedule:
 
     def _begin(self, submitted: Submit, request: messages.Generate) -> None:
         work = self._studio.work(request, Events(self._port, submitted.call))
-        with self._port.working_on(submitted):
-            self._line.append(_Live(submitted, request, work, next(work)))
+        self._go_on(_Live(submitted, request, work), None)
 
-    def _first(self) -> list[_Live]:
+    def _develop(self) -> None:
+        """Goes on with those whose picture is there; waits only when there is nothing else."""
+        if self._developing and not self._line:
+            self._developing[0][1].wait()
+        for _ in range(len(self._developing)):
+            live, developing = self._developing.popleft()
+            if not self._is_wanted(live):
+                self._drop(live)
+            elif developing.is_there:
+                self._go_on(live, None)
+            else:
+                self._developing.append((live, developing))
+
+    def _first(self) -> _Together:
         """Takes those from the line that step next; drops those for whom nobody waits."""
-        together: list[_Live] = []
+        together: _Together = []
         room = _MOST_TOKENS_PER_STEP
         while self._line:
-            live = self._line[0]
-            is_wanted = not self._port.is_cancelled(live.submitted.call)
-            room -= self._studio.token_count(live.asked) if is_wanted else 0
+            live, asked = self._line[0]
+            is_wanted = self._is_wanted(live)
+            room -= self._studio.token_count(asked) if is_wanted else 0
             if is_wanted and together and (room < 0 or live.request.is_solo):
                 break
             self._line.popleft()
             if not is_wanted:
-                with self._port.working_on(live.submitted):
-                    live.work.close()
+                self._drop(live)
                 continue
-            together.append(live)
+            together.append((live, asked))
             if live.request.is_solo:
                 break
         return together
 
-    def _step(self, together: list[_Live]) -> None:
+    def _step(self, together: _Together) -> None:
         if predicted := self._predict(together):
-            for live, own in zip(together, predicted, strict=True):
-                self._resume(live, own)
+            for (live, _), own in zip(together, predicted, strict=True):
+                self._go_on(live, own)
         elif len(together) > 1:  # one of them or all together are too much
-            for live in together:
-                self._step([live])
+            for one in together:
+                self._step([one])
 
-    def _predict(self, together: list[_Live]) -> list[Predicted]:
+    def _predict(self, together: _Together) -> list[Predicted]:
         """What came of a step; nothing when it failed, which a request alone has for its answer."""
         try:
-            return self._studio.predict([live.asked for live in together])
+            return self._studio.predict([asked for _, asked in together])
         except Exception as error:
             if len(together) == 1:
-                self._port.fail(together[0].submitted, error)
+                self._port.fail(together[0][0].submitted, error)
             elif is_sticky(error):
                 raise
             else:
                 _log.warning("a step of %s requests failed: %s", len(together), error)
             return []  # another try comes later: the error holds the tensors of this one
 
-    def _resume(self, live: _Live, predicted: Predicted) -> None:
-        """Goes on with a request until it wants the model again, or is done."""
+    def _go_on(self, live: _Live, predicted: Predicted | None) -> None:
+        """Goes on with a request until it waits for something again, or is done."""
         with self._port.working_on(live.submitted):
             try:
-                asked = live.work.send(predicted)
+                awaits = live.work.send(predicted)
             except StopIteration:
                 self._port.finish(live.submitted.call)
+                return
+            if isinstance(awaits, Developing):
+                self._developing.append((live, awaits))
             else:
-                self._line.append(_Live(live.submitted, live.request, live.work, asked))
+                self._line.append((live, awaits))
+
+    def _is_wanted(self, live: _Live) -> bool:
+        return not self._port.is_cancelled(live.submitted.call)
+
+    def _drop(self, live: _Live) -> None:
+        with self._port.working_on(live.submitted):
+            live.work.close()

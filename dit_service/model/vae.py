@@ -32,12 +32,12 @@ class Vae:
 
     @torch.inference_mode()
     def decode(self, latents_CHW: Tensor) -> Tensor:
-        """The picture as uint8 RGB on the CPU, rounded as diffusers' image processor does."""
+        """The picture as uint8 RGB, rounded as diffusers' image processor does."""
         latents = (
             latents_CHW.to(self._model.device, self._model.dtype) / self._scaling_factor
             + self._shift_factor
         )
         image_CHW = self._model.decode(latents.unsqueeze(0), return_dict=False)[0].squeeze(0)
         unit_CHW = (image_CHW * 0.5 + 0.5).clamp(0, 1)
-        picture: Tensor = (unit_CHW.permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu()
+        picture: Tensor = (unit_CHW.permute(1, 2, 0).float() * 255).round().to(torch.uint8)
         return picture.contiguous()

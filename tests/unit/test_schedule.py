@@ -34,12 +34,12 @@ def _request(data: bytes = bytes(4 * 4 * WIDTH), steps: int = 3) -> messages.Gen
 
 
 @asynccontextmanager
-async def _worker(folder: Path, room: int) -> AsyncIterator[Worker]:
-    """On a device with memory for the steps of so many requests at once."""
+async def _worker(folder: Path, more: int, entry: str = "cramped") -> AsyncIterator[Worker]:
+    """On a device with memory for the steps of so many requests at once, or a slow one."""
     ready = asyncio.Event()
     worker = Worker(
-        "tests.unit.workers:cramped",
-        (folder, room),
+        f"tests.unit.workers:{entry}",
+        (folder, more),
         Watchdog(),
         lambda is_ready: ready.set() if is_ready else None,
     )
@@ -86,3 +86,18 @@ async def test_a_bad_one_harms_nobody_beside_it(model_folder: Path) -> None:
     for one in (first, last):
         assert isinstance(one, list)
         assert isinstance(one[-1], messages.Spent)
+
+
+async def test_others_go_on_while_a_picture_is_developed(model_folder: Path) -> None:
+    async with _worker(model_folder, False, "slow_developer") as worker:
+        long = asyncio.create_task(_events(worker, _request(steps=400)))
+        short = await _events(worker, _request(steps=2))
+        assert isinstance(short[-1], messages.Spent)
+        assert not long.done()
+        long.cancel()
+
+
+async def test_a_picture_is_waited_for_when_there_is_nothing_else(model_folder: Path) -> None:
+    async with _worker(model_folder, True, "slow_developer") as worker:
+        one, other = await asyncio.gather(*(_events(worker, _request(steps=2)) for _ in range(2)))
+    assert [type(event) for event in one] == [type(event) for event in other]

@@ -77,6 +77,44 @@ def cramped(port: Port, settings: tuple[Path, int]) -> None:
         Schedule(Cramped(transformer, vae, "sdpa", port.announce), port).serve()
 
 
+def slow_developer(port: Port, settings: tuple[Path, bool]) -> None:
+    """Draws with a real model on a device that is long at a picture, and may be waited for or not:
+    then whoever waits for it fails."""
+    import torch
+    from torch import Tensor
+
+    from dit_service.engine.developing import Developing
+    from dit_service.engine.generate import Studio
+    from dit_service.engine.pace import Pace
+    from dit_service.engine.schedule import Schedule
+    from dit_service.model import loading
+
+    folder, may_wait = settings
+
+    class Long(Developing):
+        looks = 0
+
+        @property
+        def is_there(self) -> bool:
+            self.looks += 1
+            return self.looks > 10
+
+        def wait(self) -> None:
+            assert may_wait
+            self.looks = 10
+
+    class Slow(Studio):
+        def _develop(self, latents_CHW: Tensor) -> Developing:
+            return Long(vae, latents_CHW, Pace("decode", 1.0, port.announce))
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        transformer = loading.load_transformer(folder, cpu, torch.float32)
+        vae = loading.load_vae(folder, cpu, torch.float32)
+        port.ready(settings)
+        Schedule(Slow(transformer, vae, "sdpa", port.announce), port).serve()
+
+
 def broken_model(port: Port, settings: object) -> None:
     """Cannot load, and never will."""
     raise InvalidModel("it is a Flux", reason="FOREIGN_MODEL")
