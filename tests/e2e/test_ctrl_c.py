@@ -1,24 +1,15 @@
 """Ctrl-C as people press it: a real one, at a terminal, in every phase of generate."""
 
-import fcntl
 import json
-import os
-import pty
 import re
-import select
-import subprocess
-import sys
-import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.services import PATIENCE_SECONDS, Service, running
-
-CTRL_C = b"\x03"
+from tests.e2e.services import Service, running
+from tests.e2e.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -33,58 +24,6 @@ def dit(model_folder: Path, encoder: Service) -> Iterator[Service]:
     with running("dit_service", "--model", str(model_folder), "--encoder", encoder.address) as it:
         it.wait_until("SERVING")
         yield it
-
-
-class Terminal:
-    """A command in the foreground of a terminal of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._ours, self._theirs = pty.openpty()
-        self.settings = termios.tcgetattr(self._theirs)
-        self.shown = ""
-
-        def take_terminal() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "zimage_client.cli.main", *arguments],
-            stdin=self._theirs,
-            stdout=self._theirs,
-            stderr=self._theirs,
-            start_new_session=True,
-            preexec_fn=take_terminal,  # noqa: PLW1509 - nothing else runs in this process yet
-        )
-
-    def wait_for(self, pattern: str) -> "re.Match[str]":
-        """What is shown, as soon as it matches."""
-        until = time.monotonic() + PATIENCE_SECONDS
-        while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() < until, self.shown
-            self._read(0.1)
-        return found
-
-    def interrupt(self) -> None:
-        """Presses Ctrl-C."""
-        os.write(self._ours, CTRL_C)
-
-    def end(self) -> int:
-        """Reads to the end; returns the exit code."""
-        while self.process.poll() is None:
-            self._read(0.1)
-        self._read(0.1)
-        assert termios.tcgetattr(self._theirs) == self.settings
-        return self.process.returncode
-
-    def close(self) -> None:
-        """Ends what is left."""
-        self.process.kill()
-        self.process.wait()
-        os.close(self._ours)
-        os.close(self._theirs)
-
-    def _read(self, seconds: float) -> None:
-        if select.select([self._ours], [], [], seconds)[0]:
-            self.shown += os.read(self._ours, 1 << 16).decode()
 
 
 @contextmanager
