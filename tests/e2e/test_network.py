@@ -185,8 +185,8 @@ def test_requests_outlive_an_encoder_that_comes_back(
     with _generating(sides.left, first) as under_way:
         _holder_of_a_call(sides, FIRST)
         encoders.kill(FIRST)
-        under_way.wait_for(AWAY)
         with _generating(sides.right, second) as begun_since:
+            under_way.wait_for(AWAY)
             begun_since.wait_for(AWAY)
             encoders.at(FIRST)
             assert _pixels(under_way, first) == without_link.pixels
