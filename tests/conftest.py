@@ -23,9 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No settings of whoever runs the tests reach them."""
+    """No settings and no proxies of whoever runs the tests reach them."""
     for name in list(os.environ):
-        if name.startswith("ZIMAGE_"):
+        if name.startswith("ZIMAGE_") or name.endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 

@@ -93,6 +93,8 @@ class Generation:
                 event = _reading.progress(response.progress)
                 if event and event.stage in ("denoising", "decoding"):
                     self._replay.worked()
+                elif event and event.stage == "queued":
+                    self._replay.encoded()
                 return event
             case "preview":
                 return _reading.preview(response.preview)

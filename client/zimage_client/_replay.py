@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zimage_core.errors import Overloaded, Unavailable, ZImageError
+from zimage_core.errors import DeadlineTooShort, Overloaded, Unavailable, ZImageError
 
 _PATIENCE_SECONDS = {
     "LOADING": 600.0,  # large weights on a slow disk
@@ -34,6 +34,9 @@ class _Silence:
     reason: str = ""
     reason_began: float = 0.0
     failures: int = 0
+    last: ZImageError | None = None
+    last_at: int = 0
+    """How far the try had come that ended with it."""
 
 
 class Replay:
@@ -53,6 +56,7 @@ class Replay:
         self._was_met = False
         self._was_worked_on = False
         self._breaks = 0
+        self._came_to = 0
 
     def within(self, limit: float | None) -> float | None:
         """The shorter of a call's own limit in seconds and what is left of the timeout."""
@@ -65,6 +69,11 @@ class Replay:
         """The server took the request; if it breaks in the queue, another one did that."""
         self._was_met = True
         self._was_worked_on = False
+        self._came_to = 1
+
+    def encoded(self) -> None:
+        """The server has the embeddings, whatever its encoder said before."""
+        self._came_to = 2
 
     def worked(self) -> None:
         """The server works on it: what failed before is forgotten, a break may be its own fault."""
@@ -72,7 +81,11 @@ class Replay:
         self._silence = None
 
     def pause_after(self, error: ZImageError) -> float:
-        """Seconds until the next try; raises the error when there shall be none."""
+        """Seconds until the next try; raises the error when there shall be none. A timeout that
+        passes where the try before failed is told as that failure."""
+        if isinstance(error, DeadlineTooShort) and (obstacle := self._obstacle()):
+            obstacle.add_note("the timeout passed while it was tried again")
+            raise obstacle from error
         if not self._enabled or not _may_pass(error):
             raise error
         self._breaks += self._was_worked_on
@@ -84,6 +97,7 @@ class Replay:
             silence.reason, silence.reason_began = error.reason, now
         pause = _pause(silence.failures) if error.retry_after is None else error.retry_after
         silence.failures += 1
+        silence.last, silence.last_at, self._came_to = error, self._came_to, 0
         too_late = min(
             silence.reason_began + self._patience(error.reason),
             silence.began + _LONGEST_PATIENCE_SECONDS,
@@ -92,6 +106,11 @@ class Replay:
         if self._breaks > _MOST_BREAKS or now + pause >= too_late:
             raise error
         return pause
+
+    def _obstacle(self) -> ZImageError | None:
+        """What ended the last try, unless this one has come further."""
+        silence = self._silence
+        return silence.last if silence and self._came_to <= silence.last_at else None
 
     def _patience(self, reason: str) -> float:
         if reason == _UNREACHABLE and self._was_met:

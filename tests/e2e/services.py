@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,13 +88,17 @@ class Service:
 
 
 @contextmanager
-def running(module: str, *flags: str, listen: str = "", **environment: str) -> Iterator[Service]:
-    """Starts `python -m module`, on a socket of its own, and ends it with the block in any case."""
+def running(
+    module: str, *flags: str, listen: str = "", inside: Sequence[str] = (), **environment: str
+) -> Iterator[Service]:
+    """Starts `python -m module`, on a socket of its own, and ends it with the block in any case;
+    `inside` is a command that runs it."""
     folder = Path(tempfile.mkdtemp(prefix="zimage-"))  # pytest's folders are too long for a socket
     address = listen or f"unix:{folder}/socket"
+    command = [sys.executable, "-m", module, "--listen", address, "--probes", "127.0.0.1:0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", module, "--listen", address, "--probes", "127.0.0.1:0", *flags],
-        env={**_clean_environment(folder), **environment},
+        [*inside, *command, *flags],
+        env={**clean_environment(folder), **environment},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -125,8 +129,12 @@ def typed(error: Any) -> ZImageError:
     return status.from_status(error.code(), error.details(), error.trailing_metadata() or ())
 
 
-def _clean_environment(folder: Path) -> dict[str, str]:
-    """No settings and no caches of whoever runs the tests."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ZIMAGE_")}
+def clean_environment(folder: Path) -> dict[str, str]:
+    """No settings, proxies and caches of whoever runs the tests."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("ZIMAGE_") and not name.endswith("_proxy")  # gRPC heeds these
+    }
     caches = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_CONFIG_HOME": str(folder / "config")}
     return kept | caches

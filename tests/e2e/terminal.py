@@ -1,4 +1,4 @@
-"""The command line at a terminal, for tests that need somebody to sit there."""
+"""The command line as people have it: in the foreground of a terminal."""
 
 import fcntl
 import os
@@ -9,16 +9,19 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 
 from tests.e2e.services import PATIENCE_SECONDS
 
-CTRL_C = b"\x03"
+CLIENT = (sys.executable, "-m", "zimage_client.cli.main")
+
+_CTRL_C = b"\x03"
 
 
 class Terminal:
-    """A command in the foreground of a terminal of its own."""
+    """A command in the foreground of a terminal of its own; `inside` is a command that runs it."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, inside: Sequence[str] = ()) -> None:
         self._ours, self._theirs = pty.openpty()
         self.settings = termios.tcgetattr(self._theirs)
         self.shown = ""
@@ -27,7 +30,7 @@ class Terminal:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "zimage_client.cli.main", *arguments],
+            [*inside, *CLIENT, *arguments],
             stdin=self._theirs,
             stdout=self._theirs,
             stderr=self._theirs,
@@ -45,7 +48,7 @@ class Terminal:
 
     def interrupt(self) -> None:
         """Presses Ctrl-C."""
-        os.write(self._ours, CTRL_C)
+        os.write(self._ours, _CTRL_C)
 
     def end(self) -> int:
         """Reads to the end; returns the exit code."""

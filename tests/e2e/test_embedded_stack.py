@@ -13,12 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.terminal import Terminal
+from tests.e2e.terminal import CLIENT, Terminal
 from zimage_client._embedded import warm
 from zimage_core.files import write_whole
 
 PATIENCE_SECONDS = 40.0
-CLIENT = [sys.executable, "-m", "zimage_client.cli.main"]
 HOLDS_A_STACK = """
 import asyncio, sys
 from zimage_client._embedded.stack import brief_stack

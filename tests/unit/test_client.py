@@ -19,6 +19,7 @@ from zimage_client import (
     Cancelled,
     Client,
     Completed,
+    DeadlineTooShort,
     DeviceLost,
     Embedding,
     Event,
@@ -345,6 +346,15 @@ class TestReplay:
         assert caught.value.reason == "DEADLINE_EXCEEDED"
         assert len(dit.specs) == 1
 
+    async def test_a_timeout_behind_an_obstacle_is_none_in_front_of_it(self) -> None:
+        spec = dit_pb2.GenerateSpec(seed=3)
+        away = Unavailable("no encoder", reason="ENCODER_UNAVAILABLE", retry_after=0)
+        queued = services.progress(dit_pb2.Progress.STAGE_QUEUED)
+        taken = services.accepted(spec)
+        async with client_of(FakeDit([taken, away], [taken, queued, Act.HOLD])) as client:
+            with pytest.raises(DeadlineTooShort):
+                await client.generate("x", timeout=0.5)
+
     async def test_nobody_there_is_unreachable(self) -> None:
         async with AsyncClient("unix:/nowhere/at/all") as client:
             with pytest.raises(Unavailable) as caught:
@@ -393,6 +403,27 @@ class TestPatience:
     def test_the_timeout_bounds_all_tries(self) -> None:
         loading = Unavailable("", reason="LOADING", retry_after=1)
         assert self.waited(self.replay(timeout=5), loading) == 4
+
+    def test_a_timeout_in_front_of_the_same_obstacle_is_told_as_that(self) -> None:
+        late = DeadlineTooShort("")
+        away = Unavailable("", reason="ENCODER_UNAVAILABLE", retry_after=1)
+        loading = Unavailable("", reason="LOADING", retry_after=1)
+        with pytest.raises(DeadlineTooShort):
+            self.replay().pause_after(late)
+        replay = self.replay()
+        replay.pause_after(loading)
+        replay.taken()  # loaded: not what the timeout passed for
+        with pytest.raises(DeadlineTooShort):
+            replay.pause_after(late)
+        replay = self.replay()
+        for _ in range(2):
+            replay.taken()
+            replay.pause_after(away)
+        replay.taken()
+        with pytest.raises(Unavailable) as caught:
+            replay.pause_after(late)
+        assert caught.value is away
+        assert caught.value.__notes__ == ["the timeout passed while it was tried again"]
 
     def test_a_longer_pause_than_the_patience_is_not_begun(self) -> None:
         error = Unavailable("", reason="LOADING", retry_after=10_000)
