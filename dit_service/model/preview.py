@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from dit_service.model.vae import Vae
 
-_PICTURES = 16
+_PICTURES = 8
 _SIDE_LATENTS = 16
 _SEED = 0
 
