@@ -59,7 +59,7 @@ async def serve_plain(folder: str, address: str) -> None:
         async with one_at_a_time:
             return await asyncio.to_thread(draw, prompt, int(seed))
 
-    handler = grpc.unary_unary_rpc_method_handler(generate)
+    handler: Any = grpc.unary_unary_rpc_method_handler(generate)
     service, method = _METHOD[1:].split("/")
     server = grpc.aio.server(options=[("grpc.max_send_message_length", 32 << 20)])
     server.add_generic_rpc_handlers(
@@ -77,7 +77,7 @@ async def plain(folder: Path, address: str) -> AsyncIterator[Draw]:
         running("bench.engine", "--plain", str(folder), address),
         grpc.aio.insecure_channel(address) as channel,
     ):
-        call = channel.unary_unary(_METHOD)
+        call: Any = channel.unary_unary(_METHOD)
 
         async def draw(prompt: str, seed: int) -> float:
             await call(f"{seed} {prompt}".encode(), wait_for_ready=True)
@@ -186,7 +186,7 @@ async def compare(rounds: int) -> dict[str, Any]:
 
     def over_plain(key: str) -> float:
         pairs = zip(runs[f"ours_{CLIENTS}"], runs[f"plain_{CLIENTS}"], strict=True)
-        return round(statistics.median(mine[key] / peer[key] for mine, peer in pairs), 3)
+        return float(round(statistics.median(mine[key] / peer[key] for mine, peer in pairs), 3))
 
     return {
         "row": "C8",

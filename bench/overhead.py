@@ -20,7 +20,7 @@ from dit_service.model import loading
 from encoder_service.model.loading import load as load_encoder
 from encoder_service.prompt import Tokenizer
 from zimage_client import Client
-from zimage_client._embedded import embedded_stack
+from zimage_client._embedded.stack import brief_stack
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Prompt
 from zimage_core.pictures import files
 from zimage_core.planning import schedule, variants
@@ -81,7 +81,7 @@ def main() -> None:
         folder = Path(scratch) / "model"
         build(folder)
         alone = OneProcess(folder)
-        stack = embedded_stack(lambda _line: None)
+        stack = brief_stack(lambda _line: None)
         with asyncio.Runner() as runner:
             addresses = runner.run(stack.__aenter__())
             # Not inside the loop: another thread than the first has a heap of its own, and slower.
@@ -96,8 +96,8 @@ def measure(alone: OneProcess, server: str, rounds: int) -> dict[str, Any]:
     with Client(server) as client:
 
         def served() -> bytes:
-            options = {"width": SIDE_PX, "height": SIDE_PX, "seed": SEED}
-            return client.generate(PROMPT, **options).pictures[0].data
+            made = client.generate(PROMPT, width=SIDE_PX, height=SIDE_PX, seed=SEED)
+            return made.pictures[0].data
 
         pixels = {files.decode(made, "").pixels_sha256 for made in (served(), alone.picture())}
         assert len(pixels) == 1, "not the same work"
