@@ -98,7 +98,8 @@ def measure(layer_count: int, rounds: int) -> dict[str, Any]:
     model = random_model(layer_count)
     with tempfile.TemporaryDirectory() as scratch:
         byte_level_tokenizer().save_pretrained(scratch)
-        runs = {"ours": ours(model, Tokenizer(Path(scratch))), "diffusers": theirs(model)}
+        tokenizer = Tokenizer(Path(scratch) / "tokenizer.json")
+        runs = {"ours": ours(model, tokenizer), "diffusers": theirs(model)}
     left, right = (run().float() for run in runs.values())
     timings = compare(rounds, **runs)
     return {

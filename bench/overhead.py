@@ -22,7 +22,8 @@ from encoder_service.prompt import Tokenizer
 from zimage_client import Client
 from zimage_client._embedded.stack import brief_stack
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Prompt
-from zimage_core.pictures import files
+from zimage_core.formats.encoder_files import EncoderFiles
+from zimage_core.pictures import files as picture_files
 from zimage_core.planning import schedule, variants
 from zimage_core.tensors import TensorData
 
@@ -37,10 +38,9 @@ class OneProcess:
 
     def __init__(self, folder: Path) -> None:
         cpu = torch.device("cpu")
-        self._tokenizer = Tokenizer(folder / "tokenizer")
-        self._encoder = load_encoder(
-            folder / "text_encoder", DEFAULT_HIDDEN_LAYER, "cpu", "float32"
-        )
+        files = EncoderFiles.of(folder)
+        self._tokenizer = Tokenizer(files.tokenizer)
+        self._encoder = load_encoder(files, DEFAULT_HIDDEN_LAYER, "cpu", "float32")
         self._generator = Studio(
             loading.load_transformer(folder, cpu, torch.float32),
             loading.load_vae(folder, cpu, torch.float32),
@@ -68,7 +68,7 @@ class OneProcess:
         events: list[object] = []
         self._generator.run(request, events.append)
         [rgb] = [event.rgb for event in events if isinstance(event, messages.Picture)]
-        return files.encode(rgb, (SIDE_PX, SIDE_PX), "png", files.DEFAULT_QUALITY)
+        return picture_files.encode(rgb, (SIDE_PX, SIDE_PX), "png", picture_files.DEFAULT_QUALITY)
 
 
 def main() -> None:
@@ -99,7 +99,9 @@ def measure(alone: OneProcess, server: str, rounds: int) -> dict[str, Any]:
             made = client.generate(PROMPT, width=SIDE_PX, height=SIDE_PX, seed=SEED)
             return made.pictures[0].data
 
-        pixels = {files.decode(made, "").pixels_sha256 for made in (served(), alone.picture())}
+        pixels = {
+            picture_files.decode(made, "").pixels_sha256 for made in (served(), alone.picture())
+        }
         assert len(pixels) == 1, "not the same work"
         timings = compare(rounds, served=served, alone=alone.picture)
     added = timings.ratio("served", "alone") - 1

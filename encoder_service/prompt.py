@@ -11,12 +11,10 @@ import tokenizers
 
 from zimage_core.embeddings import Prompt
 from zimage_core.errors import InvalidModel, InvalidRequest
+from zimage_core.formats import published
 from zimage_core.formats.json_object import read_json_object
 from zimage_core.planning.limits import caption_token_limit
 from zimage_core.wire.limits import PROMPT_BYTES
-
-_RELEASED_AXES_LENS = (1536, 512, 512)
-"""The lengths of the released models' RoPE tables."""
 
 TokenIds = tuple[int, ...]
 
@@ -30,10 +28,10 @@ def render(prompt: Prompt) -> str:
 
 def read_token_limit(model: Path) -> int:
     """The longest prompt that the DiT in the model folder takes; where none lies there, that of the
-    released models."""
+    published ones."""
     path = model / "transformer" / "config.json"
     if not path.is_file():
-        return caption_token_limit(_RELEASED_AXES_LENS)
+        return caption_token_limit(published.DIT_AXES_LENS)
     try:
         return caption_token_limit(read_json_object(path)["axes_lens"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -65,8 +63,8 @@ def check_hidden_layers(prompts: Sequence[Prompt], layer_count: int, deepest: in
 class Tokenizer:
     """The model's own; a token's name typed in a prompt is that token, as it is in diffusers."""
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
+    def __init__(self, path: Path) -> None:
+        """`path` is a tokenizer.json."""
         if not path.is_file():
             what = "this file is missing; an encoder needs the tokenizer beside its weights"
             raise InvalidModel.at(path, what, "FILE_MISSING")

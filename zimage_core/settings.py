@@ -40,7 +40,7 @@ class _Program(BaseModel):
 class ServiceSettings(_Program):
     """What every service has."""
 
-    model: Path = Field(description="model folder in diffusers layout")
+    model: Path = Field(description="model folder in diffusers layout, or a single file")
     listen: str = Field(description="address to listen on, host:port or unix:path")
     probes: str = Field(description="host:port for /livez and /readyz; empty for none")
     insecure: bool = Field(False, description="allow a non-loopback address without TLS")
@@ -67,6 +67,9 @@ class EncoderSettings(ServiceSettings):
     probes: str = Field(
         "127.0.0.1:9464", description="host:port for /livez and /readyz; empty for none"
     )
+    tokenizer: Path | None = Field(
+        None, description="tokenizer.json or its folder; needed where --model is a single file"
+    )
     max_hidden_layer: int = Field(
         -2, le=-1, description="deepest hidden state to compute, from the end; -1 loads all layers"
     )
@@ -89,8 +92,12 @@ class DitSettings(ServiceSettings):
     encoder_identity: str = Field(
         "", description="digest of the encoder to insist on, where none lies beside the model"
     )
+    vae: Path | None = Field(
+        None,
+        description="VAE, a diffusers folder or a single file; unset: vae/ of the model folder",
+    )
     variant: Literal["auto", "turbo", "base"] = Field(
-        "auto", description="auto: by the scheduler's shift"
+        "auto", description="auto: by the scheduler's shift, which a single file does not tell"
     )
     max_side_px: int = Field(4096, ge=16, description="longest side of a picture")
     max_image_count: int = Field(64, ge=1, description="most pictures in one request")

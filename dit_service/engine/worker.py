@@ -11,7 +11,8 @@ from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
 from dit_service.engine.schedule import Schedule
 from dit_service.model import loading
-from zimage_core.errors import InvalidModel
+from zimage_core.errors import InvalidModel, InvalidSettings
+from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.planning import variants
 from zimage_core.planning.limits import caption_token_limit, side_limit_px
 from zimage_core.serving.child import Port
@@ -48,22 +49,21 @@ def main(port: Port, settings: DitSettings) -> None:
 def _load(port: Port, settings: DitSettings) -> _Loaded:
     device = devices.choose_device(settings.device)
     compute_type = devices.choose_type(settings.dtype, device)
-    scheduler = loading.read_scheduler(settings.model)
-    variant = _variant(settings, scheduler.shift)
+    variant, shift = _variant(settings)
     transformer = loading.load_transformer(settings.model, device, compute_type)
-    vae = loading.load_vae(settings.model, device, compute_type)
+    vae = loading.load_vae(settings.model, device, compute_type, settings.vae)
     if vae.latent_channels != transformer.config.in_channels:
         what = (
             f"the VAE has {vae.latent_channels} latent channels and the transformer "
             f"{transformer.config.in_channels}; they do not belong together"
         )
-        raise InvalidModel.at(settings.model / "vae", what, "FOREIGN_VAE")
+        raise InvalidModel.at(settings.vae or settings.model / "vae", what, "FOREIGN_VAE")
     studio = Studio(transformer, vae, ATTENTION_BACKEND, port.announce)
     side_multiple_px = vae.factor * transformer.config.patch_size
     description = messages.Model(
-        name=settings.model.resolve().name,
+        name=_name(settings.model.resolve()),
         variant=variant.name,
-        shift=scheduler.shift,
+        shift=shift,
         caption_width=transformer.config.cap_feat_dim,
         max_token_count=caption_token_limit(transformer.config.axes_lens),
         side_multiple_px=side_multiple_px,
@@ -84,10 +84,24 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     return _Loaded(studio, description)
 
 
-def _variant(settings: DitSettings, shift: float) -> variants.Variant:
-    if settings.variant != "auto":
-        return variants.VARIANTS[settings.variant]
-    variant = variants.by_shift(shift)
+def _name(model: Path) -> str:
+    return model.stem if model.is_file() else model.name
+
+
+def _variant(settings: DitSettings) -> tuple[variants.Variant, float]:
+    """With the static shift: a folder tells it, and by it the variant; a file tells neither."""
+    named = variants.VARIANTS.get(settings.variant)
+    if settings.model.is_file():
+        if named is None or settings.vae is None:
+            flag = "--vae" if named else "--variant"
+            raise InvalidSettings(
+                f"{settings.model} is a single file: it needs --variant turbo or base, and --vae "
+                f"with the VAE's file; {flag} is not given",
+                fields={"field": flag.removeprefix("--"), "given": ""},
+            )
+        return named, named.shift
+    shift = loading.read_scheduler(settings.model).shift
+    variant = named or variants.by_shift(shift)
     if variant is None:
         raise InvalidModel(
             f"{settings.model}: a scheduler with shift {shift} is neither Turbo's (3) nor Base's "
@@ -95,7 +109,7 @@ def _variant(settings: DitSettings, shift: float) -> variants.Variant:
             reason="UNKNOWN_VARIANT",
             fields={"field": "variant", "given": str(shift), "allowed": "turbo, base"},
         )
-    return variant
+    return variant, shift
 
 
 def _identities(model: Path) -> dict[int, str]:
@@ -103,7 +117,7 @@ def _identities(model: Path) -> dict[int, str]:
     if not (model / "text_encoder").is_dir():
         return {}
     try:
-        return encoder_identities(model)
+        return encoder_identities(EncoderFiles.of(model))
     except InvalidModel as error:
         raise InvalidModel(
             f"{error.message}; text_encoder/ says which embeddings this model takes: complete it, "

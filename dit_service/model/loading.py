@@ -1,6 +1,7 @@
-"""Model folders in diffusers' layout, onto a device; what is wrong is said before anything runs."""
+"""Model folders in diffusers' layout and single files, onto a device; what is wrong is said before
+anything runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dit_service.model import single_file, vae_file
 from dit_service.model.config import TransformerConfig
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.model.vae import Vae
@@ -38,36 +40,41 @@ class SchedulerConfig:
     shift: float
 
 
-def load_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> ZImageTransformer:
-    """Reads `transformer/`, one file or many, tensor by tensor onto the device."""
-    _check_family(folder)
+def load_transformer(model: Path, device: torch.device, dtype: torch.dtype) -> ZImageTransformer:
+    """Reads the transformer of a folder or a single file, tensor by tensor onto the device."""
+    config, tensors = _single_file(model) if model.is_file() else _folder(model)
     with torch.device("meta"):
-        transformer = ZImageTransformer(_read_config(folder / "transformer" / "config.json"))
+        transformer = ZImageTransformer(config)
     wanted = {name: weight.shape for name, weight in transformer.state_dict().items()}
     loaded: dict[str, Tensor] = {}
-    for name, weight in _tensors(folder / "transformer"):
-        _check_tensor(name, weight, wanted, folder)
+    for name, weight in tensors:
+        _check_tensor(name, weight, wanted, model)
         # Copied even where nothing changes: a view would need the file for as long as it lives.
         loaded[name] = weight.to(device, dtype, copy=True)
     missing = sorted(wanted.keys() - loaded.keys())
     if missing:
         what = f"{len(missing)} weights are missing, the first is {missing[0]}"
-        raise InvalidModel.at(folder, what, "WEIGHTS_MISSING")
+        raise InvalidModel.at(model, what, "WEIGHTS_MISSING")
     transformer.load_state_dict(loaded, assign=True)
     return transformer.eval().requires_grad_(False)
 
 
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Vae:
-    """Reads `vae/`."""
-    _check_family(folder)
-    _check_class(read_json_object(folder / "vae" / "config.json"), "AutoencoderKL", folder / "vae")
+def load_vae(model: Path, device: torch.device, dtype: torch.dtype, vae: Path | None = None) -> Vae:
+    """Reads the VAE: that of the model folder, or another, in a folder or a single file."""
+    if vae is None:
+        _check_family(model)
+    path = vae or model / "vae"
     try:
-        model: Any = AutoencoderKL.from_pretrained(
-            folder / "vae", torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
-        )
+        if path.is_file():
+            loaded: Any = vae_file.read(path, dtype)
+        else:
+            _check_class(read_json_object(path / "config.json"), "AutoencoderKL", path)
+            loaded = AutoencoderKL.from_pretrained(
+                path, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InvalidModel.at(folder / "vae", f"the VAE cannot be loaded: {error}") from error
-    return Vae(model.to(device))
+        raise InvalidModel.at(path, f"the VAE cannot be loaded: {error}") from error
+    return Vae(loaded.to(device))
 
 
 def read_scheduler(folder: Path) -> SchedulerConfig:
@@ -125,9 +132,23 @@ def _check_tensor(
         raise InvalidModel.at(folder, what, "WEIGHTS_MISSHAPEN")
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+_Named = Iterator[tuple[str, Tensor]]
+
+
+def _folder(folder: Path) -> tuple[TransformerConfig, _Named]:
+    _check_family(folder)
+    config = _read_config(folder / "transformer" / "config.json")
+    return config, _tensors(weights.files(folder / "transformer", _WEIGHTS))
+
+
+def _single_file(path: Path) -> tuple[TransformerConfig, _Named]:
+    config = single_file.read_config(path)
+    return config, (one for pair in _tensors([path]) for one in single_file.renamed(*pair))
+
+
+def _tensors(paths: Iterable[Path]) -> _Named:
     """Every tensor, mapped rather than read; a file is closed before the next opens."""
-    for path in weights.files(folder, _WEIGHTS):
+    for path in paths:
         try:
             with safe_open(path, framework="pt", device="cpu") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - an open file is no mapping

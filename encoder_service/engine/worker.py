@@ -12,6 +12,7 @@ from encoder_service.model import loading
 from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import NotReady
 from zimage_core.formats import weights
+from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.serving.child import Port
 from zimage_core.serving.pipe import Submit
 from zimage_core.settings import EncoderSettings
@@ -28,13 +29,9 @@ _THREADED_LAYER_PARAMETERS = 4_000_000
 def main(port: Port, settings: EncoderSettings) -> None:
     """Serves calls until the process ends."""
     port.announce("load", _loading_seconds(settings))
-    encoder = loading.load(
-        settings.model / "text_encoder",
-        settings.max_hidden_layer,
-        settings.device,
-        settings.dtype,
-    )
-    identities = encoder_identities(settings.model)
+    files = EncoderFiles.of(settings.model, settings.tokenizer)
+    encoder = loading.load(files, settings.max_hidden_layer, settings.device, settings.dtype)
+    identities = encoder_identities(files)
     _settle_threads(encoder)
     seconds_per_token = _warm_up(encoder)
     port.ready(_description(encoder, identities))
@@ -100,8 +97,9 @@ def _description(encoder: Qwen3Encoder, identities: dict[int, str]) -> Encoder:
 
 
 def _loading_seconds(settings: EncoderSettings) -> float:
-    files = weights.files(settings.model / "text_encoder")
-    return sum(path.stat().st_size for path in files) / _SLOW_DISK_BYTES_PER_SECOND
+    files = EncoderFiles.of(settings.model, settings.tokenizer)
+    size = sum(path.stat().st_size for path in weights.files(files.weights))
+    return size / _SLOW_DISK_BYTES_PER_SECOND
 
 
 def _size(module: nn.Module) -> int:

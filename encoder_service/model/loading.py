@@ -1,4 +1,4 @@
-"""From a folder of files to an encoder on its device: what is read, to where, in which type."""
+"""From files to an encoder on its device: what is read, to where, in which type."""
 
 from pathlib import Path
 
@@ -9,16 +9,15 @@ from transformers import Qwen3Config
 from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats import weights
-from zimage_core.formats.json_object import read_json_object
-from zimage_core.wire.identities import canonical_name
+from zimage_core.formats.encoder_files import EncoderFiles, canonical_name
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _FAMILY = "qwen3"
 
 
-def load(folder: Path, deepest: int, device: str, dtype: str) -> Qwen3Encoder:
-    """Reads `text_encoder/` up to the hidden state `deepest`; "auto" chooses device and type."""
-    config = _config(folder)
+def load(files: EncoderFiles, deepest: int, device: str, dtype: str) -> Qwen3Encoder:
+    """Reads the weights up to the hidden state `deepest`; "auto" chooses device and type."""
+    config = _config(files)
     if not -config.num_hidden_layers - 1 <= deepest <= -1:
         raise InvalidSettings(
             f"max_hidden_layer {deepest}: this encoder has {-config.num_hidden_layers - 1} "
@@ -27,10 +26,10 @@ def load(folder: Path, deepest: int, device: str, dtype: str) -> Qwen3Encoder:
         )
     with torch.device("meta"):
         encoder = Qwen3Encoder(config, deepest)
-    _refuse_sliding_windows(folder, config, len(encoder.layers))
-    stored = _stored(folder, encoder)
+    _refuse_sliding_windows(files.weights, config, len(encoder.layers))
+    stored = _stored(files, encoder)
     target = choose_device(device)
-    _read(encoder, folder, target, choose_type(dtype, target, next(iter(stored.values()))))
+    _read(encoder, files.weights, target, choose_type(dtype, target, next(iter(stored.values()))))
     encoder.rotary_emb.to(target)
     return encoder.requires_grad_(False).eval()
 
@@ -60,30 +59,27 @@ def choose_type(name: str, device: torch.device, stored: torch.dtype) -> torch.d
     return torch.bfloat16 if fast and stored is torch.bfloat16 else torch.float32
 
 
-def _config(folder: Path) -> Qwen3Config:
-    path = folder / "config.json"
-    values = read_json_object(path)
+def _config(files: EncoderFiles) -> Qwen3Config:
+    values = files.config()
     family = values.get("model_type")
     if family != _FAMILY:
         what = f"this is a {family} model; Z-Image's text encoder is {_FAMILY}"
-        raise InvalidModel.at(path, what, "FOREIGN_MODEL")
+        raise InvalidModel.at(files.weights, what, "FOREIGN_MODEL")
     try:
-        return Qwen3Config.from_dict(values)
+        return Qwen3Config.from_dict(dict(values))
     except Exception as error:  # whatever the library finds wrong with it
-        raise InvalidModel.at(path, str(error)) from error
+        raise InvalidModel.at(files.weights, f"its config is wrong: {error}") from error
 
 
 def _refuse_sliding_windows(folder: Path, config: Qwen3Config, layer_count: int) -> None:
     kinds = set((config.layer_types or [])[:layer_count])
     if kinds - {"full_attention"}:
-        raise InvalidModel.at(
-            folder / "config.json", f"layers of kind {sorted(kinds)} are not supported"
-        )
+        raise InvalidModel.at(folder, f"layers of kind {sorted(kinds)} are not supported")
 
 
-def _stored(folder: Path, encoder: Qwen3Encoder) -> dict[str, torch.dtype]:
+def _stored(files: EncoderFiles, encoder: Qwen3Encoder) -> dict[str, torch.dtype]:
     """The type in the files of every tensor the encoder needs; nothing but headers is read."""
-    found = {canonical_name(name): weight for name, weight in weights.read_folder(folder).items()}
+    folder, found = files.weights, files.tensors()
     for name, parameter in encoder.state_dict().items():
         weight = found.get(name)
         if weight is None:
@@ -91,7 +87,7 @@ def _stored(folder: Path, encoder: Qwen3Encoder) -> dict[str, torch.dtype]:
         if weight.shape != tuple(parameter.shape):
             raise InvalidModel.at(
                 folder,
-                f"{name} is {list(weight.shape)}, but config.json says {list(parameter.shape)}",
+                f"{name} is {list(weight.shape)}, but its config says {list(parameter.shape)}",
             )
         if weight.element_type not in _TYPES:
             raise InvalidModel.at(

@@ -4,6 +4,7 @@ import grpc.aio
 
 from encoder_service.prompt import Tokenizer, read_token_limit
 from encoder_service.rpc.encode import EncoderServicer
+from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.serving.server import Service
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import EncoderSettings
@@ -13,7 +14,8 @@ from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 def service(settings: EncoderSettings) -> Service:
     """The encoder service with these settings; raises InvalidModel when the front cannot work with
     the model folder."""
-    tokenizer = Tokenizer(settings.model / "tokenizer")
+    files = EncoderFiles.of(settings.model, settings.tokenizer)
+    tokenizer = Tokenizer(files.tokenizer)
     token_limit = settings.token_limit or read_token_limit(settings.model)
 
     def register(server: grpc.aio.Server, worker: Worker) -> None:

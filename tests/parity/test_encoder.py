@@ -14,6 +14,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from encoder_service.model.loading import load
 from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import Cancelled
+from zimage_core.formats.encoder_files import EncoderFiles
+
+
+def files(folder: Path) -> EncoderFiles:
+    return EncoderFiles(folder, folder / "tokenizer.json")
+
 
 TOLERANCE = 1e-5
 """Relative to the reference's largest absolute value."""
@@ -108,43 +114,43 @@ def _assert_equal(
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_usual_state_in_any_batch(model: Model, batch: str) -> None:
-    encoder = load(model.folder, -2, "cpu", "float32")
+    encoder = load(files(model.folder), -2, "cpu", "float32")
     _assert_equal(model, encoder, BATCHES[batch], [-2] * len(BATCHES[batch]))
 
 
 def test_each_prompt_may_ask_for_another_state(model: Model) -> None:
-    encoder = load(model.folder, -1, "cpu", "float32")
+    encoder = load(files(model.folder), -1, "cpu", "float32")
     _assert_equal(model, encoder, [9, 40, 1, 17, 40], [-1, -5, -2, -4, -3])
 
 
 @pytest.mark.parametrize("deepest", range(-LAYER_COUNT - 1, 0))
 def test_each_state_can_be_the_deepest(model: Model, deepest: int) -> None:
-    encoder = load(model.folder, deepest, "cpu", "float32")
+    encoder = load(files(model.folder), deepest, "cpu", "float32")
     _assert_equal(model, encoder, [12, 5], [deepest, deepest])
 
 
 def test_the_last_layer_the_norm_and_the_head_are_neither_loaded_nor_run(model: Model) -> None:
-    encoder = load(model.folder, -2, "cpu", "float32")
+    encoder = load(files(model.folder), -2, "cpu", "float32")
     assert len(encoder.layers) == LAYER_COUNT - 1
     assert not [name for name, _ in encoder.named_parameters() if name.startswith(("norm", "lm_"))]
 
 
 def test_only_the_layers_that_are_asked_for_run(model: Model) -> None:
-    encoder = load(model.folder, -1, "cpu", "float32")
+    encoder = load(files(model.folder), -1, "cpu", "float32")
     runs = _counted(encoder)
     encoder(_prompts([5, 9]), [-4, -3])
     assert runs == ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"]
 
 
 def test_each_linear_runs_once_whatever_the_batch(model: Model) -> None:
-    encoder = load(model.folder, -2, "cpu", "float32")
+    encoder = load(files(model.folder), -2, "cpu", "float32")
     runs = _counted(encoder)
     encoder(_prompts([5, 9, 200]), [-2, -2, -2])
     assert runs == [f"layers.{layer}.mlp.up_proj" for layer in range(LAYER_COUNT - 1)]
 
 
 def test_a_cancelled_run_ends_at_the_next_layer(model: Model) -> None:
-    encoder = load(model.folder, -2, "cpu", "float32")
+    encoder = load(files(model.folder), -2, "cpu", "float32")
     runs = _counted(encoder)
     with pytest.raises(Cancelled):
         encoder(_prompts([5, 9]), [-2, -2], lambda: len(runs) == 2)
@@ -153,7 +159,7 @@ def test_a_cancelled_run_ends_at_the_next_layer(model: Model) -> None:
 
 def test_half_precision_is_that_of_transformers(model: Model) -> None:
     theirs = Qwen3Model.from_pretrained(model.folder, dtype=torch.bfloat16)
-    ours = load(model.folder, -2, "cpu", "bfloat16")
+    ours = load(files(model.folder), -2, "cpu", "bfloat16")
     [ids] = _prompts([33])
     with torch.no_grad():
         expected = theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2][0]

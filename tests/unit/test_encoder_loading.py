@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from encoder_service.model.loading import choose_device, choose_type, load
 from zimage_core.errors import InvalidModel, InvalidSettings, NotReady
+from zimage_core.formats.encoder_files import EncoderFiles
 
 CPU = torch.device("cpu")
 
@@ -19,6 +20,10 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_folder / "text_encoder", tmp_path / "text_encoder"))
+
+
+def files(folder: Path) -> EncoderFiles:
+    return EncoderFiles(folder, folder / "tokenizer.json")
 
 
 def _edit_config(folder: Path, **changes: Any) -> None:
@@ -35,14 +40,14 @@ def _edit_weights(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> N
 def test_only_what_is_needed_must_be_there(folder: Path) -> None:
     last = [name for name in load_file(folder / "model.safetensors") if ".2." in name]
     _edit_weights(folder, dict.fromkeys([*last, "norm.weight"]))
-    assert len(load(folder, -2, "cpu", "auto").layers) == 2
+    assert len(load(files(folder), -2, "cpu", "auto").layers) == 2
     with pytest.raises(InvalidModel, match=r"no tensor layers\.2\."):
-        load(folder, -1, "cpu", "auto")
+        load(files(folder), -1, "cpu", "auto")
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_weights_are_held_in_the_type_that_was_asked_for(folder: Path, name: str) -> None:
-    encoder = load(folder, -2, "cpu", name)
+    encoder = load(files(folder), -2, "cpu", name)
     assert {str(weight.dtype) for weight in encoder.parameters()} == {f"torch.{name}"}
     assert encoder([[1, 2, 3]], [-2])[0].dtype == getattr(torch, name)
 
@@ -50,15 +55,15 @@ def test_weights_are_held_in_the_type_that_was_asked_for(folder: Path, name: str
 def test_another_family_is_refused_by_name(folder: Path) -> None:
     _edit_config(folder, model_type="t5")
     with pytest.raises(InvalidModel, match=r"t5 .* qwen3") as refusal:
-        load(folder, -2, "cpu", "auto")
+        load(files(folder), -2, "cpu", "auto")
     assert refusal.value.reason == "FOREIGN_MODEL"
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"hidden_size": 64}, r"config\.json says"),
-        ({"num_hidden_layers": "many"}, r"config\.json"),
+        ({"hidden_size": 64}, "its config says"),
+        ({"num_hidden_layers": "many"}, "its config is wrong"),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_attention"),
         ({"num_hidden_layers": 9, "layer_types": None}, r"no tensor layers\.3\."),
     ],
@@ -68,40 +73,40 @@ def test_a_config_that_does_not_fit_is_refused(
 ) -> None:
     _edit_config(folder, **changes)
     with pytest.raises(InvalidModel, match=complaint):
-        load(folder, -2, "cpu", "auto")
+        load(files(folder), -2, "cpu", "auto")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_a_config_that_is_none_is_refused(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(InvalidModel, match=r"config\.json"):
-        load(folder, -2, "cpu", "auto")
+        load(files(folder), -2, "cpu", "auto")
 
 
 def test_missing_files_are_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(InvalidModel, match=r"no \*\.safetensors"):
-        load(folder, -2, "cpu", "auto")
+        load(files(folder), -2, "cpu", "auto")
     (folder / "config.json").unlink()
     with pytest.raises(InvalidModel, match=r"config\.json: this file is missing"):
-        load(folder, -2, "cpu", "auto")
+        load(files(folder), -2, "cpu", "auto")
 
 
 def test_quantized_weights_are_refused(folder: Path) -> None:
     table = torch.zeros(261, 128, dtype=torch.float8_e4m3fn)
     _edit_weights(folder, {"embed_tokens.weight": table})
     with pytest.raises(InvalidModel, match="F8_E4M3"):
-        load(folder, -2, "cpu", "auto")
+        load(files(folder), -2, "cpu", "auto")
 
 
 @pytest.mark.parametrize("deepest", [0, -5])
 def test_a_state_the_encoder_lacks_is_refused(folder: Path, deepest: int) -> None:
     with pytest.raises(InvalidSettings, match="max_hidden_layer"):
-        load(folder, deepest, "cpu", "auto")
+        load(files(folder), deepest, "cpu", "auto")
 
 
 def test_tokens_of_another_models_tokenizer_are_refused(folder: Path) -> None:
-    encoder = load(folder, -2, "cpu", "auto")
+    encoder = load(files(folder), -2, "cpu", "auto")
     with pytest.raises(NotReady, match="token 261 is not among the 261") as refusal:
         encoder([[1, 2], [260, 261]], [-2, -2])
     assert refusal.value.reason == "TOKENIZER_MISMATCH"

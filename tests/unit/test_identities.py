@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_core.errors import InvalidModel
+from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.wire.identities import encoder_identities
 
 Tensors = dict[str, torch.Tensor]
@@ -28,7 +29,7 @@ def model(model_folder: Path, tmp_path: Path) -> Path:
 
 
 def _identities(model: Path) -> dict[int, str]:
-    return encoder_identities(model, model / "cache")
+    return encoder_identities(EncoderFiles.of(model), model / "cache")
 
 
 def _rounded(tensor: torch.Tensor) -> torch.Tensor:
@@ -206,7 +207,7 @@ def test_another_family_is_refused_and_not_a_crash(model: Path) -> None:
 
 def test_a_folder_without_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="text_encoder"):
-        encoder_identities(tmp_path, tmp_path / "cache")
+        encoder_identities(EncoderFiles.of(tmp_path), tmp_path / "cache")
 
 
 def test_it_is_remembered_while_size_and_time_of_all_files_stay(model: Path) -> None:
@@ -232,4 +233,6 @@ def test_a_broken_memory_is_replaced(model: Path, content: str) -> None:
 
 def test_it_works_where_nothing_can_be_remembered(model: Path) -> None:
     (model / "file").touch()
-    assert encoder_identities(model, model / "file" / "cache") == _identities(model)
+    assert encoder_identities(EncoderFiles.of(model), model / "file" / "cache") == _identities(
+        model
+    )

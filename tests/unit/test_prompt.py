@@ -37,7 +37,7 @@ def demo(model_folder: Path) -> tuple[Tokenizer, Any]:
     from transformers import AutoTokenizer
 
     folder = model_folder / "tokenizer"
-    return Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    return Tokenizer(folder / "tokenizer.json"), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     theirs.add_tokens([AddedToken(name, special=name.startswith("<|")) for name in names])
     folder = tmp_path_factory.mktemp("qwen")
     theirs.save_pretrained(folder)
-    return Tokenizer(folder), theirs
+    return Tokenizer(folder / "tokenizer.json"), theirs
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_padding_and_truncation_in_the_file_are_ignored(
     cutting.enable_padding(length=64)
     cutting.save(str(tmp_path / "tokenizer.json"))
     prompts = [Prompt("a cat"), Prompt("")]
-    assert Tokenizer(tmp_path).encode(prompts, 99) == demo[0].encode(prompts, 99)
+    assert Tokenizer(tmp_path / "tokenizer.json").encode(prompts, 99) == demo[0].encode(prompts, 99)
 
 
 def test_the_longest_prompt_is_taken_and_one_token_more_refused(
@@ -184,7 +184,7 @@ def test_token_limit_is_that_of_the_dit_in_the_folder(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match=r"tokenizer\.json: this file is missing"):
-        Tokenizer(tmp_path)
+        Tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InvalidModel, match=r"tokenizer\.json"):
-        Tokenizer(tmp_path)
+        Tokenizer(tmp_path / "tokenizer.json")

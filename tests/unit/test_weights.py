@@ -36,7 +36,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
-    found = weights.read_folder(tmp_path)
+    found = weights.read_all(tmp_path)
     assert {name: weight.shape for name, weight in found.items()} == {
         name: tuple(tensor.shape) for name, tensor in TENSORS.items()
     }
@@ -51,20 +51,20 @@ def test_shards_are_those_the_index_names(tmp_path: Path) -> None:
     save_file({"a": TENSORS["a"]}, tmp_path / "stranger.safetensors")
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert weights.read_folder(tmp_path).keys() == {"a", "b"}
+    assert weights.read_all(tmp_path).keys() == {"a", "b"}
 
 
 def test_shards_without_an_index_are_all_read(tmp_path: Path) -> None:
     for name in "ab":
         save_file({name: TENSORS[name]}, tmp_path / f"{name}.safetensors")
-    assert weights.read_folder(tmp_path).keys() == {"a", "b"}
+    assert weights.read_all(tmp_path).keys() == {"a", "b"}
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("model.safetensors", "model.fp16.safetensors"):
         save_file({"a": TENSORS["a"]}, tmp_path / name)
     with pytest.raises(InvalidModel, match="another file"):
-        weights.read_folder(tmp_path)
+        weights.read_all(tmp_path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

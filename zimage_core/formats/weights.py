@@ -36,7 +36,9 @@ class Weight:
 
 def files(folder: Path, stem: str = "*") -> tuple[Path, ...]:
     """The weight files of a folder: those that an index names, else all that lie there. A stem
-    tells them from other variants beside them."""
+    tells them from other variants beside them. A file is its own."""
+    if folder.is_file():
+        return (folder,)
     indexes = sorted(folder.glob(stem + _INDEX))
     if indexes:
         names = sorted(set(_weight_map(indexes[0]).values()))
@@ -53,8 +55,8 @@ def files(folder: Path, stem: str = "*") -> tuple[Path, ...]:
     return paths
 
 
-def read_folder(folder: Path) -> dict[str, Weight]:
-    """All tensors of a folder by name, sharded or not; nothing is read but the headers."""
+def read_all(folder: Path) -> dict[str, Weight]:
+    """All tensors of a folder, sharded or not, or of a file; nothing is read but the headers."""
     found: dict[str, Weight] = {}
     for path in files(folder):
         for name, weight in read_file(path):

@@ -21,9 +21,10 @@ from typing import Any
 import platformdirs
 
 from zimage_core.errors import InvalidModel
-from zimage_core.formats import weights
+from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.formats.json_object import read_json_object
 from zimage_core.formats.weight_digest import weight_digest
+from zimage_core.formats.weights import Weight
 
 _log = logging.getLogger(__name__)
 
@@ -31,54 +32,49 @@ _VERSION = 1
 """Of the rules below; another version makes other identities."""
 
 
-def encoder_identities(model: Path, cache_folder: Path | None = None) -> dict[int, str]:
-    """The identity of each hidden state of the encoder in a model folder, from the token table to
+def encoder_identities(encoder: EncoderFiles, cache_folder: Path | None = None) -> dict[int, str]:
+    """The identity of each hidden state of an encoder, from the token table to
     the deepest for which there are weights. States are counted from the end: -1 is after the final
     norm.
 
     The first call reads the encoder whole; later ones answer from the user's cache while the size
     and time of every file stay.
     """
-    encoder = model / "text_encoder"
-    paths = encoder / "config.json", model / "tokenizer" / "tokenizer.json", *weights.files(encoder)
-    stamp = [_VERSION, [[str(path.relative_to(model)), *_size_and_time(path)] for path in paths]]
+    paths = [str(path.resolve()) for path in encoder.paths()]
+    stamp = [_VERSION, [[path, *_size_and_time(Path(path))] for path in paths]]
     folder = cache_folder or platformdirs.user_cache_path("zimage") / "identities"
-    entry = folder / f"{_sha256(str(model.resolve()))}.json"
-    config = read_json_object(paths[0])
+    entry = folder / f"{_sha256(paths)}.json"
+    config = encoder.config()
     try:
         known = _remembered(entry, stamp)
         if not known:
-            known = list(_chain(config, read_json_object(paths[1]), encoder))
+            known = list(_chain(config, read_json_object(encoder.tokenizer), encoder.tensors()))
             _remember(entry, stamp, known)
         return dict(enumerate(known, -config["num_hidden_layers"] - 1))
     except (KeyError, TypeError) as error:
         what = f"the config here or the tokenizer beside lacks {error}"
-        raise InvalidModel.at(encoder, what) from error
+        raise InvalidModel.at(encoder.weights, what) from error
 
 
-def _chain(config: Mapping[str, Any], tokenizer: Mapping[str, Any], encoder: Path) -> Iterator[str]:
+def _chain(
+    config: Mapping[str, Any], tokenizer: Mapping[str, Any], tensors: Mapping[str, Weight]
+) -> Iterator[str]:
     """Each link covers the one before and the tensors between the two hidden states; a state
     without tensors ends it."""
-    states: dict[int, dict[str, weights.Weight]] = {}
-    for stored_name, weight in weights.read_folder(encoder).items():
-        name = canonical_name(stored_name)
+    states: dict[int, dict[str, Weight]] = {}
+    for name, weight in tensors.items():
         state = _first_state(name, config["num_hidden_layers"])
         if state is not None:
             states.setdefault(state, {})[name] = weight
     link = _sha256([_VERSION, _arithmetic(config), _token_rules(tokenizer)])
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for state in range(config["num_hidden_layers"] + 1):
-            tensors = states.get(state)
-            if not tensors:
+            of_state = states.get(state)
+            if not of_state:
                 return
-            digests = threads.map(weight_digest, tensors.values())
-            link = _sha256([link, dict(zip(tensors, digests, strict=True))])
+            digests = threads.map(weight_digest, of_state.values())
+            link = _sha256([link, dict(zip(of_state, digests, strict=True))])
             yield link
-
-
-def canonical_name(name: str) -> str:
-    """A tensor's name without the prefix that a checkpoint with a language head puts."""
-    return name.removeprefix("model.")
 
 
 def _first_state(name: str, layer_count: int) -> int | None:

@@ -3,7 +3,6 @@ appears, when nobody has used them for long enough, or when one of them ends by 
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -20,7 +19,6 @@ _POLL_SECONDS = 0.5
 
 def main() -> int:
     """Runs until the stack has ended; the lock `alive` is inherited under the number given."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     folder, alive = Path(sys.argv[1]), int(sys.argv[2])
     try:
         asyncio.run(_keep(folder, alive))
