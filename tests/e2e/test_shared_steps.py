@@ -96,6 +96,7 @@ def _is_all_given_back(
     )
 
 
+@pytest.mark.timeout(180)  # 60 runs of the model, on a machine that may be busy
 def test_any_thirty_requests_of_six_clients_are_drawn_as_if_each_were_alone(dit: Service) -> None:
     chance = random.Random(20)
     wishes = [_wish(chance) for _ in range(REQUESTS)]
