@@ -61,7 +61,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     studio = Studio(transformer, vae, ATTENTION_BACKEND, port.announce)
     side_multiple_px = vae.factor * transformer.config.patch_size
     description = messages.Model(
-        name=_name(settings.model.resolve()),
+        name=_name(settings.model),
         variant=variant.name,
         shift=shift,
         caption_width=transformer.config.cap_feat_dim,
@@ -85,7 +85,8 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
 
 
 def _name(model: Path) -> str:
-    return model.stem if model.is_file() else model.name
+    """A file keeps the name it was given: in download caches it is a link to a digest."""
+    return model.stem if model.is_file() else model.resolve().name
 
 
 def _variant(settings: DitSettings) -> tuple[variants.Variant, float]:

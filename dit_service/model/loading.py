@@ -104,7 +104,7 @@ def _read_config(path: Path) -> TransformerConfig:
 
 def _check_family(folder: Path) -> None:
     if not folder.is_dir():
-        raise InvalidModel.at(folder, "there is no such model folder", "FILE_MISSING")
+        raise InvalidModel.at(folder, "there is no such model folder or file", "FILE_MISSING")
     index = folder / "model_index.json"
     if not index.is_file():
         return

@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_service.model.config import TransformerConfig
 from zimage_core.errors import InvalidModel
 from zimage_core.formats import published
-from zimage_core.formats.weights import Weight, read_file
+from zimage_core.formats.weights import Weight, read_file, refuse_quantized
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _RENAMED = (
@@ -21,14 +21,18 @@ _RENAMED = (
 )
 _FUSED, _SPLIT = ".attention.qkv.", (".attention.to_q.", ".attention.to_k.", ".attention.to_v.")
 _UNUSED = {"norm_final.weight"}
-_PLAIN_TYPES = {"F32", "BF16", "F16"}
 
 
 def read_config(path: Path) -> TransformerConfig:
     """What the shapes tell, and what no shape tells as it was published; raises InvalidModel for a
     file of another family, and for a quantized one."""
-    stored = {_bare(name): weight for name, weight in read_file(path)}
-    _refuse_quantized(path, stored)
+    stored: dict[str, Weight] = {}
+    for name, weight in read_file(path):
+        if _bare(name) in stored:
+            what = f"{_bare(name)} stands in this file twice, with a prefix and without"
+            raise InvalidModel.at(path, what, "WEIGHTS_UNKNOWN")
+        stored[_bare(name)] = weight
+    refuse_quantized(path, stored)
     try:
         dim, patch_values = stored["x_embedder.weight"].shape
         head_dim = stored["layers.0.attention.q_norm.weight"].shape[0]
@@ -85,13 +89,3 @@ def _bare(name: str) -> str:
 
 def _count(stored: Mapping[str, Weight], prefix: str) -> int:
     return len({name.split(".")[1] for name in stored if name.startswith(prefix)})
-
-
-def _refuse_quantized(path: Path, stored: Mapping[str, Weight]) -> None:
-    for name, weight in stored.items():
-        if weight.element_type not in _PLAIN_TYPES or "scale_weight" in name:
-            what = (
-                f"{name} is stored as {weight.element_type}: quantized files are not supported; "
-                "take the bf16 file"
-            )
-            raise InvalidModel.at(path, what, "QUANTIZED")

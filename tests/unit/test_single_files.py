@@ -118,3 +118,46 @@ def test_what_is_no_vae_is_refused(folder: Path, tmp_path: Path) -> None:
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, four)
     with pytest.raises(InvalidModel, match="this VAE has 4 latent channels"):
         load_vae(folder, CPU, FLOAT, four)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"decoder.conv_out.weight": None}, r"Missing key.*decoder\.conv_out"),
+        ({"decoder.conv_in.weight": torch.ones(64, 16, 3, 3).to(torch.float8_e4m3fn)}, "F8_E4M3"),
+        ({"quant_conv.weight": torch.ones(32, 32, 1, 1)}, "quant_conv"),
+    ],
+    ids=["incomplete", "quantized", "another family"],
+)
+def test_a_vae_with_other_weights_is_refused(
+    folder: Path, tmp_path: Path, change: dict[str, torch.Tensor], complaint: str
+) -> None:
+    path = single_files.write_vae(folder, tmp_path / "ae.safetensors")
+    single_files.edit(path, **change)
+    with pytest.raises(InvalidModel, match=rf"(?s)ae\.safetensors.*{complaint}"):
+        load_vae(folder, CPU, FLOAT, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"layers.1.pre_feedforward_layernorm.weight": torch.ones(128)}, "no Qwen3"),
+        ({"layers.1.self_attn.q_proj.bias": torch.ones(256)}, "no Qwen3"),
+        ({"layers.1.self_attn.q_proj.weight_scale": torch.ones(1)}, "quantized"),
+        ({"norm.weight": None}, "cut off"),
+    ],
+)
+def test_an_encoder_of_another_kind_is_refused(
+    folder: Path, tmp_path: Path, change: dict[str, torch.Tensor], complaint: str
+) -> None:
+    path = single_files.write_encoder(folder, tmp_path / "qwen.safetensors", prefix="")
+    single_files.edit(path, **change)
+    with pytest.raises(InvalidModel, match=complaint):
+        EncoderFiles.of(path, folder / "tokenizer").config()
+
+
+def test_a_tensor_under_two_names_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = single_files.write_transformer(folder, tmp_path / "turbo.safetensors")
+    single_files.edit(path, **{"diffusion_model.x_pad_token": torch.zeros(1, 256)})
+    with pytest.raises(InvalidModel, match="x_pad_token stands in this file twice"):
+        load_transformer(path, CPU, FLOAT)

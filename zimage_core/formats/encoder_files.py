@@ -11,6 +11,14 @@ from zimage_core.formats.json_object import read_json_object
 from zimage_core.formats.weights import Weight
 
 _TOKENIZER = "tokenizer.json"
+_LAYER_NAMES = {
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    *(f"self_attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"self_attn.{part}.weight" for part in ("q_norm", "k_norm")),
+    *(f"mlp.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")),
+}
+"""What a layer of Qwen3 has; relatives that share the names have more, and compute differently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,8 @@ def canonical_name(name: str) -> str:
 
 def _config_of(path: Path, tensors: Mapping[str, Weight]) -> dict[str, Any]:
     """What the shapes tell of a Qwen3, and what no shape tells as it was published."""
+    weights.refuse_quantized(path, tensors)
+    layers = _layers_of(path, tensors)
     layer = "layers.0."
     try:
         width = tensors["embed_tokens.weight"].shape[1]
@@ -79,7 +89,6 @@ def _config_of(path: Path, tensors: Mapping[str, Weight]) -> dict[str, Any]:
             f"encoder, whose heads have {published.HEAD_DIM}; give a folder with a config.json"
         )
         raise InvalidModel.at(path, what, "FOREIGN_MODEL")
-    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     return {
         "model_type": "qwen3",
         "vocab_size": tensors["embed_tokens.weight"].shape[0],
@@ -94,3 +103,18 @@ def _config_of(path: Path, tensors: Mapping[str, Weight]) -> dict[str, Any]:
         "rope_theta": published.QWEN_ROPE_THETA,
         "max_position_embeddings": published.QWEN_MOST_POSITIONS,
     }
+
+
+def _layers_of(path: Path, tensors: Mapping[str, Weight]) -> set[str]:
+    """The numbers of the layers. A file names no family and no depth: both must show."""
+    layers = set()
+    for name in tensors:
+        match name.split(".", 2):
+            case ["layers", layer, part] if not part.endswith("inv_freq"):  # derived
+                layers.add(layer)
+                if part not in _LAYER_NAMES:
+                    raise InvalidModel.at(path, f"this is no Qwen3: it has {name}", "FOREIGN_MODEL")
+    if layers and "norm.weight" not in tensors:
+        what = "norm.weight is missing: where the end was cut off, no state can be counted from it"
+        raise InvalidModel.at(path, what, "WEIGHTS_MISSING")
+    return layers

@@ -14,10 +14,14 @@ from zimage_core.errors import InvalidModel
 from zimage_core.formats.json_object import parse_json_object, read_json_object
 
 ELEMENT_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """The element types by the names of the format."""
+
+_PLAIN = {"F32", "BF16", "F16"}
+_SCALES = (".weight_scale", ".weight_scale_2", ".scale_weight", ".input_scale", ".scale_input")
+"""How the names of the numbers end without which quantized weights mean nothing."""
 
 _SUFFIX = ".safetensors"
 _INDEX = _SUFFIX + ".index.json"
@@ -81,6 +85,17 @@ def read_file(path: Path) -> Iterator[tuple[str, Weight]]:
     for name, entry in header.items():
         if name != "__metadata__":
             yield name, _weight(path, name, entry, elements)
+
+
+def refuse_quantized(path: Path, tensors: Mapping[str, Weight]) -> None:
+    """Raises InvalidModel where a tensor is no plain float, or belongs to one that is none."""
+    for name, weight in tensors.items():
+        if weight.element_type not in _PLAIN or name.endswith(_SCALES):
+            what = (
+                f"{name} is stored as {weight.element_type}: quantized files are not supported; "
+                "take the bf16 file"
+            )
+            raise InvalidModel.at(path, what, "QUANTIZED")
 
 
 def _weight(path: Path, name: str, entry: Any, elements: memoryview) -> Weight:
