@@ -143,6 +143,9 @@ class Loaded(Generic[S]):
 def add_flags(parser: ArgumentParser, model: type[BaseModel]) -> None:
     """One flag for each plain setting of a program, and those that choose the file and profile."""
     parser.add_argument("--config", type=Path, help="settings file (TOML)")
+    parser.add_argument(
+        "--isolated", action="store_true", help="obey flags alone: no file and no environment"
+    )
     parser.add_argument("--profile", help="table of the settings file to use")
     parser.add_argument(
         "--print-config", action="store_true", help="show the effective settings and their origin"
@@ -162,8 +165,10 @@ def load(
 ) -> Loaded[S]:
     """The effective settings of a program; `flags` that are None were not given."""
     environment = os.environ if environment is None else environment
+    is_isolated = bool(flags.get("isolated"))
+    environment = {} if is_isolated else environment
     program = next(name for name, known in PROGRAMS.items() if known is model)
-    path = _file(flags.get("config"), environment)
+    path = None if is_isolated else _file(flags.get("config"), environment)
     profile = flags.get("profile") or environment.get(f"{_PREFIX}PROFILE")
     given = {name: flags[name] for name in model.model_fields if flags.get(name) is not None}
     layers = [

@@ -23,10 +23,10 @@ from zimage_client._generation import Generation
 from zimage_client._items import (
     Answers,
     Many,
-    answered,
     image_item,
     latents_item,
     prompt_item,
+    replayed,
 )
 from zimage_client._options import Options, check_timeout, spec
 from zimage_client._reading import malformed
@@ -167,7 +167,7 @@ class AsyncClient:
         def one_try(messages: AsyncIterator[M], seconds: float | None) -> Answers[R]:
             return call(channel(), messages, seconds, same_id)
 
-        return answered(items, message, one_try, Replay(timeout=timeout))
+        return replayed(items, message, one_try, Replay(timeout=timeout))
 
     async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
         same_id = metadata()

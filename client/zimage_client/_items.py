@@ -1,9 +1,16 @@
 """The items of a stream: which are under way, and which are still to come."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from contextlib import aclosing
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from zimage_client._conditioning import prompt_message
 from zimage_client._options import spec
@@ -29,7 +36,7 @@ Call = Callable[[AsyncIterator[Message], float | None], Answers[Result]]
 """One try: sends the messages within so many seconds."""
 
 
-async def answered(
+async def replayed(
     items: Many[Item],
     message: Callable[[int, Item], Message],
     call: Call[Message, Result],
@@ -47,6 +54,10 @@ async def answered(
                         replay.worked()
                         open_items.done(number)
                         yield number, result
+                        for refused in open_items.refused():
+                            yield refused
+                for refused in open_items.refused():
+                    yield refused
                 open_items.end()
                 return
             except Unavailable as error:
@@ -56,14 +67,22 @@ async def answered(
         open_items.close()
 
 
+class _End:
+    """No item comes any more."""
+
+
+_END: Any = _End()
+
+
 class _Items(Generic[Item, Message]):
     """Over all tries of a stream, numbered from 0."""
 
     def __init__(self, items: Many[Item], message: Callable[[int, Item], Message]) -> None:
         self._coming = _each(items)
         self._message = message
-        self._next: asyncio.Task[Item | None] | None = None
+        self._next: asyncio.Task[Item | _End] | None = None
         self._under_way: dict[int, Message] = {}
+        self._refused: list[tuple[int, InvalidRequest]] = []
         self._count = 0
         self._fault: Exception | None = None
 
@@ -72,13 +91,23 @@ class _Items(Generic[Item, Message]):
         for message in list(self._under_way.values()):
             yield message
         try:
-            while (item := await self._taken()) is not None:
-                message = self._message(self._count, item)
-                self._under_way[self._count] = message
+            while not isinstance(item := await self._taken(), _End):
+                number = self._count
                 self._count += 1
+                try:
+                    message = self._message(number, item)
+                except InvalidRequest as error:  # the others may be fine
+                    self._refused.append((number, error))
+                    continue
+                self._under_way[number] = message
                 yield message
         except Exception as fault:  # noqa: BLE001 - gRPC would not pass it on; `end` does
             self._fault = fault
+
+    def refused(self) -> Iterator[tuple[int, InvalidRequest]]:
+        """Those that cannot be sent, once each."""
+        while self._refused:
+            yield self._refused.pop(0)
 
     def done(self, number: int) -> None:
         """Strikes one off; raises InternalError for one that was not asked for."""
@@ -97,7 +126,7 @@ class _Items(Generic[Item, Message]):
         if self._next is not None:
             self._next.cancel()
 
-    async def _taken(self) -> Item | None:
+    async def _taken(self) -> "Item | _End":
         """The next item. One that is awaited when a try breaks is there for the next."""
         if self._next is None:
             self._next = asyncio.ensure_future(_first(self._coming))
@@ -147,14 +176,21 @@ def _sendable(message: Message) -> Message:
     return message
 
 
-async def _first(items: AsyncIterator[Item]) -> Item | None:
-    return await anext(items, None)
+async def _first(items: AsyncIterator[Item]) -> "Item | _End":
+    return await anext(items, _END)
 
 
 async def _each(items: Many[Item]) -> AsyncIterator[Item]:
     if isinstance(items, AsyncIterable):
         async for item in items:
             yield item
-    else:
+    elif isinstance(items, list | tuple):
         for item in items:
             yield item
+    else:  # it may take its time, or ask this very client for something
+        coming = iter(items)
+        while True:
+            taken: Item | _End = await asyncio.to_thread(next, coming, _END)
+            if isinstance(taken, _End):
+                return
+            yield taken

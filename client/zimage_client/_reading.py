@@ -101,7 +101,9 @@ def accepted(message: dit_pb2.Accepted) -> Accepted:
         quality=output.quality if output.HasField("quality") else None,
         metadata=names.name_of(output.metadata, names.METADATA),
         packing=names.name_of(spec.packing, names.PACKINGS),
-        previews=names.name_of(spec.previews.source, names.PREVIEWS),
+        previews=(
+            names.name_of(spec.previews.source, names.PREVIEWS) if spec.HasField("previews") else ""
+        ),
         preview_interval=spec.previews.interval_steps,
         forward_count=message.forward_count,
         queue_position=message.queue_position,

@@ -34,19 +34,19 @@ class Converter:
                 _, height, width = latents.shape
                 with self._decoding.working(height * width * self._vae.factor**2):
                     latents_CHW = to_device(latents, self._device).float()
-                    _refuse_no_numbers(latents_CHW, "the latents hold")
-                    return messages.Picture(
-                        0, self._vae.decode(latents_CHW).cpu().numpy().tobytes()
-                    )
+                    picture_HW3, is_finite = self._vae.decode(latents_CHW)
+                    if not is_finite:
+                        raise _no_numbers("the latents hold, or lead to,")
+                    return messages.Picture(0, picture_HW3.cpu().numpy().tobytes())
         raise TypeError(f"this worker does not know {type(asked).__name__}")
 
 
 def _plain(latents_CHW: Tensor) -> TensorData:
-    _refuse_no_numbers(latents_CHW, "the picture's latents came out with")
+    if not latents_CHW.isfinite().all():
+        raise _no_numbers("the picture's latents came out with")
     data = latents_CHW.cpu().contiguous().numpy().tobytes()
     return TensorData("float32", tuple(latents_CHW.shape), data)
 
 
-def _refuse_no_numbers(latents_CHW: Tensor, what: str) -> None:
-    if not latents_CHW.isfinite().all():
-        raise InvalidRequest(f"{what} values that are no finite numbers", reason="NOT_FINITE")
+def _no_numbers(what: str) -> InvalidRequest:
+    return InvalidRequest(f"{what} values that are no finite numbers", reason="NOT_FINITE")

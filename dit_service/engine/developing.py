@@ -15,8 +15,7 @@ class Developing:
     def __init__(self, vae: Vae, latents_CHW: Tensor, pace: Pace) -> None:
         _, height, width = latents_CHW.shape
         self._piece = pace.begin(height * width * vae.factor**2)
-        # Whether they are numbers is asked together with the pixels: each answer is waited for.
-        self._download = Download(vae.decode(latents_CHW), latents_CHW.isfinite().all())
+        self._download = Download(*vae.decode(latents_CHW))
 
     @property
     def is_there(self) -> bool:

@@ -79,8 +79,7 @@ class Studio:
                 run = self._begin(request, seed)
                 while run.step:
                     emit(messages.Denoised(index, run.steps_done))
-                    if drawn := self._preview_of(request, index, run, spent):
-                        emit(drawn)
+                    yield from self._preview(request, index, run, spent, emit)
                     predicted = yield Asked(shared, run.step.forwards)
                     assert predicted is not None
                     run.send(predicted.velocities)
@@ -88,11 +87,8 @@ class Studio:
                     spent.count(count, predicted.seconds, predicted.request_count)
                 emit(messages.Decoding(index))
                 assert run.latents_CHW is not None
-                developing = self._develop(run.latents_CHW)
-                while not developing.is_there:
-                    yield developing
-                rgb = developing.picture(spent).numpy().tobytes()
-                emit(messages.Picture(index, rgb))
+                picture_HW3 = yield from self._developed(run.latents_CHW, spent)
+                emit(messages.Picture(index, picture_HW3.numpy().tobytes()))
             emit(spent)
         finally:  # however it ends
             _log.info(
@@ -180,23 +176,37 @@ class Studio:
             )
         )
 
-    def _preview_of(
-        self, request: messages.Generate, index: int, run: Run, spent: messages.Spent
-    ) -> messages.Preview | None:
-        """Where the picture is heading, in those steps that it was asked for in."""
+    def _preview(
+        self,
+        request: messages.Generate,
+        index: int,
+        run: Run,
+        spent: messages.Spent,
+        emit: Emit,
+    ) -> Work:
+        """Shows where the picture is heading, in those steps that it was asked for in."""
         asked = request.previews
         if asked is None or run.step is None or run.steps_done % asked.interval_steps:
-            return None
+            return
         expected_latents = run.step.expected_latents
         if expected_latents is None:
-            return None
+            return
         if asked.use_vae:
-            picture_HW3 = self._develop(expected_latents).picture(spent)
+            picture_HW3 = yield from self._developed(expected_latents, spent)
         else:
             picture_HW3 = self.preview.render(expected_latents)
         height, width, _ = picture_HW3.shape
         rgb = picture_HW3.numpy().tobytes()
-        return messages.Preview(index, run.steps_done, width, height, rgb)
+        emit(messages.Preview(index, run.steps_done, width, height, rgb))
+
+    def _developed(
+        self, latents_CHW: Tensor, spent: messages.Spent
+    ) -> Generator[Developing, Predicted | None, Tensor]:
+        """The picture of latents; others go on while the device works on it."""
+        developing = self._develop(latents_CHW)
+        while not developing.is_there:
+            yield developing
+        return developing.picture(spent)
 
     def _develop(self, latents_CHW: Tensor) -> Developing:
         return Developing(self._vae, latents_CHW, self._decoding)

@@ -8,8 +8,12 @@ Announce = Callable[[str, float], None]
 """Tells whoever watches that work of this name begins, with the seconds expected of it."""
 
 
+_FORGETTING = 0.98
+"""A first piece of work chooses kernels and takes memory: it is no measure for ever."""
+
+
 class Pace:
-    """Seconds per unit of work: a guess at first, then the slowest seen."""
+    """Seconds per unit of work: a guess at first, then the slowest of late."""
 
     def __init__(self, what: str, guess: float, announce: Announce) -> None:
         self._what = what
@@ -31,7 +35,7 @@ class Pace:
 
     def learn(self, seconds_per_unit: float) -> None:
         """Enters what a piece took."""
-        self._slowest = max(self._slowest, seconds_per_unit)
+        self._slowest = max(_FORGETTING * self._slowest, seconds_per_unit)
 
 
 class Piece:

@@ -31,8 +31,9 @@ class Vae:
         return latents
 
     @torch.inference_mode()
-    def decode(self, latents_CHW: Tensor) -> Tensor:
-        """The picture as uint8 RGB, rounded as diffusers' image processor does."""
+    def decode(self, latents_CHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The picture as uint8 RGB, rounded as diffusers' image processor does; and whether it came
+        of numbers alone, on the device as well: each answer from there is waited for."""
         latents = (
             latents_CHW.to(self._model.device, self._model.dtype) / self._scaling_factor
             + self._shift_factor
@@ -40,4 +41,4 @@ class Vae:
         image_CHW = self._model.decode(latents.unsqueeze(0), return_dict=False)[0].squeeze(0)
         unit_CHW = (image_CHW * 0.5 + 0.5).clamp(0, 1)
         picture: Tensor = (unit_CHW.permute(1, 2, 0).float() * 255).round().to(torch.uint8)
-        return picture.contiguous()
+        return picture.contiguous(), image_CHW.isfinite().all()

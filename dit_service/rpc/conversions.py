@@ -7,19 +7,15 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from dit_service import messages
-from dit_service.rpc.spec import Resolver, decide_format
+from dit_service.rpc.spec import Resolver, check_side, decide_format
 from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
 from zimage_core.pictures import files
-from zimage_core.planning import sizes
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
 from zimage_core.tensors import TensorData
 from zimage_core.wire import status, tensors
-from zimage_core.wire.limits import MESSAGE_BYTES
+from zimage_core.wire.limits import ENVELOPE_BYTES, MESSAGE_BYTES
 from zimage_rpc.dit.v1 import dit_pb2
-
-_ENVELOPE_BYTES = 1024
-"""More than everything in an answer but the file."""
 
 T = TypeVar("T")
 
@@ -50,7 +46,8 @@ class Conversions:
         size, rgb = await asyncio.to_thread(
             files.decode_for_model, file, "image", limits.max_side_px
         )
-        _refuse_odd_size(size, limits)
+        for name, side in zip(("width", "height"), size, strict=True):
+            check_side(f"image.{name}", side, limits)
         return await self._only(messages.EncodeImage(*size, rgb), TensorData)
 
     async def _image(self, item: dit_pb2.DecodeLatentsRequest) -> dit_pb2.DecodedImage:
@@ -88,7 +85,7 @@ def _decoded(
     rgb: bytes, size: tuple[int, int], file_format: str, quality: int
 ) -> dit_pb2.DecodedImage:
     file = files.encode(rgb, size, file_format, quality)
-    if len(file) + _ENVELOPE_BYTES > MESSAGE_BYTES:
+    if len(file) + ENVELOPE_BYTES > MESSAGE_BYTES:
         raise InvalidRequest(
             f"latents: their picture is a {file_format} file of {len(file)} bytes, {MESSAGE_BYTES} "
             "fit into an answer; ask for JPEG or WebP",
@@ -102,24 +99,6 @@ def _decoded(
         height_px=size[1],
         pixels_sha256=hashlib.sha256(rgb).hexdigest(),
     )
-
-
-def _refuse_odd_size(size: tuple[int, int], limits: dit_pb2.Limits) -> None:
-    multiple, longest = limits.side_multiple_px, limits.max_side_px
-    for name, side in zip(("width", "height"), size, strict=True):
-        if side % multiple:
-            nearest = " or ".join(map(str, sizes.nearest_sides(side, multiple, longest)))
-            allowed = f"a multiple of {multiple} from {multiple} to {longest}"
-            raise InvalidRequest(
-                f"image: its {name} is {side}, allowed is {allowed}; nearest {nearest}",
-                reason="SIZE",
-                fields={
-                    "field": "image",
-                    "given": str(side),
-                    "allowed": allowed,
-                    "nearest": nearest,
-                },
-            )
 
 
 def _size(latents: TensorData, model: messages.Model, limits: dit_pb2.Limits) -> tuple[int, int]:

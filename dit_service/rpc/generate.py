@@ -15,7 +15,7 @@ from dit_service.rpc.request import Request
 from dit_service.rpc.spec import Resolver
 from zimage_core.errors import InvalidRequest
 from zimage_core.serving.admission import Admission
-from zimage_core.serving.batches import answered
+from zimage_core.serving.batches import answers_to
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
@@ -77,10 +77,14 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         self, items: AsyncIterator[T], answer: Callable[[T], Coroutine[Any, Any, R]]
     ) -> AsyncIterator[R]:
         self._worker.loaded(messages.Model)
-        with self._admission.place():
-            async with aclosing(answered(items, answer, _CONVERSIONS_AT_ONCE)) as answers:
-                async for one in answers:
-                    yield one
+
+        async def in_turn(item: T) -> R:
+            async with self._admission.turn():
+                return await answer(item)
+
+        async with aclosing(answers_to(items, in_turn, _CONVERSIONS_AT_ONCE)) as answers:
+            async for one in answers:
+                yield one
 
 
 async def _only_spec(requests: AsyncIterator[dit_pb2.GenerateRequest]) -> dit_pb2.GenerateSpec:

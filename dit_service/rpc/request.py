@@ -27,7 +27,7 @@ _PROVENANCE_BYTES = 4096
 """More than a receipt grows by what is not known at the beginning."""
 
 _MOST_UNREAD = 16
-"""No preview is made for a client that has so many answers to read."""
+"""No preview is passed on to a client that has so many answers to read."""
 
 _Answers = AsyncGenerator[dit_pb2.GenerateResponse, None]
 

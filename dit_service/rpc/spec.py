@@ -82,16 +82,7 @@ class Resolver:
     def _decide_size(self, spec: dit_pb2.GenerateSpec) -> None:
         for name in ("width_px", "height_px"):
             side = _given(spec, name, self.default_side_px)
-            multiple, longest = self.limits.side_multiple_px, self.limits.max_side_px
-            if side % multiple or not multiple <= side <= longest:
-                nearest = sizes.nearest_sides(side, multiple, longest)
-                raise _refusal(
-                    f"spec.{name}",
-                    side,
-                    f"a multiple of {multiple} from {multiple} to {longest}",
-                    "SIZE",
-                    nearest=" or ".join(map(str, nearest)),
-                )
+            check_side(f"spec.{name}", side, self.limits)
             setattr(spec, name, side)
 
     def _decide_seeds(self, spec: dit_pb2.GenerateSpec) -> tuple[int, ...]:
@@ -162,6 +153,15 @@ class Resolver:
         wanted.source = wanted.source or usual
         longest = self.limits.max_step_count
         wanted.interval_steps = _whole(wanted, "interval_steps", 1, longest, path="spec.previews")
+
+
+def check_side(field: str, side: int, limits: dit_pb2.Limits) -> None:
+    """Raises InvalidRequest for a side that no picture can have, naming the nearest."""
+    multiple, longest = limits.side_multiple_px, limits.max_side_px
+    if side % multiple or not multiple <= side <= longest:
+        allowed = f"a multiple of {multiple} from {multiple} to {longest}"
+        nearest = " or ".join(map(str, sizes.nearest_sides(side, multiple, longest)))
+        raise _refusal(field, side, allowed, "SIZE", nearest)
 
 
 def decide_format(output: dit_pb2.Output, path: str) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any
@@ -27,12 +27,9 @@ from zimage_core.serving.batches import batched
 from zimage_core.serving.worker import Worker
 from zimage_core.tensors import TensorData, byte_count
 from zimage_core.wire import embeddings, features, status
-from zimage_core.wire.limits import MESSAGE_BYTES, PROMPTS_PER_ENCODE
+from zimage_core.wire.limits import ENVELOPE_BYTES, MESSAGE_BYTES, PROMPTS_PER_ENCODE
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
-
-_ENVELOPE_BYTES = 1024
-"""More than everything in an embedding's message but the elements."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -67,12 +64,13 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         self, request_iterator: AsyncIterator[encoder_pb2.EncodeStreamRequest], context: _Context
     ) -> AsyncIterator[encoder_pb2.EncodeStreamResponse]:
         """Each item succeeds or fails alone; those that came meanwhile are one batch."""
-        with self._admission.place():
-            self._worker.loaded(messages.Encoder)
-            async with aclosing(batched(request_iterator, PROMPTS_PER_ENCODE)) as batches:
-                async for items in batches:
-                    for answer in await self._answers(items):
-                        yield answer
+        self._worker.loaded(messages.Encoder)
+        async with aclosing(batched(request_iterator, PROMPTS_PER_ENCODE)) as batches:
+            async for items in batches:
+                async with self._admission.turn():
+                    answers = await self._answers(items)
+                for answer in answers:
+                    yield answer
 
     async def Describe(  # noqa: N802
         self, request: encoder_pb2.DescribeRequest, context: _Context
@@ -104,7 +102,12 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         answer = encoder_pb2.EncodeStreamResponse
         try:
             prompts = [embeddings.prompt_from_wire(item.prompt) for item in items]
-            encoded = await self._run(await self._read(prompts, encoder), encoder)
+            call = await self._read(prompts, encoder)
+            if (fitting := _fitting(call.token_ids, encoder)) < len(items):  # so they travel
+                cut = max(1, fitting)
+                if cut < len(items):
+                    return [*await self._answers(items[:cut]), *await self._answers(items[cut:])]
+            encoded = await self._run(call, encoder)
         except Unavailable:
             raise  # not theirs: the whole stream is sent again
         except ZImageError as error:
@@ -165,24 +168,31 @@ def _sha256(token_ids: TokenIds) -> str:
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}i", *token_ids)).hexdigest()
 
 
+def _sizes(token_ids: Sequence[TokenIds], encoder: messages.Encoder) -> Iterator[int]:
+    for ids in token_ids:
+        yield byte_count(encoder.compute_type, (len(ids), encoder.width)) + ENVELOPE_BYTES
+
+
+def _fitting(token_ids: Sequence[TokenIds], encoder: messages.Encoder) -> int:
+    """How many of these prompts' embeddings go into one message, from the first on."""
+    totals = itertools.accumulate(_sizes(token_ids, encoder))
+    return sum(total <= MESSAGE_BYTES for total in totals)
+
+
 def _refuse_large_reply(token_ids: Sequence[TokenIds], encoder: messages.Encoder) -> None:
     """An answer that cannot be sent is known before the work."""
-    sizes = (
-        byte_count(encoder.compute_type, (len(ids), encoder.width)) + _ENVELOPE_BYTES
-        for ids in token_ids
-    )
-    totals = list(itertools.accumulate(sizes))
-    if totals[-1] <= MESSAGE_BYTES:
+    fitting = _fitting(token_ids, encoder)
+    if fitting == len(token_ids):
         return
-    fitting = sum(total <= MESSAGE_BYTES for total in totals)
+    total = sum(_sizes(token_ids, encoder))
     raise InvalidRequest(
-        f"prompts: the embeddings of these {len(token_ids)} prompts are {totals[-1]} bytes, "
+        f"prompts: the embeddings of these {len(token_ids)} prompts are {total} bytes, "
         f"{MESSAGE_BYTES} fit into one answer; the first {fitting} prompts would, "
         "send the others in calls of their own",
         reason="REPLY_TOO_LARGE",
         fields={
             "field": "prompts",
-            "given": str(totals[-1]),
+            "given": str(total),
             "allowed": str(MESSAGE_BYTES),
             "fitting_prompt_count": str(fitting),
         },

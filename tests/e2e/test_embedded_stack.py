@@ -63,6 +63,18 @@ def test_a_picture_without_any_configuration(cache: Path, model_folder: Path) ->
     assert stacks() == []
 
 
+def test_neither_the_folder_nor_the_environment_meddles(cache: Path, model_folder: Path) -> None:
+    cache.symlink_to(model_folder)
+    Path("queue.py").write_text("raise SystemExit('hijacked')")
+    environment = {**os.environ, "ZIMAGE_PROFILE": "work", "ZIMAGE_DIT__MAX_SIDE_PX": "32"}
+    settings = Path("settings.toml")
+    settings.write_text("[work.client]\n")
+    command = [*CLIENT, "generate", "x", "-o", "out.png", "--config", str(settings), "--steps", "1"]
+    command[1:1] = ["-P"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_child_outlives_a_killed_client(cache: Path, model_folder: Path) -> None:
     cache.symlink_to(model_folder)
     command = [sys.executable, "-c", HOLDS_A_STACK]
@@ -155,18 +167,30 @@ def test_a_stack_that_is_up_serves_its_model_until_down(cache: Path, model_folde
     processes = _processes(stack)
     [keeper] = [one for one in processes if "keeper" in " ".join(one.cmdline())]
     keeper.kill()
+    assert _command("up", "--model", "mine").returncode == 0  # while the services still end
     _, left = psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
     assert left == []
+
+    for process in _processes(stack):
+        process.kill()
+    psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
+    lost = _command("generate", "x", "-o", "y.png")
+    assert lost.returncode == 3  # and not a picture by another model
+    assert "has ended by itself" in lost.stderr
     assert _command("up", "--model", "mine").returncode == 0
 
     os.utime("mine/model_index.json", (1, 1))
     stale = _command("generate", "x", "-o", "y.png")
     assert stale.returncode == 3
-    assert "before the files there were changed; start it anew: zimage-client up" in stale.stderr
+    assert (
+        "before the files there were changed; start it anew with zimage-client up" in stale.stderr
+    )
     down = _command("down", "--json")
     assert json.loads(down.stdout)["model"] == str(Path("mine").resolve())
     assert _alive() == []
     assert "no embedded stack runs" in _command("down").stderr
+    (stack.folder / "stack.json").write_text('{"of": "a newer version"}')
+    assert _command("info").returncode == 4
 
 
 def test_a_stack_that_cannot_start_says_why(cache: Path) -> None:

@@ -243,14 +243,44 @@ async def test_a_stream_outlives_a_worker(service: Service) -> None:
     assert all(isinstance(result, Embedding) for result in results.values())
 
 
-async def test_a_fault_of_the_prompts_comes_after_the_answers(service: Service) -> None:
+async def test_a_prompt_that_cannot_be_sent_fails_alone(service: Service) -> None:
+    results = await _results(service, ["fine", "\ud83d", "fine, too"])
+    assert sorted(results) == [0, 1, 2]
+    assert isinstance(results[1], InvalidRequest)
+    assert "half a character" in str(results[1])
+    assert isinstance(results[2], Embedding)
+
+
+async def test_a_fault_of_the_iterable_comes_after_the_answers(service: Service) -> None:
+    def prompts() -> Iterator[str]:
+        yield "fine"
+        raise OSError("the disk is gone")
+
     async with (
         AsyncClient(encoder=service.address) as client,
-        aclosing(client.encode_stream(["fine", "\ud83d"])) as results,
+        aclosing(client.encode_stream(prompts())) as results,
     ):
         assert (await anext(results))[0] == 0
-        with pytest.raises(InvalidRequest, match="half a character"):
+        with pytest.raises(OSError, match="the disk is gone"):
             await anext(results)
+
+
+async def test_silent_streams_keep_nobody_out(service: Service) -> None:
+    async def silent() -> AsyncIterator[str]:
+        await asyncio.Event().wait()
+        yield ""
+
+    async def listen() -> None:
+        async for _ in client.encode_stream(silent()):
+            pass
+
+    async with AsyncClient(encoder=service.address) as client:
+        streams = [asyncio.create_task(listen()) for _ in range(80)]
+        await asyncio.sleep(0)
+        assert await client.encode("anybody?", retry=False)
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
 
 
 def test_a_path_on_which_somebody_serves_is_not_taken(service: Service, model_folder: Path) -> None:

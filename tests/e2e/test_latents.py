@@ -226,6 +226,33 @@ def test_latents_become_pictures(client: Client, clear_folder: Path) -> None:
     assert str(refused).startswith("quality")
 
 
+def test_two_streams_can_be_joined(client: Client) -> None:
+    """The second asks the client for its items while it runs."""
+    files = [_file(picture.numpy()) for picture in procedural_pictures(3, 64)]
+    latents = (found for _, found in client.encode_images(files))
+    images = dict(client.decode_latents(latents))  # type: ignore[arg-type]
+    assert sorted(images) == [0, 1, 2]
+    assert all(isinstance(image, DecodedImage) for image in images.values())
+
+
+def test_a_picture_with_broken_metadata_fails_alone(client: Client) -> None:
+    good = _file(procedural_pictures(1, 64)[0].numpy())
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x0c\0\0\0\x01\0\0"  # cut off
+    broken = io.BytesIO()
+    Image.open(io.BytesIO(good)).convert("RGB").save(broken, "JPEG", exif=exif)
+    results = dict(client.encode_images([good, broken.getvalue(), good]))
+    assert isinstance(results[0], TensorData)
+    assert isinstance(results[2], TensorData)
+    assert isinstance(results[1], InvalidRequest | TensorData)
+
+
+def test_latents_that_overflow_are_no_black_picture(client: Client) -> None:
+    huge = TensorData("float32", (16, 8, 8), np.full((16, 8, 8), 1e38, np.float32).tobytes())
+    [(_, refused)] = client.decode_latents([huge])
+    assert isinstance(refused, InvalidRequest)
+    assert refused.reason == "NOT_FINITE"
+
+
 def test_conversions_and_pictures_run_side_by_side(client: Client, embedding: Embedding) -> None:
     """Neither a stream of conversions nor a long request keeps the other waiting to its end."""
     file = _file(procedural_pictures(1, 128)[0].numpy())

@@ -59,6 +59,25 @@ def test_it_says_how_it_was_made(picture: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["spec"]["width_px"] == 96
 
 
+def test_other_flags_change_just_what_they_name(picture: Path, dit: Service) -> None:
+    legacy, longer = picture.with_name("legacy.png"), picture.with_name("longer.png")
+    again = ["generate", "--from", str(picture)]
+    assert _run(*again, "--schedule", "legacy", "-o", str(legacy), dit=dit) == 0
+    assert _run("generate", "--from", str(legacy), "--steps", "5", "-o", str(longer), dit=dit) == 0
+    options = read_receipt(longer).options
+    assert (read_receipt(legacy).options["steps"], options["steps"]) == (4, 5)
+    assert options["schedule"] == "legacy"
+
+
+def test_a_smaller_copy_is_no_equal(picture: Path, dit: Service) -> None:
+    copy = picture.with_name("copy.jpg")
+    assert _run("generate", "--from", str(picture), "-o", str(copy), dit=dit) == 0
+    opened = Image.open(copy)
+    small = opened.resize((opened.width // 2, opened.height // 2))
+    small.save(copy, "JPEG", exif=opened.getexif())
+    assert _run("verify", str(copy), dit=dit) == 1
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_it_is_made_again_from_any_file(picture: Path, dit: Service, suffix: str) -> None:
     again, third = picture.with_name(f"again{suffix}"), picture.with_name("third.png")

@@ -219,13 +219,13 @@ class TestGenerate:
 
     def test_what_guidance_alone_uses_is_told_where_it_is_off(self, capsys: Captured) -> None:
         flags = ["--negative-prompt", "n", "--cfg-truncation", "0.5"]
-        assert main(["generate", "x", *flags]) == 0
+        off = "has no effect: guidance is off"
+        for given, why in (([], ", as this model has it by default"), (["--guidance", "0"], "")):
+            assert main(["generate", "x", "-o", f"{len(why)}.png", *flags, *given]) == 0
+            told = f"--negative-prompt {off}{why}\n--cfg-truncation {off}{why}\n"
+            assert capsys.readouterr().err == told
+        assert main(["generate", "x", "-o", "on.png", *flags, "--guidance", "2"]) == 0
         assert capsys.readouterr().err == ""
-        assert main(["generate", "x", *flags, "--guidance", "0"]) == 0
-        assert capsys.readouterr().err == (
-            "--negative-prompt has no effect with --guidance 0\n"
-            "--cfg-truncation has no effect with --guidance 0\n"
-        )
 
     def test_a_negative_in_the_file_is_used_unless_another_is_given(self, dit: FakeDit) -> None:
         rows = torch.zeros(2, services.WIDTH)

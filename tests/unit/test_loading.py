@@ -190,7 +190,8 @@ def test_vae_decodes_as_diffusers_does(folder: Path, dtype: torch.dtype) -> None
         scaled = latents_CHW[None].to(dtype) / reference.config.scaling_factor
         image = reference.decode(scaled + reference.config.shift_factor, return_dict=False)[0]
     [expected] = VaeImageProcessor().postprocess(image, output_type="pil")
-    picture_HW3 = vae.decode(latents_CHW)
+    picture_HW3, is_finite = vae.decode(latents_CHW)
+    assert is_finite
     assert vae.factor == 8
     assert picture_HW3.dtype == torch.uint8
     np.testing.assert_array_equal(picture_HW3.numpy(), np.asarray(expected))

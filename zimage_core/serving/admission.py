@@ -1,7 +1,8 @@
 """Who may come in: a bounded number of calls, each with a place from its arrival on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from zimage_core.errors import Overloaded
 
@@ -14,6 +15,7 @@ class Admission:
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
         self._inside = 0
+        self._left = asyncio.Event()
 
     @contextmanager
     def place(self) -> Iterator[int]:
@@ -30,3 +32,13 @@ class Admission:
             yield self._inside - 1
         finally:
             self._inside -= 1
+            self._left.set()
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """A place as soon as there is one: for items of streams, whose senders wait as well."""
+        while self._inside > self._max_waiting:
+            self._left.clear()
+            await self._left.wait()
+        with self.place():
+            yield

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,20 +16,45 @@ class _End:
     fault: Exception | None = None
 
 
-async def answered(
+async def answers_to(
     items: AsyncIterator[T], answer: Callable[[T], Coroutine[Any, Any, R]], at_once: int
 ) -> AsyncGenerator[R, None]:
-    """The answer to each item as soon as it is there; so many are worked on side by side."""
-    async with aclosing(batched(items, at_once)) as batches:
-        async for batch in batches:
-            working = [asyncio.ensure_future(answer(item)) for item in batch]
-            try:
-                for done in asyncio.as_completed(working):
-                    yield await done
-            finally:
-                for work in working:
-                    work.cancel()
-                await asyncio.gather(*working, return_exceptions=True)
+    """The answer to each item as soon as it is there; so many are worked on side by side, and no
+    more are read. A fault of the items comes after the answers."""
+    working: set[asyncio.Task[R]] = set()
+    reading: asyncio.Task[T | _End] | None = asyncio.create_task(_next(items))
+    fault: Exception | None = None
+    try:
+        while working or reading:
+            tasks: set[asyncio.Task[Any]] = {*working}
+            if reading and len(working) < at_once:
+                tasks.add(reading)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if reading in done:
+                item = reading.result()
+                reading = None
+                if isinstance(item, _End):
+                    fault = item.fault
+                else:
+                    working.add(asyncio.create_task(answer(item)))
+                    reading = asyncio.create_task(_next(items))
+            for task in done & working:
+                working.discard(task)
+                yield task.result()
+    finally:
+        left: list[asyncio.Task[Any]] = [*working, *([reading] if reading else [])]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+    if fault is not None:
+        raise fault
+
+
+async def _next(items: AsyncIterator[T]) -> T | _End:
+    try:
+        return await anext(items, _End())
+    except Exception as fault:  # noqa: BLE001 - raised when the answers are out
+        return _End(fault)
 
 
 async def batched(items: AsyncIterator[T], largest: int) -> AsyncGenerator[list[T], None]:

@@ -3,6 +3,9 @@
 MESSAGE_BYTES = 32 << 20
 """The largest message: two embeddings of 1504 tokens in float32 are 29.4 MiB."""
 
+ENVELOPE_BYTES = 1024
+"""More than everything in a message but its one large field."""
+
 CHUNK_BYTES = 1 << 20
 """The largest piece of a file on the wire."""
 

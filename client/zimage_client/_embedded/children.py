@@ -80,6 +80,7 @@ async def running(
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # or files in the user's folder could pass for modules
             "-m",
             module,
             *arguments,

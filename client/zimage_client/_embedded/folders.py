@@ -4,19 +4,26 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
+import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
 
+from zimage_client._embedded.locks import is_held
 from zimage_core.errors import NotReady
 
 _LONGEST_SOCKET_PATH = 103  # bytes: macOS has room for 104, the closing zero included
 _LONGEST_NAME = "0.0.0.dev00000-0123456789ab/encoder.sock"
 _DIGITS = 12
+_FORGOTTEN_SECONDS = 86_400.0
+
+LOCKS = ("starting", "alive", "users")
+"""The locks in a stack's folder: of whoever starts it, of its processes, of whoever uses it."""
 
 
 def runtime_folder() -> Path:
@@ -25,13 +32,13 @@ def runtime_folder() -> Path:
     with contextlib.suppress(OSError):
         with warnings.catch_warnings(action="ignore"):  # of having to fall back to /tmp
             folder = platformdirs.user_runtime_path("zimage")
-        if len(os.fsencode(folder / _LONGEST_NAME)) <= _LONGEST_SOCKET_PATH and _is_own(folder):
+        if _is_short(folder) and _is_own(folder):
             return folder
     folder = Path(tempfile.gettempdir()) / f"zimage-{os.getuid()}"
-    if not _is_own(folder):
+    if not (_is_short(folder) and _is_own(folder)):
         raise NotReady(
-            f"{folder} belongs to somebody else: there is no place for the embedded stack's "
-            "sockets; set TMPDIR or XDG_RUNTIME_DIR to a folder of your own",
+            f"{folder} has too long a name for a socket in it, or belongs to somebody else, too: "
+            "set TMPDIR or XDG_RUNTIME_DIR to a short folder of your own",
             reason="RUNTIME_FOLDER",
             fields={"path": str(folder)},
         )
@@ -52,6 +59,20 @@ def model_digest(model: Path) -> str:
     stats = [(str(path.relative_to(root)), path.stat()) for path in files]
     seen = [str(root), [[name, found.st_size, found.st_mtime_ns] for name, found in stats]]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:_DIGITS]
+
+
+def sweep(older_than_seconds: float = _FORGOTTEN_SECONDS) -> None:
+    """Removes what stacks of other days have left."""
+    for folder in runtime_folder().iterdir():
+        locks = (folder / name for name in LOCKS)
+        with contextlib.suppress(OSError):
+            is_old = time.time() - folder.stat().st_mtime > older_than_seconds
+            if folder.is_dir() and is_old and not any(map(is_held, locks)):
+                shutil.rmtree(folder)
+
+
+def _is_short(folder: Path) -> bool:
+    return len(os.fsencode(folder / _LONGEST_NAME)) <= _LONGEST_SOCKET_PATH
 
 
 def _is_own(folder: Path) -> bool:

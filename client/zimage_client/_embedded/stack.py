@@ -1,7 +1,6 @@
 """Both services of a stack, started and stopped together."""
 
 import importlib.util
-import os
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,8 @@ import platformdirs
 from zimage_client._client import AsyncClient
 from zimage_client._embedded import children
 from zimage_client._embedded.children import Child
-from zimage_client._embedded.folders import runtime_folder
+from zimage_client._embedded.folders import runtime_folder, sweep
+from zimage_client._embedded.locks import Lock
 from zimage_core.errors import InternalError, NotReady, Unavailable
 
 _NEEDED = ("torch", "transformers", "diffusers", "tokenizers", "grpc_health")
@@ -108,8 +108,8 @@ def refuse_what_cannot_work() -> None:
 
 
 def _flags(model: Path, address: str) -> list[str]:
-    """What the user's settings file says of services is not meant for these."""
-    where = ["--config", os.devnull, "--listen", address, "--probes", ""]
+    """What the user's settings say of services is not meant for these."""
+    where = ["--isolated", "--listen", address, "--probes", ""]
     return [
         *where,
         "--model",
@@ -123,9 +123,13 @@ def _flags(model: Path, address: str) -> list[str]:
 @contextmanager
 def _private_folder() -> Iterator[Path]:
     """A folder for sockets and logs that nobody else can look into; stays when something broke."""
+    sweep()
     folder = Path(tempfile.mkdtemp(prefix="stack-", dir=runtime_folder()))
+    alive = Lock.taken(folder / "alive")  # so that no sweep takes it away
+    assert alive is not None
     try:
-        yield folder
+        with alive:
+            yield folder
     except (InternalError, Unavailable) as error:
         error.add_note(f"the logs of the embedded services are in {folder}")
         raise

@@ -15,9 +15,8 @@ def add_flags(parser: ArgumentParser) -> None:
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
     """Returns when the processes have ended."""
-    stacks = warm.running_stacks()
+    stacks = await warm.down_all(terminal.live)
     for stack in stacks:
-        await warm.down(stack, terminal.live)
         shown = {"model": str(stack.model), "logs": str(stack.folder)}
         terminal.result(json.dumps(shown) if args.json else f"{stack.model}  down")
     if not stacks:

@@ -29,7 +29,7 @@ from zimage_core.settings import ClientSettings
 from zimage_core.wire import names
 
 _SIDE_MULTIPLE_PX = 16
-_OF_SCHEDULE = ("steps", "schedule", "sigmas")
+_REPLACED_BY_SIGMAS = ("steps", "schedule")
 _OF_GUIDANCE = ("negative_prompt", "negative_embedding", "cfg_normalization", "cfg_truncation")
 
 
@@ -138,8 +138,6 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         options["format"] = outputs.format  # type: ignore[typeddict-item]
     spec(options)  # refuses what cannot be said before any service is started
     show = previews.shown(args, outputs, terminal)
-    _tell_what_has_no_effect(args, terminal)
-
     accepted: Accepted | None = None
     text = ProgressText()
     async with (
@@ -152,6 +150,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             if line := text.of(event):
                 terminal.live(line)
             if isinstance(event, Accepted):
+                if accepted is None:
+                    _tell_what_has_no_effect(args, event, terminal)
                 accepted = event
             if isinstance(event, Preview):
                 show(event)
@@ -186,18 +186,27 @@ def _options(args: Namespace, terminal: Terminal, receipt: Receipt | None) -> Op
     }
     options: dict[str, Any] = {"seed": secrets.randbelow(SEED_LIMIT)}
     options |= receipt.options if receipt else {}
-    if any(given[name] is not None for name in _OF_SCHEDULE):
-        options = {name: value for name, value in options.items() if name not in _OF_SCHEDULE}
+    replaced: tuple[str, ...] = _REPLACED_BY_SIGMAS if given["sigmas"] is not None else ()
+    if any(given[name] is not None for name in _REPLACED_BY_SIGMAS):
+        replaced = ("sigmas",)
+    options = {name: value for name, value in options.items() if name not in replaced}
     options |= {name: value for name, value in given.items() if value is not None}
     return cast("Options", options)
 
 
-def _tell_what_has_no_effect(args: Namespace, terminal: Terminal) -> None:
-    if args.guidance != 0:
-        return
-    for name in _OF_GUIDANCE:
-        if getattr(args, name) is not None:
-            terminal.note(f"--{name.replace('_', '-')} has no effect with --guidance 0")
+def _tell_what_has_no_effect(args: Namespace, accepted: Accepted, terminal: Terminal) -> None:
+    given = [name for name in _OF_GUIDANCE if getattr(args, name) is not None]
+    if accepted.guidance == 0:
+        why = "guidance is off" + (
+            "" if args.guidance == 0 else ", as this model has it by default"
+        )
+        for name in given:
+            terminal.note(f"--{name.replace('_', '-')} has no effect: {why}")
+    if args.preview_every is not None and args.preview_every >= accepted.steps:
+        terminal.note(
+            f"--preview-every {args.preview_every} shows nothing in {accepted.steps} steps: the "
+            "last one makes the picture itself"
+        )
 
 
 def _snapped(flag: str, side: int | None, terminal: Terminal) -> int | None:

@@ -37,23 +37,25 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     answered."""
     if settings.server or settings.encoder:
         return await _ask(args, settings.server, settings.encoder, terminal)
-    stacks = warm.running_stacks()
+    stacks, code = warm.running_stacks(), _REACHED
     for stack in stacks:
-        if not args.json:
+        if args.json:
+            shown = {"stack": str(stack.folder), "model": str(stack.model), "stays": stack.stays}
+            terminal.result(json.dumps(shown))
+        else:
             minutes = f"{warm.IDLE_SECONDS / 60:g} idle minutes"
             until = "`zimage-client down`" if stack.stays else f"{minutes} have passed"
             terminal.result(f"embedded stack with {stack.model}, until {until}")
             terminal.result(f"  {'logs':<12}{stack.folder}")
         at = stack.addresses
-        if await _ask(args, at.server, at.encoder, terminal) != _REACHED:
-            return _UNREACHABLE
+        code = max(code, await _ask(args, at.server, at.encoder, terminal))
     if not stacks:
         terminal.note(
             "no service is configured and no embedded stack runs; give --server ADDR, --encoder "
             "ADDR or both, or start a stack with `zimage-client up`"
         )
         return _UNREACHABLE
-    return _REACHED
+    return code
 
 
 async def _ask(args: Namespace, server: str, encoder: str, terminal: Terminal) -> int:

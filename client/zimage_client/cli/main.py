@@ -36,7 +36,7 @@ _COMMANDS = {
     "generate": (generate, "make pictures from a prompt or an encoded one"),
     "encode": (encode, "encode a prompt into a file"),
     "completion": (completion, "print what a shell needs to complete commands and flags"),
-    "info": (info, "show what the configured services are, and how they are"),
+    "info": (info, "show what the services are, configured or embedded, and how they are"),
     "inspect": (inspect, "show what a picture's file says of how it was made"),
     "up": (up, "start the embedded services and leave them running"),
     "down": (down, "stop the embedded services"),

@@ -1,5 +1,6 @@
 """Previews as the command line shows them: as files in a folder, or in the terminal."""
 
+import glob
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,14 @@ def add_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--preview-source",
         choices=tuple(names.PREVIEWS),
-        help="latents cost nothing, the vae draws exactly (default: auto)",
+        help="latents cost nothing; the vae draws exactly, and takes as long as for a picture each "
+        "time (default: auto)",
     )
     group.add_argument(
-        "--preview-every", type=int, metavar="N", help="after every N steps (default 1)"
+        "--preview-every",
+        type=int,
+        metavar="N",
+        help="after every N steps but the last (default 1)",
     )
 
 
@@ -58,16 +63,19 @@ def shown(args: Namespace, outputs: Outputs, terminal: Terminal) -> Show:
     folder = Path(args.preview or "")
     if args.preview is not None:
         _prepare(folder, outputs, overwrite=args.overwrite)
-    return lambda preview: write_whole(
-        folder / f"{outputs.paths[preview.index].stem}-step-{preview.step:03}.png", preview.data
-    )
+
+    def write(preview: Preview) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{outputs.paths[preview.index].stem}-step-{preview.step:03}.png"
+        write_whole(folder / name, preview.data)
+
+    return write
 
 
 def _prepare(folder: Path, outputs: Outputs, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise wrong("--preview", f"{folder} is a file; name a folder, or say terminal")
     for path in outputs.paths:
-        found = sorted(folder.glob(f"{path.stem}-step-*.png"))
+        found = sorted(folder.glob(f"{glob.escape(path.stem)}-step-*.png"))
         if found and not overwrite:
             raise wrong("--preview", f"{found[0]} exists; choose another folder or add --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ async def _embedded(terminal: Terminal, *, dit: bool) -> AsyncIterator[Addresses
     flag = "--server" if dit else "--encoder"
     terminal.note(
         f"no {flag} is configured: the embedded stack is used, with a random model whose pictures "
-        f"are noise; {flag} ADDR or `zimage-client up --model PATH` use a real one"
+        f"are noise; {flag} ADDR or `zimage-client up --model FOLDER` use a real one"
     )
     if not terminal.is_interactive:
         async with brief_stack(terminal.live, dit=dit) as addresses:

@@ -14,7 +14,7 @@ from zimage_core.settings import ClientSettings
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument(
-        "--model", type=Path, metavar="PATH", help="model folder (default: the random model)"
+        "--model", type=Path, metavar="FOLDER", help="model folder (default: the random model)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 

@@ -1,6 +1,7 @@
 """`zimage-client verify`: makes a picture again and says whether it is the same."""
 
 import json
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -40,7 +41,10 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         receipt.negative, args.negative_embedding, "--negative-embedding"
     )
     options = Options(**receipt.options, negative=negative, timeout=args.timeout)
-    is_edited = picture.is_lossless and picture.pixels_sha256 != receipt.pixels_sha256
+    size = receipt.options["width"], receipt.options["height"]
+    is_edited = picture.image.size != size or (
+        picture.is_lossless and picture.pixels_sha256 != receipt.pixels_sha256
+    )
     async with (
         stack.for_pictures(settings, terminal) as (server, encoder),
         AsyncClient(server, encoder) as client,
@@ -49,20 +53,20 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         again = await client.generate(positive, **options)
     [made] = again.pictures
     is_equal = made.pixels_sha256 == receipt.pixels_sha256
-    psnr = picture.psnr(files.decode(made.data, "the new picture"))
+    psnr = None if picture.image.size != size else picture.psnr(files.decode(made.data, "again"))
     differences = dict(_differences(receipt, again.completed))
     if args.json:
         line = {
             "path": str(args.picture),
             "equal": is_equal,
             "edited": is_edited,
-            "psnr_db": round(psnr, 2) if not is_equal else None,
+            "psnr_db": None if is_equal or psnr in (None, math.inf) else round(psnr, 2),
             "differences": differences,
         }
         terminal.result(json.dumps(line))
     else:
         compared = "equal" if is_equal else "not equal"
-        distance = "" if is_equal else f", {psnr:.1f} dB from this file"
+        distance = "" if is_equal or psnr is None else f", {psnr:.1f} dB from this file"
         edited = ", but the file was edited since it was made" if is_edited else ""
         terminal.result(f"{args.picture}  {compared}{distance}{edited}")
         for name, (then, now) in differences.items():

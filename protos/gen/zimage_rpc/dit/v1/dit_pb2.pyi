@@ -191,7 +191,7 @@ class Previews(_message.Message):
     source: Global___Previews.Source.ValueType
     """What makes them."""
     interval_steps: _builtins.int
-    """How many steps lie between two of them, 1 or more. Unset means 1."""
+    """How many steps lie between two of them, 1 or more; after the last step comes the picture itself. Unset means 1."""
     def __init__(
         self,
         *,
@@ -787,7 +787,7 @@ class Usage(_message.Message):
 
     @_builtins.property
     def decode_time(self) -> _duration_pb2.Duration:
-        """Decoding, on the device."""
+        """Decoding, on the device; previews by the VAE included."""
 
     def __init__(
         self,
