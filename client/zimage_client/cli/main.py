@@ -78,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             terminal.result(json.dumps(told))
         terminal.note(_explained(error))
         return next(code for cls, code in _EXIT_CODES.items() if isinstance(error, cls))
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
     except OSError as error:
         terminal.note(f"error: {error}")
         return _FAILED
