@@ -66,6 +66,13 @@ bench-dit: ## C5, C6, C7: a forward against diffusers and the bare matmuls, and 
 bench-engine: ## C8: eight clients against a plain gRPC server around diffusers' pipeline
 	$(BIN)/python -m bench.engine
 
+# Where a step allocates what the last one freed, glibc would fetch every page anew.
+demo-model: export MALLOC_MMAP_MAX_ = 0
+demo-model: export MALLOC_TRIM_THRESHOLD_ = 9000000000
+demo-model: export MALLOC_TOP_PAD_ = 268435456
+demo-model: ## trains the demo model from nothing; goes on where it was stopped
+	$(BIN)/python -m demo_model.recipe
+
 proto: ## generated code and wire snapshot from the protos
 	$(BIN)/python protos/generate.py
 
@@ -81,4 +88,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast parity bench-encoder bench-dit bench-engine proto proto-check docs clean
+.PHONY: help setup run test check test-fast parity bench-encoder bench-dit bench-engine demo-model proto proto-check docs clean

@@ -22,9 +22,9 @@ from diffusers import (
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_THINK_TOKENS = ("<think>", "</think>")
-_CHAT_TEMPLATE = (
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+THINK_TOKENS = ("<think>", "</think>")
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}"
@@ -99,8 +99,8 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in _THINK_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in THINK_TOKENS])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",  # noqa: S106 - no password
@@ -108,7 +108,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=131072,
         padding_side="right",
     )
-    wrapped.chat_template = _CHAT_TEMPLATE
+    wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
 

@@ -1,0 +1,203 @@
+"""Whether a picture shows a scene: looked at, not guessed from the prompt.
+
+The background is the border's colour. What differs from it falls into connected pieces; each is
+compared with every shape, drawn by the same code as the training pictures, at its own place, area
+and turn. No learned part, so that it cannot share the model's mistakes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from demo_model import drawing, world
+from demo_model.drawing import Mask, Pixels, Placed
+from demo_model.world import Scene, Thing
+
+ATTRIBUTES = ("background", "count", "shape", "colour", "size", "place")
+
+_DIFFERENT = 42.0
+"""The distance in RGB from which a pixel is no background."""
+_FAR_COLOUR = 60.0
+"""The distance from which a colour has no name."""
+_LEAST_PIXELS = 40
+_LEAST_OVERLAP = 0.72
+"""Intersection over union of a piece and its best shape."""
+_TURNS = (-0.09, -0.045, 0.0, 0.045, 0.09)
+_CELLS = (0.37, 0.63)
+_LEAST_DISTANCE = 0.2
+"""Of two things along their relation, in sides."""
+_SIZE_BORDERS = {"small": 15.2, "medium": 22.0}
+
+_PALETTE = np.array(list(world.COLOURS.values()), np.float32)
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Piece = np.ndarray[Any, np.dtype[np.bool_]]
+"""Which pixels belong to a thing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A thing found in a picture."""
+
+    thing: Thing
+    x: float
+    y: float
+    radius: float
+    overlap: float
+    """With its best shape: 1 is that very shape."""
+    psnr: float
+    """Against its own best rendering, in decibels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a picture shows."""
+
+    background: str
+    """Empty for a colour that has no name."""
+    things: tuple[Seen, ...]
+
+
+def check(picture: Pixels, scene: Scene) -> dict[str, bool]:
+    """Attribute by attribute, whether the picture shows the scene; two things need both right."""
+    seen = look(picture)
+    found = dict.fromkeys(ATTRIBUTES, False)
+    found["background"] = seen.background == scene.background
+    found["count"] = len(seen.things) == len(scene.things)
+    if found["count"]:
+        pairs = list(zip(_matched(seen, scene), scene.things, strict=True))
+        for name in ("shape", "colour", "size"):
+            found[name] = all(getattr(s.thing, name) == getattr(t, name) for s, t in pairs)
+        found["place"] = _place([s for s, _ in pairs], picture.shape) == scene.place
+    return found
+
+
+def look(picture: Pixels) -> Look:
+    """The background and the things, the largest first."""
+    levels = picture.astype(np.float32)
+    border = np.concatenate([levels[:2], levels[-2:]]).reshape(-1, 3)
+    sides = np.concatenate([levels[:, :2], levels[:, -2:]], axis=1).reshape(-1, 3)
+    background = np.median(np.concatenate([border, sides]), axis=0)
+    differs = np.linalg.norm(levels - background, axis=2) > _DIFFERENT
+    things = [_seen(levels, background, piece) for piece in _pieces(differs)]
+    return Look(_colour_name(background), tuple(things))
+
+
+def _matched(seen: Look, scene: Scene) -> tuple[Seen, ...]:
+    """The things in the order of the scene's, as they fit best."""
+
+    def score(things: tuple[Seen, ...]) -> int:
+        pairs = zip(things, scene.things, strict=True)
+        return sum((s.thing.shape == t.shape) + 2 * (s.thing.colour == t.colour) for s, t in pairs)
+
+    return max(seen.things, seen.things[::-1], key=score)
+
+
+def _place(things: list[Seen], shape: tuple[int, ...]) -> str:
+    height, width = shape[:2]
+    if len(things) == 1:
+        row, column = (
+            sum(middle > border * side for border in _CELLS)
+            for middle, side in ((things[0].y, height), (things[0].x, width))
+        )
+        return world.POSITIONS[3 * row + column]
+    across = (things[1].x - things[0].x) / width
+    down = (things[1].y - things[0].y) / height
+    if max(abs(across), abs(down)) < _LEAST_DISTANCE:
+        return ""
+    if abs(across) > abs(down):
+        return "left of" if across > 0 else "right of"
+    return "above" if down > 0 else "below"
+
+
+def _seen(levels: Floats, background: Floats, piece: Piece) -> Seen:
+    inner = piece & _shrunk(piece)
+    core = levels[inner] if inner.sum() > 20 else levels[piece]
+    colour = np.median(core, axis=0)
+    towards = colour - background
+    share = ((levels - background) @ towards / (towards @ towards + 1e-6)).clip(0, 1)
+    cover = share * _grown(piece)
+    overlap, fitted = max(_fits(cover), key=lambda fit: fit[0])
+    drawn = _drawn(fitted, cover.shape)
+    near = _grown(_grown(piece)) | (drawn > 0)
+    error = (cover - drawn)[near] * np.linalg.norm(towards) / math.sqrt(3)
+    psnr = 10 * math.log10(255**2 / max(float((error**2).mean()), 1e-3))
+    size = next((name for name, top in _SIZE_BORDERS.items() if fitted.radius < top), "large")
+    shape = fitted.shape if overlap > _LEAST_OVERLAP else ""
+    thing = Thing(shape, _colour_name(colour), size)
+    return Seen(thing, fitted.x, fitted.y, fitted.radius, overlap, psnr)
+
+
+def _fits(cover: Mask) -> Iterator[tuple[float, Placed]]:
+    """Every shape and turn with the same area and middle as the piece, and how well it covers."""
+    rows, columns = np.nonzero(cover > 0)
+    top, left = rows.min(), columns.min()
+    part = cover[top : rows.max() + 1, left : columns.max() + 1]
+    height, width = part.shape
+    ys, xs = np.mgrid[:height, :width].astype(np.float32) + 0.5
+    area = float(part.sum())
+    x, y = float((part * xs).sum() / area), float((part * ys).sum() / area)
+    for shape in world.SHAPES:
+        for turn in _TURNS:
+            unit_area, unit_x, unit_y = _moments(shape, turn)
+            radius = math.sqrt(area / unit_area)
+            at = Placed(shape, (0, 0, 0), x - unit_x * radius, y - unit_y * radius, radius, turn)
+            drawn = _drawn(at, part.shape)
+            overlap = float(np.minimum(part, drawn).sum() / np.maximum(part, drawn).sum())
+            moved = Placed(shape, at.rgb, at.x + left, at.y + top, radius, turn)
+            yield overlap, moved
+
+
+def _drawn(thing: Placed, shape: tuple[int, ...]) -> Mask:
+    return drawing.mask(thing, (shape[1], shape[0]))
+
+
+@cache
+def _moments(shape: str, turn: float) -> tuple[float, float, float]:
+    """The area and the middle of a shape of radius 1."""
+    side, radius = 160, 50.0
+    drawn = drawing.mask(Placed(shape, (0, 0, 0), side / 2, side / 2, radius, turn), (side, side))
+    ys, xs = np.mgrid[:side, :side] + 0.5 - side / 2
+    area = float(drawn.sum())
+    x, y = float((drawn * xs).sum() / area), float((drawn * ys).sum() / area)
+    return area / radius**2, x / radius, y / radius
+
+
+def _pieces(differs: Piece) -> list[Piece]:
+    """The connected parts of some size, the largest first."""
+    left = differs.copy()
+    pieces: list[Piece] = []
+    while left.any():
+        piece = np.zeros_like(left)
+        piece[np.unravel_index(left.argmax(), left.shape)] = True
+        while True:
+            grown = _grown(_grown(piece) & left) & left
+            if (grown == piece).all():
+                break
+            piece = grown
+        left &= ~piece
+        if piece.sum() >= _LEAST_PIXELS:
+            pieces.append(piece)
+    return sorted(pieces, key=lambda piece: -int(piece.sum()))
+
+
+def _grown(piece: Piece) -> Piece:
+    """With every neighbour."""
+    padded = np.pad(piece, 1)
+    wide = padded[:, :-2] | padded[:, 1:-1] | padded[:, 2:]
+    return np.asarray(wide[:-2] | wide[1:-1] | wide[2:])
+
+
+def _shrunk(piece: Piece) -> Piece:
+    return np.asarray(~_grown(~piece))
+
+
+def _colour_name(rgb: Floats) -> str:
+    names = list(world.COLOURS)
+    distances = np.linalg.norm(_PALETTE - rgb, axis=1)
+    nearest = int(distances.argmin())
+    return names[nearest] if distances[nearest] < _FAR_COLOUR else ""
