@@ -7,7 +7,7 @@ and turn. No learned part, so that it cannot share the model's mistakes.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -49,8 +49,6 @@ class Seen:
     radius: float
     overlap: float
     """With its best shape: 1 is that very shape."""
-    psnr: float
-    """Against its own best rendering, in decibels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +76,24 @@ def check(picture: Pixels, scene: Scene) -> dict[str, bool]:
 
 def look(picture: Pixels) -> Look:
     """The background and the things, the largest first."""
+    levels, background, pieces = _parts(picture)
+    things = [_seen(levels, background, piece) for piece in pieces]
+    return Look(_colour_name(background), tuple(things))
+
+
+def sharpness(picture: Pixels) -> list[float]:
+    """For each thing, how close it is to its own best-fitting rendering, in decibels."""
+    levels, background, pieces = _parts(picture)
+    return [_sharpness(levels, background, piece) for piece in pieces]
+
+
+def _parts(picture: Pixels) -> tuple[Floats, Floats, list[Piece]]:
     levels = picture.astype(np.float32)
     border = np.concatenate([levels[:2], levels[-2:]]).reshape(-1, 3)
     sides = np.concatenate([levels[:, :2], levels[:, -2:]], axis=1).reshape(-1, 3)
     background = np.median(np.concatenate([border, sides]), axis=0)
     differs = np.linalg.norm(levels - background, axis=2) > _DIFFERENT
-    things = [_seen(levels, background, piece) for piece in _pieces(differs)]
-    return Look(_colour_name(background), tuple(things))
+    return levels, background, _pieces(differs)
 
 
 def _matched(seen: Look, scene: Scene) -> tuple[Seen, ...]:
@@ -115,21 +124,53 @@ def _place(things: list[Seen], shape: tuple[int, ...]) -> str:
 
 
 def _seen(levels: Floats, background: Floats, piece: Piece) -> Seen:
+    colour, cover = _painted(levels, background, piece)
+    overlap, fitted = max(_fits(cover), key=lambda fit: fit[0])
+    size = next((name for name, top in _SIZE_BORDERS.items() if fitted.radius < top), "large")
+    shape = fitted.shape if overlap > _LEAST_OVERLAP else ""
+    thing = Thing(shape, _colour_name(colour), size)
+    return Seen(thing, fitted.x, fitted.y, fitted.radius, overlap)
+
+
+def _painted(levels: Floats, background: Floats, piece: Piece) -> tuple[Floats, Mask]:
+    """A thing's colour, and how much of each pixel it covers."""
     inner = piece & _shrunk(piece)
     core = levels[inner] if inner.sum() > 20 else levels[piece]
     colour = np.median(core, axis=0)
     towards = colour - background
     share = ((levels - background) @ towards / (towards @ towards + 1e-6)).clip(0, 1)
-    cover = share * _grown(piece)
-    overlap, fitted = max(_fits(cover), key=lambda fit: fit[0])
-    drawn = _drawn(fitted, cover.shape)
+    return colour, share * _grown(piece)
+
+
+def _sharpness(levels: Floats, background: Floats, piece: Piece) -> float:
+    """How close a thing is to its own best rendering, around its edges and within: in decibels."""
+    colour, cover = _painted(levels, background, piece)
+    _, fitted = max(_fits(cover), key=lambda fit: fit[0])
+    best, error = fitted, _error(fitted, cover)
+    for step in (0.5, 0.25, 0.1, 0.05, 0.02):
+        for _ in range(3):
+            for turned in _moved(best, step):
+                tried = _error(turned, cover)
+                if tried < error:
+                    best, error = turned, tried
+    drawn = _drawn(best, cover.shape)
     near = _grown(_grown(piece)) | (drawn > 0)
-    error = (cover - drawn)[near] * np.linalg.norm(towards) / math.sqrt(3)
-    psnr = 10 * math.log10(255**2 / max(float((error**2).mean()), 1e-3))
-    size = next((name for name, top in _SIZE_BORDERS.items() if fitted.radius < top), "large")
-    shape = fitted.shape if overlap > _LEAST_OVERLAP else ""
-    thing = Thing(shape, _colour_name(colour), size)
-    return Seen(thing, fitted.x, fitted.y, fitted.radius, overlap, psnr)
+    picture = background + drawn[..., None] * (colour - background)
+    squares = float(((levels - picture)[near] ** 2).mean())
+    return 10 * math.log10(255**2 / max(squares, 1e-3))
+
+
+def _moved(thing: Placed, step: float) -> Iterator[Placed]:
+    """The thing a little aside, larger, smaller or turned; a step is in pixels at its edge."""
+    for sign in (-step, step):
+        yield replace(thing, x=thing.x + sign)
+        yield replace(thing, y=thing.y + sign)
+        yield replace(thing, radius=thing.radius + sign)
+        yield replace(thing, turn=thing.turn + sign / thing.radius)
+
+
+def _error(thing: Placed, cover: Mask) -> float:
+    return float(((_drawn(thing, cover.shape) - cover) ** 2).sum())
 
 
 def _fits(cover: Mask) -> Iterator[tuple[float, Placed]]:

@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,11 +42,6 @@ class Stage:
     steps: int
     folder: Path
 
-    @property
-    def is_done(self) -> bool:
-        """Whether its result is there."""
-        return (self.folder / f"{self.name}.done").exists()
-
     def run(self, training: Training) -> None:
         """Trains from the last checkpoint to the end, and leaves the end as a checkpoint."""
         checkpoint = self.folder / f"{self.name}.pt"
@@ -71,7 +66,6 @@ class Stage:
             if time.monotonic() - saved > _CHECKPOINT_SECONDS or number + 1 == self.steps:
                 write(checkpoint, {"step": number + 1, "training": training.state()})
                 saved = time.monotonic()
-        (self.folder / f"{self.name}.done").touch()
 
 
 def write(path: Path, content: object) -> None:
@@ -88,6 +82,3 @@ def warm_up_and_down(progress: float, number: int, decay: float) -> float:
 
 def _seed(name: str, number: int) -> int:
     return random.Random(f"{name} {number}").getrandbits(48)  # noqa: S311 - no secret
-
-
-Loss = Callable[..., torch.Tensor]
