@@ -116,7 +116,7 @@ class Wording:
     unseen: bool = False
     """Patterns and pairings of words that training never shows."""
     omit: float = 0.0
-    """The chance of each size, place and background to be left out, so that the model chooses."""
+    """The chance of each size, colour, place and background to be left out: the model chooses."""
     filler: float = 0.0
     """The chance of words that say nothing of the scene."""
 
@@ -141,7 +141,8 @@ def caption(scene: Scene, wording: Wording, chance: random.Random) -> str:
             if not is_unseen or wording.unseen:
                 break
         size = "" if left_out() else word(SIZE_WORDS, thing.size)
-        return f"{size} {colour} {shape}".strip()
+        colour = "" if left_out() else colour
+        return " ".join(part for part in (size, colour, shape) if part)
 
     things = [phrase(thing) for thing in scene.things]
     background = "" if left_out() else word(COLOUR_WORDS, scene.background)

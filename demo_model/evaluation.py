@@ -32,6 +32,7 @@ _PAIRS = 0.4
 _SHEET = (8, 6)
 _FEW = 200
 _STEPS = (2, 4, 6, 8, 12)
+_GUIDANCE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,35 @@ async def evaluate(client: AsyncClient, share: float) -> tuple[dict[str, Any], l
     }
     sharp = [value for answer in first[:few] for value in checker.sharpness(answer.picture)]
     figures["sharpness_db"] = round(statistics.median(sharp), 1)
+    figures["steering"] = await _steering(client, few)
     figures["seconds"] = round(await _seconds(client), 3)
     return figures, first
+
+
+async def _steering(client: AsyncClient, count: int) -> dict[str, float]:
+    """What happens where a caption leaves the colour open: how many colours the model chooses, and
+    how often it is one that the negative prompt leads away from."""
+    chance = random.Random("steering")  # noqa: S311 - no secret
+    open_ended, avoided = [], []
+    for seed in range(count):
+        scene = world.any_scene(chance, held_out=False, pairs=0.0)
+        [thing] = scene.things
+        prompt = f"a {thing.size} {thing.shape} in the center on a {scene.background} background"
+        open_ended.append(Question(scene, prompt, (128, 128), seed))
+        avoided.append(f"a {thing.size} {thing.colour} {thing.shape} in the center")
+    free = await ask(client, open_ended)
+    led = await asyncio.gather(
+        *(
+            ask(client, [question], negative=negative, guidance=_GUIDANCE, force_guidance=True)
+            for question, negative in zip(open_ended, avoided, strict=True)
+        )
+    )
+    chosen = [checker.look(answer.picture).things for answer in free]
+    return {
+        "colours chosen": len({things[0].thing.colour for things in chosen if things}),
+        "of the avoided colour, unguided": shares(free)["colour"],
+        "of the avoided colour, guided": shares([one for [one] in led])["colour"],
+    }
 
 
 async def _seconds(client: AsyncClient) -> float:
@@ -145,6 +173,8 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(f"| {kind} | {figures['prompts'][kind]} | {cells} |")
     steps = ", ".join(f"{n}: {100 * value:.1f}" for n, value in figures["by steps"].items())
     lines += ["", f"All attributes right by steps, in percent: {steps}."]
+    steering = ", ".join(f"{name}: {value:g}" for name, value in figures["steering"].items())
+    lines.append(f"Where a caption names no colour: {steering}.")
     sharp, seconds = figures["sharpness_db"], figures["seconds"]
     lines.append(f"Sharpness {sharp} dB; one picture takes {seconds} s.")
     return "\n".join(lines)
