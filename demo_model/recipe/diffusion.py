@@ -86,9 +86,6 @@ class DiffusionTraining:
         shape, colour = self._hints(known, scenes, rows, is_dropped)
         weight = _HINT if progress < _LATE else _LATE_HINT
         (velocity + weight * (shape + colour)).backward()
-        for parameter in self._trained():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         self._optimiser.step(warm_up_and_down(progress, number, _DECAY))
         self._average(number)
         told = {"velocity": velocity, "shape": shape, "colour": colour}
@@ -117,10 +114,6 @@ class DiffusionTraining:
             functional.cross_entropy(known[:, :count], shapes, self._label_weights),
             functional.cross_entropy(known[:, count:], colours, ignore_index=-100),
         )
-
-    def _trained(self) -> list[Tensor]:
-        every = (*self.networks.parameters(), *self._head.parameters())
-        return [parameter for parameter in every if parameter.requires_grad]
 
     @torch.no_grad()
     def _average(self, number: int) -> None:
