@@ -73,6 +73,9 @@ demo-model: export MALLOC_TOP_PAD_ = 268435456
 demo-model: ## trains the demo model from nothing; goes on where it was stopped
 	$(BIN)/python -m demo_model.recipe
 
+demo-eval: ## asks the demo model for 1,000 pictures, and more, through the services
+	$(BIN)/python -m demo_model.evaluation --model demo_model/zimage-demo --write docs/demo-model
+
 proto: ## generated code and wire snapshot from the protos
 	$(BIN)/python protos/generate.py
 
@@ -88,4 +91,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast parity bench-encoder bench-dit bench-engine demo-model proto proto-check docs clean
+.PHONY: help setup run test check test-fast parity bench-encoder bench-dit bench-engine demo-model demo-eval proto proto-check docs clean

@@ -23,9 +23,13 @@ _DIFFERENT = 42.0
 """The distance in RGB from which a pixel is no background."""
 _FAR_COLOUR = 60.0
 """The distance from which a colour has no name."""
-_LEAST_PIXELS = 40
-_LEAST_OVERLAP = 0.72
-"""Intersection over union of a piece and its best shape."""
+_LEAST_PIXELS = 8
+"""Of a thing, however small; a true one has four hundred."""
+_LEAST_OVERLAP = 0.85
+"""Intersection over union of a piece and its best shape; of true things it is 0.93 at least."""
+_ALIKE = 40.0
+_MOSTLY = 0.9
+"""The share of a thing or of the background that must be like its median, within so much in RGB."""
 _TURNS = (-0.09, -0.045, 0.0, 0.045, 0.09)
 _CELLS = (0.37, 0.63)
 _LEAST_DISTANCE = 0.2
@@ -78,13 +82,14 @@ def look(picture: Pixels) -> Look:
     """The background and the things, the largest first."""
     levels, background, pieces = _parts(picture)
     things = [_seen(levels, background, piece) for piece in pieces]
-    return Look(_colour_name(background), tuple(things))
+    empty = ~_grown(_grown(np.logical_or.reduce([np.zeros(levels.shape[:2], bool), *pieces])))
+    return Look(_uniform_colour_name(levels[empty], background), tuple(things))
 
 
 def sharpness(picture: Pixels) -> list[float]:
     """For each thing, how close it is to its own best-fitting rendering, in decibels."""
     levels, background, pieces = _parts(picture)
-    return [_sharpness(levels, background, piece) for piece in pieces]
+    return [_sharpness(levels, background, piece) for piece in pieces if _core(piece).any()]
 
 
 def _parts(picture: Pixels) -> tuple[Floats, Floats, list[Piece]]:
@@ -124,19 +129,21 @@ def _place(things: list[Seen], shape: tuple[int, ...]) -> str:
 
 
 def _seen(levels: Floats, background: Floats, piece: Piece) -> Seen:
+    core = _core(piece)
+    if not core.any():  # debris
+        y, x = (float(where.mean()) for where in np.nonzero(piece))
+        return Seen(Thing("", "", ""), x, y, 0.0, 0.0)
     colour, cover = _painted(levels, background, piece)
     overlap, fitted = max(_fits(cover), key=lambda fit: fit[0])
     size = next((name for name, top in _SIZE_BORDERS.items() if fitted.radius < top), "large")
     shape = fitted.shape if overlap > _LEAST_OVERLAP else ""
-    thing = Thing(shape, _colour_name(colour), size)
+    thing = Thing(shape, _uniform_colour_name(levels[core], colour), size)
     return Seen(thing, fitted.x, fitted.y, fitted.radius, overlap)
 
 
 def _painted(levels: Floats, background: Floats, piece: Piece) -> tuple[Floats, Mask]:
     """A thing's colour, and how much of each pixel it covers."""
-    inner = piece & _shrunk(piece)
-    core = levels[inner] if inner.sum() > 20 else levels[piece]
-    colour = np.median(core, axis=0)
+    colour = np.median(levels[_core(piece)], axis=0)
     towards = colour - background
     share = ((levels - background) @ towards / (towards @ towards + 1e-6)).clip(0, 1)
     return colour, share * _grown(piece)
@@ -235,6 +242,17 @@ def _grown(piece: Piece) -> Piece:
 
 def _shrunk(piece: Piece) -> Piece:
     return np.asarray(~_grown(~piece))
+
+
+def _core(piece: Piece) -> Piece:
+    """Without its edge, whose pixels are half background."""
+    return piece & _shrunk(piece)
+
+
+def _uniform_colour_name(pixels: Floats, middle: Floats) -> str:
+    """Empty where the pixels are not all of one colour."""
+    alike = np.linalg.norm(pixels - middle, axis=1) < _ALIKE
+    return _colour_name(middle) if alike.sum() >= max(1, _MOSTLY * len(alike)) else ""
 
 
 def _colour_name(rgb: Floats) -> str:

@@ -14,13 +14,13 @@ from demo_model import world
 from demo_model.world import Scene
 
 _OVERSAMPLING = 4
-_PLACE_JITTER, _SIZE_JITTER, _TURN_JITTER = 0.03, 0.05, 0.09
+_PLACE_JITTER, _SIZE_JITTER = 0.02, 0.03
 _COLOUR_JITTER = 5
-"""How far things may be from their ideal: in sides, radii, radians and 8-bit levels."""
+"""How far things may be from their ideal: in sides, radii and 8-bit levels. They stand upright."""
 _GRID = (0.24, 0.5, 0.76)
 _PAIR = (0.24, 0.76)
 _PAIR_JITTER = 0.015
-_ACROSS = 0.04
+_ACROSS = 0.02
 _ROOM = 1.25
 """The extent of the widest shape, in radii."""
 
@@ -65,7 +65,7 @@ def placed(scene: Scene, size: tuple[int, int], chance: random.Random) -> list[P
                 x=min(max(across * size[0], room), size[0] - room),
                 y=min(max(down * size[1], room), size[1] - room),
                 radius=radius,
-                turn=chance.uniform(-1, 1) * _TURN_JITTER,
+                turn=0.0,
             )
         )
     return found
@@ -90,13 +90,18 @@ def compose(
     background: tuple[int, int, int], layers: Iterable[tuple[Mask, tuple[int, int, int]]]
 ) -> Pixels:
     """Coloured masks over a background."""
-    picture: Any = None
+    return np.asarray((painted(background, layers) + 0.5).clip(0, 255), np.uint8)
+
+
+def painted(
+    background: tuple[float, ...], layers: Iterable[tuple[Mask, tuple[int, int, int]]]
+) -> Any:
+    """The same before it is rounded."""
+    picture: Any = np.array(background, np.float32)
     for cover, rgb in layers:
-        if picture is None:
-            picture = np.broadcast_to(np.array(background, np.float32), (*cover.shape, 3))
         opaque = cover[..., None]
         picture = picture * (1 - opaque) + opaque * np.array(rgb, np.float32)
-    return np.asarray((picture + 0.5).clip(0, 255), np.uint8)
+    return picture
 
 
 def jittered(colour: str, chance: random.Random) -> tuple[int, int, int]:

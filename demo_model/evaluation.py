@@ -1,7 +1,7 @@
 """`make demo-eval`: whether the model draws what it is asked for, asked through the services.
 
-Every prompt has a thing whose shape was never trained in its colour. The checker looks at each
-picture; a table, a file of figures and a sheet of pictures come out.
+Prompts are about a thing whose shape was never trained in its colour. The checker looks at each
+picture; figures and a sheet of pictures come out.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from zimage_client._embedded.stack import brief_stack
 _AT_ONCE = 8
 _PAIRS = 0.4
 _SHEET = (8, 6)
-_FEW = 200
-_STEPS = (2, 4, 6, 8, 12)
+_FEW, _FEWEST = 200, 20
+_STEPS = (1, 2, 4, 6, 8, 12)
 _GUIDANCE = 2.0
 
 
@@ -43,6 +44,7 @@ class Question:
     prompt: str
     size: tuple[int, int]
     seed: int
+    negative: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ KINDS: dict[str, tuple[Wording, tuple[int, int]]] = {
     "filler around": (Wording(filler=1.0), (128, 128)),
 }
 """The sets of prompts; the first is the measure, the others ask what else holds."""
+MEASURE = next(iter(KINDS))
 
 
 def questions(kind: str, count: int) -> list[Question]:
@@ -85,15 +88,25 @@ async def ask(client: AsyncClient, asked: Iterable[Question], **options: Any) ->
     places = asyncio.Semaphore(_AT_ONCE)
 
     async def one(question: Question) -> Answer:
-        width, height = question.size
         async with places:
-            made = await client.generate(
-                question.prompt, width=width, height=height, seed=question.seed, **options
-            )
-        picture = np.asarray(Image.open(io.BytesIO(made.pictures[0].data)).convert("RGB"))
+            made = await _made(client, question, **options)
+        picture = np.asarray(Image.open(io.BytesIO(made)).convert("RGB"))
         return Answer(question, picture, checker.check(picture, question.scene))
 
     return list(await asyncio.gather(*map(one, asked)))
+
+
+async def _made(client: AsyncClient, question: Question, **options: Any) -> bytes:
+    width, height = question.size
+    made = await client.generate(
+        question.prompt,
+        negative=question.negative,
+        width=width,
+        height=height,
+        seed=question.seed,
+        **options,
+    )
+    return made.pictures[0].data
 
 
 def shares(answers: Sequence[Answer]) -> dict[str, float]:
@@ -108,76 +121,95 @@ def shares(answers: Sequence[Answer]) -> dict[str, float]:
 
 async def evaluate(client: AsyncClient, share: float) -> tuple[dict[str, Any], list[Answer]]:
     """All figures, and the answers of the first set; `share` of the prompts are asked."""
-    many, few = round(1000 * share), round(_FEW * share)
+    many, few = round(1000 * share), max(_FEWEST, round(_FEW * share))
     figures: dict[str, Any] = {"prompts": {}, "accuracy": {}}
     first: list[Answer] = []
     for kind in KINDS:
-        count = few if first else many
-        answers = await ask(client, questions(kind, count))
+        answers = await ask(client, questions(kind, few if first else max(few, many)))
         first = first or answers
-        figures["prompts"][kind], figures["accuracy"][kind] = count, shares(answers)
-    measured = next(iter(KINDS))
+        figures["prompts"][kind], figures["accuracy"][kind] = len(answers), shares(answers)
     figures["by steps"] = {
-        str(steps): shares(await ask(client, questions(measured, few), steps=steps))["all"]
+        str(steps): shares(await ask(client, questions(MEASURE, few), steps=steps))["all"]
         for steps in _STEPS
     }
-    sharp = [value for answer in first[:few] for value in checker.sharpness(answer.picture)]
+    sharp = [value for answer in first for value in checker.sharpness(answer.picture)]
     figures["sharpness_db"] = round(statistics.median(sharp), 1)
-    figures["steering"] = await _steering(client, few)
-    figures["seconds"] = round(await _seconds(client), 3)
+    figures["steering"] = await steering(client, few)
+    figures["seconds"] = round(await _seconds(client), 2)
     return figures, first
 
 
-async def _steering(client: AsyncClient, count: int) -> dict[str, float]:
-    """What happens where a caption leaves the colour open: how many colours the model chooses, and
-    how often it is one that the negative prompt leads away from."""
+async def steering(client: AsyncClient, count: int) -> dict[str, float]:
+    """What the model chooses where a caption leaves the colour open, and whether it chooses
+    otherwise, with the same guidance, when a negative prompt names that choice."""
     chance = random.Random("steering")  # noqa: S311 - no secret
-    open_ended, avoided = [], []
+    asked = []
     for seed in range(count):
-        scene = world.any_scene(chance, held_out=False, pairs=0.0)
+        scene = replace(world.any_scene(chance, held_out=False, pairs=0.0), place="center")
         [thing] = scene.things
         prompt = f"a {thing.size} {thing.shape} in the center on a {scene.background} background"
-        open_ended.append(Question(scene, prompt, (128, 128), seed))
-        avoided.append(f"a {thing.size} {thing.colour} {thing.shape} in the center")
-    free = await ask(client, open_ended)
-    led = await asyncio.gather(
-        *(
-            ask(client, [question], negative=negative, guidance=_GUIDANCE, force_guidance=True)
-            for question, negative in zip(open_ended, avoided, strict=True)
-        )
-    )
-    chosen = [checker.look(answer.picture).things for answer in free]
+        asked.append(Question(scene, prompt, (128, 128), seed))
+    guided = {"guidance": _GUIDANCE, "force_guidance": True}
+    free = [answer for answer in await ask(client, asked, **guided) if _chosen(answer)]
+    led = await ask(client, map(_led_away, free), **guided)
+    left = [_chosen(other) not in ("", _chosen(one)) for one, other in zip(free, led, strict=True)]
     return {
-        "colours chosen": len({things[0].thing.colour for things in chosen if things}),
-        "of the avoided colour, unguided": shares(free)["colour"],
-        "of the avoided colour, guided": shares([one for [one] in led])["colour"],
+        "colours chosen where none is named": len(set(map(_chosen, free))),
+        "another colour once a negative prompt names the first": round(statistics.fmean(left), 3),
+        "all else still right": round(statistics.fmean(map(_is_right_but_for_colour, led)), 3),
     }
+
+
+def _led_away(answer: Answer) -> Question:
+    question = answer.question
+    return replace(question, negative=f"a {_chosen(answer)} {question.scene.things[0].shape}")
+
+
+def _chosen(answer: Answer) -> str:
+    things = checker.look(answer.picture).things
+    return things[0].thing.colour if things else ""
+
+
+def _is_right_but_for_colour(answer: Answer) -> bool:
+    return all(right for name, right in answer.found.items() if name != "colour")
 
 
 async def _seconds(client: AsyncClient) -> float:
     """Of one picture alone, the median of several."""
     taken = []
-    for question in questions(next(iter(KINDS)), 9):
+    for question in questions(MEASURE, 9):
         began = time.monotonic()
-        await ask(client, [question])
+        await _made(client, question)
         taken.append(time.monotonic() - began)
     return statistics.median(taken)
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+def accuracy_rows(figures: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Percent of pictures that are right, in all and by attribute."""
     names = ["all", "one thing", "two things", *checker.ATTRIBUTES]
-    lines = [f"| prompts | n | {' | '.join(names)} |", f"| {'--- | ' * (len(names) + 2)}"[:-1]]
+    yield "prompts", "n", *names
     for kind, row in figures["accuracy"].items():
-        cells = " | ".join(f"{100 * row[name]:.1f}" if name in row else "" for name in names)
-        lines.append(f"| {kind} | {figures['prompts'][kind]} | {cells} |")
-    steps = ", ".join(f"{n}: {100 * value:.1f}" for n, value in figures["by steps"].items())
-    lines += ["", f"All attributes right by steps, in percent: {steps}."]
-    steering = ", ".join(f"{name}: {value:g}" for name, value in figures["steering"].items())
-    lines.append(f"Where a caption names no colour: {steering}.")
-    sharp, seconds = figures["sharpness_db"], figures["seconds"]
-    lines.append(f"Sharpness {sharp} dB; one picture takes {seconds} s.")
-    return "\n".join(lines)
+        cells = (_percent(row[name]) if name in row else "" for name in names)
+        yield kind, str(figures["prompts"][kind]), *cells
+
+
+def steps_rows(figures: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Percent of pictures that are right in all, by the number of steps."""
+    yield "steps", *figures["by steps"]
+    yield "all", *(_percent(value) for value in figures["by steps"].values())
+
+
+def other_rows(figures: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """What else was measured."""
+    yield "measured", "value"
+    for name, value in figures["steering"].items():
+        yield name, _percent(value) + " %" if isinstance(value, float) else str(value)
+    yield "sharpness: a thing against its own best-fit rendering", f"{figures['sharpness_db']} dB"
+    yield "one picture through both services", f"{figures['seconds']} s"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def sheet(answers: Sequence[Answer]) -> Image.Image:
@@ -191,18 +223,30 @@ def sheet(answers: Sequence[Answer]) -> Image.Image:
     return found
 
 
+@asynccontextmanager
+async def _services(arguments: argparse.Namespace, *flags: str) -> AsyncIterator[AsyncClient]:
+    say = sys.stderr.write
+    async with (
+        brief_stack(lambda line: say(f"{line}\n"), model=arguments.model, flags=flags) as stack,
+        AsyncClient(stack.server) as client,
+    ):
+        yield client
+
+
 async def _run(arguments: argparse.Namespace) -> None:
-    if arguments.server:
-        async with AsyncClient(arguments.server) as client:
-            figures, answers = await evaluate(client, arguments.share)
-    else:
-        async with (
-            brief_stack(lambda _line: None) as stack,
-            AsyncClient(stack.server) as client,
-        ):
-            figures, answers = await evaluate(client, arguments.share)
-    sys.stdout.write(table(figures) + "\n")
+    async with _services(arguments, "--dtype", "float32") as client:
+        figures, answers = await evaluate(client, arguments.share)
+    asked = [answer.question for answer in answers]
+    async with _services(arguments, "--dtype", "bfloat16") as client:
+        kind = f"{MEASURE}, in bfloat16"
+        figures["prompts"][kind] = len(asked)
+        figures["accuracy"][kind] = shares(await ask(client, asked))
+    for rows in (accuracy_rows, steps_rows, other_rows):
+        for row in rows(figures):
+            sys.stdout.write(f"{row[0]:<54}{''.join(f'{cell:>12}' for cell in row[1:])}\n")
+        sys.stdout.write("\n")
     if arguments.write:
+        arguments.write.mkdir(parents=True, exist_ok=True)
         (arguments.write / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
         sheet(answers).save(arguments.write / "contact-sheet.png", optimize=True)
 
@@ -210,7 +254,7 @@ async def _run(arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--server", default="", help="a DiT service with an encoder")
+    parser.add_argument("--model", type=Path, help="model folder (default: the demo model)")
     parser.add_argument("--share", type=float, default=1.0, help="of the prompts")
     parser.add_argument("--write", type=Path, help="folder for evaluation.json and the sheet")
     asyncio.run(_run(parser.parse_args()))

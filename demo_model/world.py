@@ -80,33 +80,8 @@ def any_scene(chance: random.Random, *, held_out: bool, pairs: float = 0.4) -> S
     return Scene(background, things, chance.choice(RELATIONS))
 
 
-def changed(scene: Scene, attribute: str, chance: random.Random) -> Scene:
-    """The same scene with another value of one attribute: "background", "place", or "shape",
-    "colour" or "size" of one of its things."""
-    if attribute == "background":
-        used = {scene.background, *(thing.colour for thing in scene.things)}
-        return replace(scene, background=_other(BACKGROUNDS, used, chance))
-    if attribute == "place":
-        places = RELATIONS if scene.is_pair else POSITIONS
-        return replace(scene, place=_other(places, {scene.place}, chance))
-    index = chance.randrange(len(scene.things))
-    things = list(scene.things)
-    values = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}[attribute]
-    used = {getattr(things[index], attribute)}
-    if attribute == "colour":
-        used |= {scene.background, *(thing.colour for thing in things)}
-    if attribute == "size" and any(t.size == "large" for t in things if t != things[index]):
-        used.add("large")
-    things[index] = replace(things[index], **{attribute: _other(values, used, chance)})
-    return replace(scene, things=tuple(things))
-
-
 def _any_thing(chance: random.Random, colours_used: Sequence[str], *, held_out: bool) -> Thing:
     while True:
         shape, colour = chance.choice(SHAPES), chance.choice(list(COLOURS))
         if colour not in colours_used and is_held_out(shape, colour) == held_out:
             return Thing(shape, colour, chance.choice(list(SIZES)))
-
-
-def _other(values: Sequence[str], used: set[str], chance: random.Random) -> str:
-    return chance.choice([value for value in values if value not in used])

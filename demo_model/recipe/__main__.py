@@ -22,6 +22,8 @@ from demo_model.recipe.decoder import DecoderTraining
 from demo_model.recipe.diffusion import DiffusionTraining
 from demo_model.recipe.stages import Stage
 
+_RESULT = Path(__file__).parents[1] / "zimage-demo"
+
 _log = logging.getLogger("demo_model.recipe")
 
 
@@ -45,13 +47,11 @@ class Recipe:
         """The first autoencoder: its encoder is final."""
         folder = self._work / "autoencoder"
         stage = Stage("autoencoder", autoencoder.STEPS, self._work)
-        if not (folder / "probe.pt").exists():
+        if not (folder / "config.json").exists():
             training = AutoencoderTraining(self._device)
             stage.run(training)
             training.save(folder)
-        model = AutoencoderKL.from_pretrained(folder).to(self._device)
-        self._tell("autoencoder", model)
-        return model
+        return AutoencoderKL.from_pretrained(folder).to(self._device)
 
     def networks(self) -> Any:
         """The transformer and the text encoder, averaged over their last steps."""
@@ -65,10 +65,11 @@ class Recipe:
     def run(self, result: Path) -> None:
         """All of it."""
         networks, model, words = self.networks(), self.autoencoder(), self.tokenizer()
+        self._tell("autoencoder", model)
         training = DecoderTraining(model, networks, words, self._device)
         Stage("decoder", decoder.STEPS, self._work).run(training)
         self._tell("decoder", training.model)
-        assemble(result, training.model, networks, words)
+        assemble(result, self._work / "assembled", training.model, networks, words)
         _log.info("the model is in %s", result)
 
     def _tell(self, name: str, model: Any) -> None:
@@ -86,7 +87,7 @@ def main() -> int:
     """Runs the recipe."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("out/demo-model"), help="checkpoints")
-    parser.add_argument("--result", type=Path, default=Path("demo_model/zimage-demo"))
+    parser.add_argument("--result", type=Path, default=_RESULT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """The trained parts as a folder that diffusers and every service read."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,16 @@ from diffusers import (
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from demo_model.recipe.diffusion import SHIFT
 from demo_model.recipe.networks import TEXT, TRANSFORMER
-
-_SHIFT = 3.0
-"""As Turbo's: few steps and no guidance."""
 
 
 def assemble(
-    folder: Path, autoencoder: Any, networks: nn.ModuleDict, tokenizer: PreTrainedTokenizerFast
+    folder: Path,
+    scratch: Path,
+    autoencoder: Any,
+    networks: nn.ModuleDict,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """Writes the model in bfloat16; the folder appears complete or not at all."""
     transformer = ZImageTransformer2DModel(**TRANSFORMER)
@@ -38,18 +39,19 @@ def assemble(
     with torch.no_grad():
         for parameter in text_encoder.parameters():  # the last layer is never used
             parameter.zero_()
-    text_encoder.load_state_dict(networks["text"].state_dict(), strict=False)
+    found = text_encoder.load_state_dict(networks["text"].state_dict(), strict=False)
+    assert not found.unexpected_keys, found
     pipeline = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=1000, shift=_SHIFT, use_dynamic_shifting=False
+            num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False
         ),
         vae=autoencoder.to(torch.bfloat16),
         text_encoder=text_encoder.to(torch.bfloat16),
         tokenizer=tokenizer,
         transformer=transformer.to(torch.bfloat16),
     )
-    scratch = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(scratch, ignore_errors=True)
-    pipeline.save_pretrained(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(scratch, folder)
+    pipeline.save_pretrained(scratch / "new")
+    if folder.exists():
+        shutil.move(folder, scratch / "old")
+    shutil.move(scratch / "new", folder)

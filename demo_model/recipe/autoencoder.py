@@ -22,7 +22,7 @@ _CLOSEUPS, _WHOLE = 0.5, 0.8
 _CLOSEUPS_AT_ONCE, _SCENES_AT_ONCE = 16, 6
 _RATE = 1.5e-3
 _DECAY = 0.4
-_MOST_NOISE = 0.4
+_MOST_NOISE = 0.5
 _PROBE_WEIGHT = 0.1
 _EMPTY_WEIGHT = 0.3
 _FROZEN_LOG_VARIANCE = -6.0
@@ -153,7 +153,7 @@ class AutoencoderTraining:
         self._out_of.load(state["out_of"])
 
     def save(self, folder: Path) -> None:
-        """The autoencoder as diffusers reads it, its normaliser folded in, and the probe."""
+        """The autoencoder as diffusers reads it, its normaliser folded in."""
         last = self.model.encoder.conv_out
         with torch.no_grad():
             deviation = self.normaliser.deviation
@@ -162,7 +162,6 @@ class AutoencoderTraining:
             last.weight[CHANNELS:] = 0
             last.bias[CHANNELS:] = _FROZEN_LOG_VARIANCE
         self.model.save_pretrained(folder)
-        torch.save(self.probe.state_dict(), folder / "probe.pt")
 
 
 def drawn_losses(drawn: Tensor, pictures: Tensor, weights: Tensor) -> dict[str, Tensor]:

@@ -41,28 +41,31 @@ class Batch:
 
 def closeups(count: int, chance: random.Random) -> Batch:
     """Canvases of 64 x 64 with one thing or two: less background for the same time."""
-    return _batch([_closeup(chance) for _ in range(count)])
+    return _batch([closeup(chance) for _ in range(count)])
 
 
-def scenes(count: int, chance: random.Random, *, held_out: bool = False) -> Batch:
+def scenes(count: int, chance: random.Random) -> Batch:
     """Pictures as the model will draw them."""
     size = chance.choice(world.CANVASES) if chance.random() < 0.25 else world.CANVASES[0]
-    shown = tuple(world.any_scene(chance, held_out=held_out) for _ in range(count))
+    shown = tuple(world.any_scene(chance, held_out=False) for _ in range(count))
     drawn = []
     for scene in shown:
         placed = drawing.placed(scene, size, chance)
         layers = [(thing, drawing.mask(thing, size)) for thing in placed]
-        drawn.append(_Canvas(layers, drawing.jittered(scene.background, chance)))
+        drawn.append(Canvas(layers, drawing.jittered(scene.background, chance)))
     return replace(_batch(drawn), scenes=shown)
 
 
 @dataclass(frozen=True, slots=True)
-class _Canvas:
+class Canvas:
+    """A picture before it is painted."""
+
     layers: list[tuple[Placed, Mask]]
     background: tuple[float, ...]
 
 
-def _closeup(chance: random.Random) -> _Canvas:
+def closeup(chance: random.Random) -> Canvas:
+    """One or two things on 64 x 64 pixels."""
     background = _colour(chance)
     layers: list[tuple[Placed, Mask]] = []
     for _ in range(2 if chance.random() < 0.3 else 1):
@@ -72,32 +75,31 @@ def _closeup(chance: random.Random) -> _Canvas:
         x, y = (chance.uniform(min(room, 32), max(64 - room, 32)) for _ in range(2))
         if any(math.hypot(x - t.x, y - t.y) < 1.3 * (radius + t.radius) for t, _ in layers):
             continue  # they would hide each other
-        rgb = _contrasting(background, chance)
         if chance.random() < _NAMED:
             shape = chance.choice(world.SHAPES)
+            rgb = _contrasting(background, shape, chance)
             thing = Placed(shape, rgb, x, y, radius, chance.uniform(-0.12, 0.12))
             layers.append((thing, drawing.mask(thing, (64, 64))))
         else:
-            layers.append((Placed("", rgb, x, y, radius, 0.0), _polygon(x, y, radius, chance)))
-    return _Canvas(layers, background)
+            thing = Placed("", _contrasting(background, "", chance), x, y, radius, 0.0)
+            layers.append((thing, _polygon(x, y, radius, chance)))
+    return Canvas(layers, background)
 
 
-def _batch(canvases: list[_Canvas]) -> Batch:
+def _batch(canvases: list[Canvas]) -> Batch:
     pictures, edges, labels = [], [], []
     for canvas in canvases:
         height, width = canvas.layers[0][1].shape
-        picture = np.broadcast_to(np.array(canvas.background, np.float32), (height, width, 3))
+        things = ((cover, thing.rgb) for thing, cover in canvas.layers)
         edge = np.zeros((height, width), np.float32)
         label = np.full((height // _LATENT, width // _LATENT), NOTHING)
         ys, xs = (np.mgrid[: height // _LATENT, : width // _LATENT] + 0.5) * _LATENT
         for thing, cover in canvas.layers:
-            opaque = cover[..., None]
-            picture = picture * (1 - opaque) + opaque * np.array(thing.rgb, np.float32)
             soft = ((cover > 0) & (cover < 1)).astype(np.float32)
             edge = np.maximum(edge, soft * min(3.0, 18 / thing.radius))  # small ones count more
             inside = np.hypot(xs - thing.x, ys - thing.y) < 1.15 * thing.radius + 5
             label[inside] = world.SHAPES.index(thing.shape) if thing.shape else UNKNOWN
-        pictures.append(picture)
+        pictures.append(drawing.painted(canvas.background, things))
         edges.append(edge)
         labels.append(label)
     edge_B1HW = max_pool2d(torch.from_numpy(np.stack(edges)).unsqueeze(1), 5, 1, 2)
@@ -117,10 +119,15 @@ def _colour(chance: random.Random) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _contrasting(background: tuple[float, ...], chance: random.Random) -> tuple[int, int, int]:
+def _contrasting(
+    background: tuple[float, ...], shape: str, chance: random.Random
+) -> tuple[int, int, int]:
+    """A colour for a thing; of a named shape none that is held out from it."""
     while True:
-        red, green, blue = _colour(chance)
-        if math.dist(background, (red, green, blue)) > 60:
+        rgb = red, green, blue = _colour(chance)
+        nearest = min(world.COLOURS, key=lambda name: math.dist(world.COLOURS[name], rgb))
+        is_held_out = shape and world.is_held_out(shape, nearest)
+        if math.dist(background, rgb) > 60 and not is_held_out:
             return round(red), round(green), round(blue)
 
 
@@ -138,7 +145,8 @@ def _polygon(x: float, y: float, radius: float, chance: random.Random) -> Mask:
 
     def fill(polygon: list[tuple[float, float]], level: int) -> None:
         canvas.polygon(
-            [(_OVERSAMPLING * (x + u), _OVERSAMPLING * (y + v)) for u, v in polygon], level
+            [(_OVERSAMPLING * (x + u) - 0.5, _OVERSAMPLING * (y + v) - 0.5) for u, v in polygon],
+            level,
         )
 
     fill(points, 255)

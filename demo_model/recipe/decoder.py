@@ -18,11 +18,11 @@ from demo_model.recipe.autoencoder import drawn_losses, noise_like
 from demo_model.recipe.optimiser import Muon
 from demo_model.recipe.stages import warm_up_and_down
 
-STEPS = 900
+STEPS = 1400
 _AT_ONCE = 8
 _RATE = 7e-4
 _DECAY = 0.6
-_MOST_NOISE = 0.4
+_MOST_NOISE = 0.5
 _PREDICTED = 0.5
 """The share of batches whose latents are the transformer's predictions from a noisy start."""
 _SIGMAS = (0.1, 0.6)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from demo_model import captions, drawing, world
 from demo_model.captions import PLAIN, TRAINING, Wording
 from demo_model.recipe import tokenizer as tokens
+from demo_model.recipe.canvases import NOTHING
 from demo_model.recipe.stages import write
 
 _log = logging.getLogger(__name__)
@@ -23,7 +24,6 @@ CHUNKS = {(128, 128): 48, (192, 128): 8, (128, 192): 8}
 _PER_CHUNK = 500
 _AT_ONCE = 10
 _TOKEN_PX = 16
-NOTHING = len(world.SHAPES)
 _WORDINGS = (
     PLAIN,
     Wording(),
@@ -45,7 +45,15 @@ class Scenes:
     shapes: Tensor
     """[N, tokens]: the shape at each token, or NOTHING."""
     colours: Tensor
-    """[N, tokens]: the colour of the thing at each token."""
+    """[N, tokens]: the colour at each token, of the thing or of the background."""
+
+    def with_captions(self, shortest: int, longest: int) -> list[int]:
+        """The scenes that have a caption of such a length."""
+        return [
+            index
+            for index, captions in enumerate(self.captions)
+            if any(shortest <= len(caption) <= longest for caption in captions)
+        ]
 
 
 def encode_all(
@@ -124,7 +132,7 @@ def _labels(
     rows, columns = size[1] // _TOKEN_PX, size[0] // _TOKEN_PX
     ys, xs = (np.mgrid[:rows, :columns] + 0.5) * _TOKEN_PX
     shape = np.full((rows, columns), NOTHING)
-    colour = np.zeros((rows, columns), np.int64)
+    colour = np.full((rows, columns), list(world.COLOURS).index(scene.background))
     for thing, at in zip(scene.things, placed, strict=True):
         inside = np.hypot(xs - at.x, ys - at.y) < at.radius + 5
         shape[inside] = world.SHAPES.index(thing.shape)

@@ -47,8 +47,13 @@ class Stage:
         checkpoint = self.folder / f"{self.name}.pt"
         first = 0
         if checkpoint.exists():
-            kept = torch.load(checkpoint, weights_only=False)
+            kept = torch.load(checkpoint, map_location="cpu", weights_only=False)
             first = kept["step"]
+            if kept["steps"] != self.steps:
+                raise SystemExit(
+                    f"{checkpoint} is of a run of {kept['steps']} steps, not {self.steps}; "
+                    "remove it to begin anew"
+                )
             training.load(kept["training"])
             _log.info("%s goes on at step %s of %s", self.name, first, self.steps)
         began = saved = time.monotonic()
@@ -64,7 +69,10 @@ class Stage:
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in sums.items())
                 _log.info("%s %s/%s, %.3f s: %s", self.name, number + 1, self.steps, pace, shown)
             if time.monotonic() - saved > _CHECKPOINT_SECONDS or number + 1 == self.steps:
-                write(checkpoint, {"step": number + 1, "training": training.state()})
+                write(
+                    checkpoint,
+                    {"step": number + 1, "steps": self.steps, "training": training.state()},
+                )
                 saved = time.monotonic()
 
 

@@ -40,28 +40,35 @@ def addresses_in(folder: Path) -> Addresses:
 
 
 @asynccontextmanager
-async def brief_stack(say: Say, *, dit: bool = True) -> AsyncIterator[Addresses]:
-    """A stack with the random model that lives as long as the block; `say` hears what goes on until
-    it serves."""
+async def brief_stack(
+    say: Say, *, model: Path | None = None, dit: bool = True, flags: Sequence[str] = ()
+) -> AsyncIterator[Addresses]:
+    """A stack that lives as long as the block, with the random model unless told otherwise; `say`
+    hears what goes on until it serves, both services get the flags."""
     refuse_what_cannot_work()
     with _private_folder() as folder:
-        model = await random_model(say)
+        model = model or await random_model(say)
         say("starting the embedded services")
-        async with running(folder, model, dit=dit):
+        async with running(folder, model, dit=dit, flags=flags):
             yield addresses_in(folder)
 
 
 @asynccontextmanager
 async def running(
-    folder: Path, model: Path, *, dit: bool = True, kept_open: Sequence[int] = ()
+    folder: Path,
+    model: Path,
+    *,
+    dit: bool = True,
+    flags: Sequence[str] = (),
+    kept_open: Sequence[int] = (),
 ) -> AsyncIterator[list[Child]]:
     """The services while the block runs, which begins when they serve."""
     at = addresses_in(folder)
     async with AsyncExitStack() as closing:
 
         async def start(module: str, address: str, *more: str) -> Child:
-            flags = [*_flags(model, address), *more]
-            child = children.running(module, flags, folder / f"{module}.log", kept_open)
+            given = [*_flags(model, address), *flags, *more]
+            child = children.running(module, given, folder / f"{module}.log", kept_open)
             return await closing.enter_async_context(child)
 
         async with AsyncClient(at.server, at.encoder) as client:
