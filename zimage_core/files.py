@@ -5,11 +5,12 @@ import secrets
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears complete or not at all, and replaces an older one in one step."""
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """The file appears complete or not at all, and replaces an older one in one step; `mode` is for
+    the umask to narrow."""
     scratch = path.with_name(f".zimage-{secrets.token_hex(8)}")
     try:
-        with scratch.open("xb") as file:
+        with open(scratch, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
         os.replace(scratch, path)
     except BaseException:

@@ -19,6 +19,7 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zimage_core.errors import InvalidSettings
+from zimage_core.tls import Tls
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ElementType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -44,6 +45,13 @@ class ServiceSettings(_Program):
     listen: str = Field(description="address to listen on, host:port or unix:path")
     probes: str = Field(description="host:port for /livez and /readyz; empty for none")
     insecure: bool = Field(False, description="allow a non-loopback address without TLS")
+    tls_cert: Path | None = Field(
+        None, description="certificate of this service, PEM; unset: no TLS; read anew on change"
+    )
+    tls_key: Path | None = Field(None, description="key to the certificate")
+    tls_client_ca: Path | None = Field(
+        None, description="authorities that callers must have a certificate from (mutual TLS)"
+    )
     device: Device = Field("auto", description="where the model runs")
     dtype: ElementType = Field("auto", description="type that the model computes in")
     drain_delay_seconds: float = Field(
@@ -56,6 +64,14 @@ class ServiceSettings(_Program):
     exit_with_stdin: bool = Field(
         False, description="stop when standard input ends, for whoever starts this as a child"
     )
+
+    @property
+    def own_tls(self) -> Tls | None:
+        """What callers meet; None without TLS."""
+        if self.tls_client_ca and not self.tls_cert:
+            raise _invalid("tls_client_ca needs tls_cert and tls_key beside it", "tls_cert", "")
+        own = Tls(self.tls_client_ca, self.tls_cert, self.tls_key)
+        return own if own.cert else None
 
 
 class EncoderSettings(ServiceSettings):
@@ -89,6 +105,9 @@ class DitSettings(ServiceSettings):
         "127.0.0.1:9465", description="host:port for /livez and /readyz; empty for none"
     )
     encoder: str = Field("", description="encoder service, host:port or unix:path")
+    tls_ca: Path | None = Field(
+        None, description="authorities of the encoder's certificate; unset: no TLS towards it"
+    )
     encoder_identity: str = Field(
         "", description="digest of the encoder to insist on, where none lies beside the model"
     )
@@ -104,12 +123,28 @@ class DitSettings(ServiceSettings):
     max_step_count: int = Field(1000, ge=1, description="most steps of one picture")
     max_queue_length: int = Field(16, ge=1, description="requests that may wait")
 
+    @property
+    def encoder_tls(self) -> Tls | None:
+        """For the way to the encoder, where this service shows its own certificate."""
+        return Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca else None
+
 
 class ClientSettings(_Program):
     """The command line client."""
 
     server: str = Field("", description="DiT service, host:port or unix:path; empty: embedded")
     encoder: str = Field("", description="encode here and send the embedding")
+    tls_ca: Path | None = Field(
+        None, description="authorities of the services' certificates, PEM; unset: no TLS"
+    )
+    tls_cert: Path | None = Field(None, description="certificate to show them (mutual TLS)")
+    tls_key: Path | None = Field(None, description="key to the certificate")
+
+    @property
+    def tls(self) -> Tls | None:
+        """For the way to the services."""
+        own = Tls(self.tls_ca, self.tls_cert, self.tls_key)
+        return own if own.ca or own.cert else None
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -34,6 +34,7 @@ from zimage_client._replay import Replay
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Unavailable
 from zimage_core.tensors import TensorData
+from zimage_core.tls import Tls
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -43,13 +44,14 @@ R = TypeVar("R")
 class AsyncClient:
     """Talks to a DiT service, and to an encoder service where prompts are encoded on this side.
 
-    Addresses are "host:port" or "unix:path". With an encoder, prompts are encoded there and sent as
-    embeddings; without, they go to the DiT service as text. Connects when first used; belongs to
-    the event loop that uses it.
+    Addresses are "host:port" or "unix:path"; `tls` counts for every "host:port", while
+    "grpc://host:port" is without and "grpcs://host:port" with TLS in any case. With an encoder,
+    prompts are encoded there and sent as embeddings; without, they go to the DiT service as text.
+    Connects when first used; belongs to the event loop that uses it.
     """
 
-    def __init__(self, server: str = "", encoder: str = "") -> None:
-        self._channels = Channels(server, encoder)
+    def __init__(self, server: str = "", encoder: str = "", *, tls: Tls | None = None) -> None:
+        self._channels = Channels(server, encoder, tls)
 
     async def __aenter__(self) -> Self:
         return self

@@ -16,6 +16,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from zimage_core.errors import InternalError, InvalidRequest, Overloaded, Unimplemented, ZImageError
+from zimage_core.serving import peer
 from zimage_core.wire import request_id, status, strict
 
 _log = logging.getLogger("zimage.rpc")
@@ -106,6 +107,7 @@ class _Call:
 
     async def __aenter__(self) -> None:
         metadata = dict(self._context.invocation_metadata() or ())
+        self._caller = peer.name(self._context.auth_context())
         self._id = request_id.accept(str(metadata.get(request_id.KEY, "")))
         request_id.current.set(self._id)  # each call is a task of its own, with its own context
 
@@ -135,7 +137,8 @@ class _Call:
         milliseconds = (time.monotonic() - self._began) * 1e3
         is_question = self._method.endswith("/Describe") and code == "OK"  # asked all the time
         level = logging.DEBUG if is_question else logging.INFO
-        _log.log(level, "%s %s %.1f ms%s", self._method, code, milliseconds, text)
+        caller = f" by {self._caller}" if self._caller else ""
+        _log.log(level, "%s %s %.1f ms%s%s", self._method, code, milliseconds, caller, text)
 
 
 async def _abort(context: _Context, error: ZImageError) -> NoReturn:
