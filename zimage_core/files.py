@@ -1,8 +1,10 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Files that nobody ever sees half of, and files that change while we look."""
 
 import os
 import secrets
 from pathlib import Path
+
+Stamp = tuple[int, int, int] | None
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -16,3 +18,12 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def stamp(path: Path) -> Stamp:
+    """Another one after every change of a file; None while there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -13,13 +13,21 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zimage_core.errors import InvalidSettings
 from zimage_core.tls import Tls
+
+
+class Credentials(TypedDict):
+    """What a client of the SDK is made with, beside its addresses."""
+
+    tls: Tls | None
+    token: Path | str
+
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ElementType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -49,6 +57,9 @@ class ServiceSettings(_Program):
         None, description="certificate of this service, PEM; unset: no TLS; read anew on change"
     )
     tls_key: Path | None = Field(None, description="key to the certificate")
+    tokens: Path | None = Field(
+        None, description="file of tokens (TOML), read anew on change; unset: none is asked for"
+    )
     tls_client_ca: Path | None = Field(
         None, description="authorities that callers must have a certificate from (mutual TLS)"
     )
@@ -105,6 +116,9 @@ class DitSettings(ServiceSettings):
         "127.0.0.1:9465", description="host:port for /livez and /readyz; empty for none"
     )
     encoder: str = Field("", description="encoder service, host:port or unix:path")
+    encoder_token_file: Path | None = Field(
+        None, description="file with the token for the encoder service"
+    )
     tls_ca: Path | None = Field(
         None, description="authorities of the encoder's certificate; unset: no TLS towards it"
     )
@@ -124,9 +138,10 @@ class DitSettings(ServiceSettings):
     max_queue_length: int = Field(16, ge=1, description="requests that may wait")
 
     @property
-    def encoder_tls(self) -> Tls | None:
+    def encoder_credentials(self) -> Credentials:
         """For the way to the encoder, where this service shows its own certificate."""
-        return Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca else None
+        tls = Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca else None
+        return Credentials(tls=tls, token=self.encoder_token_file or "")
 
 
 class ClientSettings(_Program):
@@ -134,6 +149,7 @@ class ClientSettings(_Program):
 
     server: str = Field("", description="DiT service, host:port or unix:path; empty: embedded")
     encoder: str = Field("", description="encode here and send the embedding")
+    token_file: Path | None = Field(None, description="file with the token for the services")
     tls_ca: Path | None = Field(
         None, description="authorities of the services' certificates, PEM; unset: no TLS"
     )
@@ -141,10 +157,10 @@ class ClientSettings(_Program):
     tls_key: Path | None = Field(None, description="key to the certificate")
 
     @property
-    def tls(self) -> Tls | None:
+    def credentials(self) -> Credentials:
         """For the way to the services."""
         own = Tls(self.tls_ca, self.tls_cert, self.tls_key)
-        return own if own.ca or own.cert else None
+        return Credentials(tls=own if own.ca or own.cert else None, token=self.token_file or "")
 
 
 S = TypeVar("S", bound=BaseModel)

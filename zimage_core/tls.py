@@ -5,8 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from zimage_core.errors import InvalidSettings
-
-Stamp = tuple[tuple[int, int, int] | None, ...]
+from zimage_core.files import Stamp, stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +41,9 @@ class Tls:
             _verify_pair(self.cert, self.key)
         return pems
 
-    def stamp(self) -> Stamp:
+    def stamp(self) -> tuple[Stamp, ...]:
         """Another one after every change of the files."""
-        return tuple(_stamp(path) for path in (self.ca, self.cert, self.key))
+        return tuple(stamp(path) for path in (self.ca, self.cert, self.key) if path)
 
 
 def _content(tls: Tls, name: str) -> bytes | None:
@@ -74,16 +73,6 @@ def _verify_pair(cert: Path, key: Path) -> None:
 
 def _no_password() -> str:
     return ""  # or openssl would ask at the terminal
-
-
-def _stamp(path: Path | None) -> tuple[int, int, int] | None:
-    if path is None:
-        return None
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _invalid(field: str, given: str, why: str) -> InvalidSettings:

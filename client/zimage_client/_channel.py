@@ -3,13 +3,17 @@
 import asyncio
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc.aio
 
 from zimage_core.errors import Cancelled, InvalidSettings
-from zimage_core.tls import Stamp, Tls
+from zimage_core.files import Stamp
+from zimage_core.tls import Tls
 from zimage_core.wire import limits, request_id
+from zimage_core.wire.addresses import is_loopback
 
 _log = logging.getLogger(__name__)
 _OPTIONS = (
@@ -30,12 +34,14 @@ class _Place:
     target: str
     """gRPC's name for it."""
     tls: Tls | None
+    is_open: bool = False
+    """Whether others on the way can read what goes there, and nobody said that they may."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Open:
     channel: grpc.aio.Channel
-    stamp: Stamp
+    stamp: tuple[Stamp, ...]
     """Of the certificates that it was made with."""
 
 
@@ -43,9 +49,14 @@ class Channels:
     """One channel to each service, made when it is first used, in the event loop that uses it, and
     made anew when its certificates were exchanged."""
 
-    def __init__(self, server: str, encoder: str, tls: Tls | None = None) -> None:
+    def __init__(
+        self, server: str, encoder: str, tls: Tls | None = None, token: str | Path = ""
+    ) -> None:
         given = {"server": server, "encoder": encoder}
         self._places = {name: _place(name, a, tls) for name, a in given.items() if a}
+        self._token = token
+        if token:
+            _refuse_open(self._places.values())
         self._open: dict[str, _Open] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -62,6 +73,14 @@ class Channels:
     def encoder(self) -> grpc.aio.Channel:
         """The way to the encoder service."""
         return self._channel("encoder")
+
+    def metadata(self) -> Metadata:
+        """What goes with the calls of a request: its id, the one at hand or a new one, and the
+        token."""
+        id_given = (request_id.KEY, request_id.current.get() or request_id.fresh())
+        if not self._token:
+            return (id_given,)
+        return id_given, ("authorization", f"Bearer {_text(self._token)}")
 
     async def close(self) -> None:
         """Ends the connections and whatever runs over them, for good."""
@@ -102,11 +121,6 @@ class Channels:
         task.add_done_callback(self._retiring.discard)
 
 
-def metadata() -> Metadata:
-    """What goes with the calls of a request: its id, the one at hand or a new one."""
-    return ((request_id.KEY, request_id.current.get() or request_id.fresh()),)
-
-
 def _connected(place: _Place) -> grpc.aio.Channel:
     if place.tls is None:
         return grpc.aio.insecure_channel(place.target, options=_OPTIONS)
@@ -126,10 +140,40 @@ def _place(name: str, address: str, tls: Tls | None) -> _Place:
     host, colon, port = rest.rpartition(":")
     if colon and host and "/" not in host and port.isdigit() and 0 < int(port) < 1 << 16:
         # dns: all addresses of the name, so that calls go round them
-        return _Place(f"dns:///{rest}", (tls or Tls()) if is_secure else None)
+        if is_secure:
+            return _Place(f"dns:///{rest}", tls or Tls())
+        is_open = rest == address and not is_loopback(host)
+        return _Place(f"dns:///{rest}", None, is_open)
     raise InvalidSettings(
         f"{name}: {address!r} is no address; give host:port, grpcs://host:port for TLS with the "
         "authorities of this machine, or unix:path",
         reason="ADDRESS",
         fields={"field": name, "given": address},
     )
+
+
+def _refuse_open(places: Iterable[_Place]) -> None:
+    for place in places:
+        if place.is_open:
+            address = place.target.removeprefix("dns:///")
+            raise InvalidSettings(
+                f"a token would go to {address} for anybody on the way to read; use TLS, or say "
+                f"grpc://{address} where the network is trusted",
+                reason="OPEN_ADDRESS",
+                fields={"given": address},
+            )
+
+
+def _text(token: str | Path) -> str:
+    """A token, from its file where it stands in one."""
+    if isinstance(token, str):
+        return token
+    try:
+        text = token.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings(
+            f"token_file {token}: {error}", fields={"field": "token_file", "given": str(token)}
+        ) from error
+    if not text.isprintable() or not text:
+        raise InvalidSettings(f"token_file {token} holds no token, which is one line of text")
+    return text

@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Literal, Self, TypeVar, Unpack, overload
 
 import grpc.aio
 
 from zimage_client import _calls
-from zimage_client._channel import Channels, metadata
+from zimage_client._channel import Channels
 from zimage_client._conditioning import Condition, Prompts, conditioning
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_client._events import (
@@ -47,11 +48,19 @@ class AsyncClient:
     Addresses are "host:port" or "unix:path"; `tls` counts for every "host:port", while
     "grpc://host:port" is without and "grpcs://host:port" with TLS in any case. With an encoder,
     prompts are encoded there and sent as embeddings; without, they go to the DiT service as text.
-    Connects when first used; belongs to the event loop that uses it.
+    A token may be given as the file that it stands in. Connects when first used; belongs to the
+    event loop that uses it.
     """
 
-    def __init__(self, server: str = "", encoder: str = "", *, tls: Tls | None = None) -> None:
-        self._channels = Channels(server, encoder, tls)
+    def __init__(
+        self,
+        server: str = "",
+        encoder: str = "",
+        *,
+        tls: Tls | None = None,
+        token: str | Path = "",
+    ) -> None:
+        self._channels = Channels(server, encoder, tls, token)
 
     async def __aenter__(self) -> Self:
         return self
@@ -147,13 +156,15 @@ class AsyncClient:
 
     async def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""
-        return await _calls.describe_dit(self._channels.dit(), timeout, metadata())
+        return await _calls.describe_dit(self._channels.dit(), timeout, self._channels.metadata())
 
     async def describe_encoder(
         self, *, timeout: float | None = _calls.DESCRIBE_SECONDS
     ) -> EncoderDescription:
         """What the encoder service is and can do; answered while it loads, too."""
-        return await _calls.describe_encoder(self._channels.encoder(), timeout, metadata())
+        return await _calls.describe_encoder(
+            self._channels.encoder(), timeout, self._channels.metadata()
+        )
 
     def _each(
         self,
@@ -164,7 +175,7 @@ class AsyncClient:
         timeout: float | None,
     ) -> Answers[R]:
         check_timeout(timeout)
-        same_id = metadata()
+        same_id = self._channels.metadata()
 
         def one_try(messages: AsyncIterator[M], seconds: float | None) -> Answers[R]:
             return call(channel(), messages, seconds, same_id)
@@ -172,7 +183,7 @@ class AsyncClient:
         return replayed(items, message, one_try, Replay(timeout=timeout))
 
     async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
-        same_id = metadata()
+        same_id = self._channels.metadata()
         while True:
             channel = self._channels.encoder()  # not before: it may be closed meanwhile
             try:

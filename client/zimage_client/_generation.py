@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from zimage_client import _calls, _reading
-from zimage_client._channel import Channels, metadata
+from zimage_client._channel import Channels
 from zimage_client._conditioning import Conditioning, message
 from zimage_client._events import Completed, Event, Progress, Waiting
 from zimage_client._pictures import Assembly, Delivered
@@ -35,7 +35,7 @@ class Generation:
         self._replay = replay
         self._encoded = not channels.has_encoder
         self._delivered = Delivered()
-        self._metadata = metadata()
+        self._metadata = self._channels.metadata()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """What happens, until all is done; raises what another try would not mend."""

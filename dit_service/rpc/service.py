@@ -15,7 +15,7 @@ def service(settings: DitSettings) -> Service:
     """The DiT service with these settings."""
 
     encoder = (
-        AsyncClient(encoder=settings.encoder, tls=settings.encoder_tls)
+        AsyncClient(encoder=settings.encoder, **settings.encoder_credentials)
         if settings.encoder
         else None
     )

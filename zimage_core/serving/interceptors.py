@@ -16,7 +16,8 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from zimage_core.errors import InternalError, InvalidRequest, Overloaded, Unimplemented, ZImageError
-from zimage_core.serving import peer
+from zimage_core.serving import access, peer
+from zimage_core.serving.access import Access, Caller, inside
 from zimage_core.wire import request_id, status, strict
 
 _log = logging.getLogger("zimage.rpc")
@@ -29,7 +30,10 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic for type chec
 
 
 class Around(grpc.aio.ServerInterceptor):
-    """Wraps every handler of our own services."""
+    """Wraps every handler of our own services, and lets in whom the tokens do."""
+
+    def __init__(self, tokens: Access | None = None) -> None:
+        self._tokens = tokens
 
     async def intercept_service(  # type: ignore[override]
         self,
@@ -43,29 +47,38 @@ class Around(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(_unknown_method)
         if not method.startswith(_OURS):
             return handler  # type: ignore[no-any-return]
+        caller = None
+        if self._tokens:
+            try:
+                metadata = dict(handler_call_details.invocation_metadata or ())
+                caller = self._tokens.caller(method, metadata)
+            except ZImageError as error:  # as a stream, or gRPC would read the request first
+                return grpc.stream_stream_rpc_method_handler(_refused(method, error))
         rebuilt, wrapped = (
-            (grpc.unary_unary_rpc_method_handler, _unary(method, handler))
+            (grpc.unary_unary_rpc_method_handler, _unary(method, handler, caller))
             if handler.unary_unary is not None
-            else (grpc.stream_stream_rpc_method_handler, _stream(method, handler))
+            else (grpc.stream_stream_rpc_method_handler, _stream(method, handler, caller))
         )
         return rebuilt(wrapped, response_serializer=handler.response_serializer)
 
 
-def _unary(method: str, handler: Any) -> Any:
+def _unary(method: str, handler: Any, caller: Caller | None) -> Any:
     async def wrapped(raw: bytes, context: _Context) -> Any:
-        async with _Call(method, context):
-            return await handler.unary_unary(_read(raw, handler), context)
+        with inside(caller):
+            async with _Call(method, context):
+                return await handler.unary_unary(_read(raw, handler), context)
 
     return wrapped
 
 
-def _stream(method: str, handler: Any) -> Any:
+def _stream(method: str, handler: Any, caller: Caller | None) -> Any:
     async def wrapped(raws: AsyncIterator[bytes], context: _Context) -> None:
-        async with _Call(method, context):
-            requests = (_read(raw, handler) async for raw in raws)
-            async with aclosing(handler.stream_stream(requests, context)) as answers:
-                async for answer in answers:
-                    await _hand_over(answer, context)
+        with inside(caller):
+            async with _Call(method, context):
+                requests = (_read(raw, handler) async for raw in raws)
+                async with aclosing(handler.stream_stream(requests, context)) as answers:
+                    async for answer in answers:
+                        await _hand_over(answer, context)
 
     return wrapped
 
@@ -92,6 +105,14 @@ def _read(raw: bytes, handler: Any) -> Message:
     return request
 
 
+def _refused(method: str, error: ZImageError) -> Any:
+    async def refuse(_raws: AsyncIterator[bytes], context: _Context) -> None:
+        async with _Call(method, context):
+            raise error
+
+    return refuse
+
+
 async def _unknown_method(_requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
     await _abort(context, Unimplemented("this server does not know the method"))
     yield
@@ -103,11 +124,13 @@ class _Call:
     def __init__(self, method: str, context: _Context) -> None:
         self._method = method
         self._context = context
+        caller = access.current.get()
+        names = caller.token.name if caller else "", peer.name(context.auth_context())
+        self._by = " at ".join(filter(None, names))
         self._began = time.monotonic()
 
     async def __aenter__(self) -> None:
         metadata = dict(self._context.invocation_metadata() or ())
-        self._caller = peer.name(self._context.auth_context())
         self._id = request_id.accept(str(metadata.get(request_id.KEY, "")))
         request_id.current.set(self._id)  # each call is a task of its own, with its own context
 
@@ -137,7 +160,7 @@ class _Call:
         milliseconds = (time.monotonic() - self._began) * 1e3
         is_question = self._method.endswith("/Describe") and code == "OK"  # asked all the time
         level = logging.DEBUG if is_question else logging.INFO
-        caller = f" by {self._caller}" if self._caller else ""
+        caller = f" by {self._by}" if self._by else ""
         _log.log(level, "%s %s %.1f ms%s%s", self._method, code, milliseconds, caller, text)
 
 

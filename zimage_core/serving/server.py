@@ -7,7 +7,6 @@ notice, then no new calls, then the running ones to their end.
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -23,12 +22,14 @@ from grpc_reflection.v1alpha import reflection
 
 from zimage_core.errors import InvalidSettings
 from zimage_core.serving import probes
+from zimage_core.serving.access import Access
 from zimage_core.serving.interceptors import Around
 from zimage_core.serving.readiness import Readiness
 from zimage_core.serving.tls import server_credentials
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import ServiceSettings
 from zimage_core.tls import Tls
+from zimage_core.wire.addresses import is_loopback
 from zimage_core.wire.limits import SERVER_OPTIONS
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,9 @@ class Service:
 async def serve(service: Service, settings: ServiceSettings) -> None:
     """Runs until SIGTERM or Ctrl-C; raises what makes serving pointless, such as a broken model."""
     _refuse_open_address(settings)
-    server = grpc.aio.server(interceptors=[Around()], options=SERVER_OPTIONS)
+    server = grpc.aio.server(
+        interceptors=[Around(settings.tokens and Access(settings.tokens))], options=SERVER_OPTIONS
+    )
     readiness = Readiness(service.name)
     worker = Worker(service.entry, settings, settings.watchdog, readiness.set)
     service.register(server, worker)
@@ -140,11 +143,7 @@ def _refuse_open_address(settings: ServiceSettings) -> None:
     address = settings.listen
     if address.startswith("unix:") or settings.insecure or settings.own_tls:
         return
-    host = address.rpartition(":")[0].strip("[]")
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return
-    if host == "localhost":
+    if is_loopback(address.rpartition(":")[0]):
         return
     raise InvalidSettings(
         f"listen {address}: anyone on the network could use this service; give --tls-cert and "

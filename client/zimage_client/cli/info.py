@@ -18,8 +18,7 @@ from zimage_client._embedded.stack import Addresses
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds
 from zimage_core.planning import previews
-from zimage_core.settings import ClientSettings
-from zimage_core.tls import Tls
+from zimage_core.settings import ClientSettings, Credentials
 
 Description = DitDescription | EncoderDescription
 
@@ -39,7 +38,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     answered."""
     if settings.server or settings.encoder:
         at = Addresses(settings.server, settings.encoder)
-        return await _ask(args, at, settings.tls, terminal)
+        return await _ask(args, at, settings.credentials, terminal)
     stacks, code = warm.running_stacks(), _REACHED
     for stack in stacks:
         if args.json:
@@ -60,8 +59,10 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     return code
 
 
-async def _ask(args: Namespace, at: Addresses, tls: Tls | None, terminal: Terminal) -> int:
-    async with AsyncClient(at.server, at.encoder, tls=tls) as client:
+async def _ask(
+    args: Namespace, at: Addresses, shown: Credentials | None, terminal: Terminal
+) -> int:
+    async with AsyncClient(at.server, at.encoder, **(shown or {})) as client:
         asked: dict[str, tuple[str, Callable[..., Awaitable[Description]]]] = {}
         if at.server:
             asked["DiT service"] = at.server, client.describe

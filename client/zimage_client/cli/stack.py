@@ -20,7 +20,7 @@ from zimage_core.settings import ClientSettings
 async def for_pictures(settings: ClientSettings, terminal: Terminal) -> AsyncIterator[AsyncClient]:
     """Of a DiT service and, where prompts are encoded on this side, an encoder."""
     if settings.server:
-        async with AsyncClient(settings.server, settings.encoder, tls=settings.tls) as client:
+        async with AsyncClient(settings.server, settings.encoder, **settings.credentials) as client:
             yield client
         return
     if settings.encoder:
@@ -37,7 +37,7 @@ async def for_pictures(settings: ClientSettings, terminal: Terminal) -> AsyncIte
 async def for_prompts(settings: ClientSettings, terminal: Terminal) -> AsyncIterator[AsyncClient]:
     """Of an encoder service."""
     if settings.encoder:
-        async with AsyncClient(encoder=settings.encoder, tls=settings.tls) as client:
+        async with AsyncClient(encoder=settings.encoder, **settings.credentials) as client:
             yield client
         return
     if settings.server:
