@@ -15,6 +15,7 @@ _PATIENCE_SECONDS = {
     "LOADING": 600.0,  # large weights on a slow disk
     "DEVICE_LOST": 600.0,  # the same, once more
     "QUEUE_FULL": 60.0,
+    "RATE_LIMITED": 60.0,
     "ENCODER_UNAVAILABLE": 60.0,
 }
 _LONGEST_PATIENCE_SECONDS = max(_PATIENCE_SECONDS.values())
@@ -126,5 +127,5 @@ def _pause(failures: int) -> float:
 def _may_pass(error: ZImageError) -> bool:
     """A full queue empties when its server says so; too little memory does not."""
     if isinstance(error, Overloaded):
-        return error.reason == "QUEUE_FULL" and error.retry_after is not None
+        return error.reason in ("QUEUE_FULL", "RATE_LIMITED") and error.retry_after is not None
     return isinstance(error, Unavailable)
