@@ -28,14 +28,21 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """An address, understood."""
 
-    target: str
-    """gRPC's name for it."""
-    tls: Tls | None
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    """Of a Unix socket, instead of host and port."""
+    tls: Tls | None = None
     is_open: bool = False
     """Whether others on the way can read what goes there, and nobody said that they may."""
+
+    @property
+    def target(self) -> str:
+        """gRPC's name for it; of a host all addresses, so that calls go round them."""
+        return f"unix:{self.path}" if self.path else f"dns:///{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,7 @@ class Channels:
         self, server: str, encoder: str, tls: Tls | None = None, token: str | Path = ""
     ) -> None:
         given = {"server": server, "encoder": encoder}
-        self._places = {name: _place(name, a, tls) for name, a in given.items() if a}
+        self._places = {name: place(name, a, tls) for name, a in given.items() if a}
         self._token = token
         if token:
             _refuse_open(self._places.values())
@@ -100,11 +107,11 @@ class Channels:
                 reason="NO_ADDRESS",
                 fields={"field": name},
             )
-        place, opened = self._places[name], self._open.get(name)
-        stamp = place.tls.stamp() if place.tls else ()
+        way, opened = self._places[name], self._open.get(name)
+        stamp = way.tls.stamp() if way.tls else ()
         if opened is None or opened.stamp != stamp:
             try:
-                self._open[name] = _Open(_connected(place), stamp)
+                self._open[name] = _Open(_connected(way), stamp)
             except InvalidSettings as error:
                 if opened is None:
                     raise
@@ -121,29 +128,28 @@ class Channels:
         task.add_done_callback(self._retiring.discard)
 
 
-def _connected(place: _Place) -> grpc.aio.Channel:
-    if place.tls is None:
-        return grpc.aio.insecure_channel(place.target, options=_OPTIONS)
-    pems = place.tls.read()
+def _connected(to: Place) -> grpc.aio.Channel:
+    if to.tls is None:
+        return grpc.aio.insecure_channel(to.target, options=_OPTIONS)
+    pems = to.tls.read()
     credentials = grpc.ssl_channel_credentials(pems.ca, pems.key, pems.cert)
-    return grpc.aio.secure_channel(place.target, credentials, options=_OPTIONS)
+    return grpc.aio.secure_channel(to.target, credentials, options=_OPTIONS)
 
 
-def _place(name: str, address: str, tls: Tls | None) -> _Place:
+def place(name: str, address: str, tls: Tls | None) -> Place:
     """`tls` counts for every host:port but those that say otherwise."""
     if address.startswith("unix:") and address != "unix:":
-        return _Place(address, None)
+        return Place(path=address.removeprefix("unix:"))
     rest, is_secure = address, tls is not None
     for scheme, says in _SCHEMES.items():
         if address.startswith(scheme):
             rest, is_secure = address.removeprefix(scheme), says
     host, colon, port = rest.rpartition(":")
     if colon and host and "/" not in host and port.isdigit() and 0 < int(port) < 1 << 16:
-        # dns: all addresses of the name, so that calls go round them
         if is_secure:
-            return _Place(f"dns:///{rest}", tls or Tls())
+            return Place(host, int(port), tls=tls or Tls())
         is_open = rest == address and not is_loopback(host)
-        return _Place(f"dns:///{rest}", None, is_open)
+        return Place(host, int(port), is_open=is_open)
     raise InvalidSettings(
         f"{name}: {address!r} is no address; give host:port, grpcs://host:port for TLS with the "
         "authorities of this machine, or unix:path",
@@ -152,10 +158,10 @@ def _place(name: str, address: str, tls: Tls | None) -> _Place:
     )
 
 
-def _refuse_open(places: Iterable[_Place]) -> None:
-    for place in places:
-        if place.is_open:
-            address = place.target.removeprefix("dns:///")
+def _refuse_open(places: Iterable[Place]) -> None:
+    for one in places:
+        if one.is_open:
+            address = f"{one.host}:{one.port}"
             raise InvalidSettings(
                 f"a token would go to {address} for anybody on the way to read; use TLS, or say "
                 f"grpc://{address} where the network is trusted",

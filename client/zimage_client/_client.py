@@ -62,6 +62,11 @@ class AsyncClient:
     ) -> None:
         self._channels = Channels(server, encoder, tls, token)
 
+    @property
+    def encodes(self) -> bool:
+        """Whether prompts are encoded on this side."""
+        return self._channels.has_encoder
+
     async def __aenter__(self) -> Self:
         return self
 

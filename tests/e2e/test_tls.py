@@ -1,5 +1,6 @@
 """TLS between real processes: who is let in, who is told why not, and certificates that change."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -220,3 +221,90 @@ def test_files_that_do_not_fit_end_the_start(
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _examined(
+    capsys: pytest.CaptureFixture[str], address: str, *flags: str
+) -> tuple[int, dict[str, dict[str, str]]]:
+    """What doctor finds at a DiT service, by the name of the check."""
+    capsys.readouterr()
+    code = command(["doctor", "--json", "--server", address, *flags])
+    lines = capsys.readouterr().out.splitlines()
+    return code, {found["check"]: found for found in map(json.loads, lines)}
+
+
+def test_doctor_finds_nothing_wrong(
+    certs: Path, dit: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--tls-ca", str(certs / "ca.pem"), "--tls-cert", str(certs / "user.pem")]
+    code, found = _examined(capsys, dit.address, *own, "--tls-key", str(certs / "user.key"))
+    assert code == 0
+    assert {check: finding["verdict"] for check, finding in found.items()} == dict.fromkeys(
+        ("name", "port", "TLS", "version", "model", "round trip", "picture"), "ok"
+    )
+    assert found["TLS"]["said"].startswith("TLSv1.3, a certificate for dit, 127.0.0.1, 36")
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("none", ("HTTP/2", "it speaks TLS", "--tls-ca")),
+        ("no certificate", ("TLS", "hung up", "want a certificate of yours")),
+        ("another authority's", ("TLS", "hung up", "unable to get local issuer certificate")),
+        ("expired", ("TLS", "hung up", "certificate has expired")),
+        ("believes others", ("TLS", "unable to get local issuer", "must hold the authority")),
+        ("another name", ("TLS", "not valid for 'localhost'", "must include this address")),
+    ],
+)
+def test_doctor_tells_what_tls_hides(
+    certs: Path,
+    dit: Service,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    shown: str,
+    expected: tuple[str, str, str],
+) -> None:
+    others = _made(tmp_path / "others", "user")
+    authority = certificates.authority(certs)
+    expired = certificates.issued(["user"], authority, timedelta(minutes=-30))
+    certificates.write(expired, tmp_path / "user.pem", tmp_path / "user.key")
+
+    def flags(believed: Path, own: Path | None) -> list[str]:
+        pair = ["--tls-cert", f"{own}/user.pem", "--tls-key", f"{own}/user.key"] if own else []
+        return ["--tls-ca", str(believed / "ca.pem"), *pair]
+
+    given = {
+        "none": [],
+        "no certificate": flags(certs, None),
+        "another authority's": flags(certs, others),
+        "expired": flags(certs, tmp_path),
+        "believes others": flags(others, certs),
+        "another name": flags(certs, certs),
+    }
+    host = "localhost" if shown == "another name" else HOST
+    code, found = _examined(capsys, dit.address.replace(HOST, host), *given[shown])
+    assert code == 1
+    [wrong] = [finding for finding in found.values() if finding["verdict"] == "wrong"]
+    check, said, advice = expected
+    assert wrong["check"] == check
+    assert said in wrong["said"]
+    assert advice in wrong["advice"]
+
+
+def test_doctor_names_the_link_that_is_missing(
+    certs: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = _examined(capsys, "nowhere.invalid:1")
+    assert (code, found["name"]["verdict"]) == (1, "wrong")
+    code, found = _examined(capsys, free_address())
+    assert (code, found["port"]["verdict"]) == (1, "wrong")
+    code, found = _examined(capsys, "unix:/nowhere/at/all")
+    assert (code, found["socket"]["verdict"]) == (1, "wrong")
+    with running("encoder_service", "--model", str(model_folder), listen=free_address()) as encoder:
+        encoder.wait_for_line("listens on")
+        tls = ["--tls-ca", str(certs / "ca.pem")]
+        code, found = _examined(capsys, encoder.address, *tls)
+        assert "speaks no TLS" in found["TLS"]["said"]
+        code, found = _examined(capsys, encoder.address)
+        assert code == 1
+        assert "--server is for a DiT service" in found["service"]["advice"]
