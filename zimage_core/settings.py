@@ -68,6 +68,12 @@ class ServiceSettings(_Program):
     drain_delay_seconds: float = Field(
         0.0, ge=0, description="pause after SIGTERM for balancers to notice"
     )
+    connection_age_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="after it clients connect anew, so that they find new replicas; "
+        "calls under way end first",
+    )
     grace_seconds: float = Field(
         30.0, ge=0, description="how long running calls may take after that"
     )

@@ -18,7 +18,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from zimage_core.errors import Forbidden, InvalidSettings, Overloaded, Unauthenticated
-from zimage_core.tls import stamp
+from zimage_core.files import stamp
 
 _log = logging.getLogger(__name__)
 Role = Literal["generate", "encode", "train", "admin"]
@@ -26,20 +26,15 @@ Role = Literal["generate", "encode", "train", "admin"]
 HEADER = "authorization"
 _SCHEME = "Bearer "
 _MINUTE = 60.0
-_PACKAGE = "/zimage_rpc."
 
 ROLES: dict[str, Role | None] = {
-    f"{_PACKAGE}{method}": role
-    for role, methods in {
-        None: ("encoder.v1.EncoderService/Describe", "dit.v1.DitService/Describe"),
-        "encode": ("encoder.v1.EncoderService/Encode", "encoder.v1.EncoderService/EncodeStream"),
-        "generate": (
-            "dit.v1.DitService/Generate",
-            "dit.v1.DitService/EncodeImages",
-            "dit.v1.DitService/DecodeLatents",
-        ),
-    }.items()
-    for method in methods
+    "/zimage_rpc.encoder.v1.EncoderService/Describe": None,
+    "/zimage_rpc.encoder.v1.EncoderService/Encode": "encode",
+    "/zimage_rpc.encoder.v1.EncoderService/EncodeStream": "encode",
+    "/zimage_rpc.dit.v1.DitService/Describe": None,
+    "/zimage_rpc.dit.v1.DitService/Generate": "generate",
+    "/zimage_rpc.dit.v1.DitService/EncodeImages": "generate",
+    "/zimage_rpc.dit.v1.DitService/DecodeLatents": "generate",
 }
 """The role that a method needs; for None any token does, and an admin may do everything."""
 

@@ -52,9 +52,8 @@ class Service:
 async def serve(service: Service, settings: ServiceSettings) -> None:
     """Runs until SIGTERM or Ctrl-C; raises what makes serving pointless, such as a broken model."""
     _refuse_open_address(settings)
-    server = grpc.aio.server(
-        interceptors=[Around(settings.tokens and Access(settings.tokens))], options=SERVER_OPTIONS
-    )
+    tokens = Access(settings.tokens) if settings.tokens else None
+    server = grpc.aio.server(interceptors=[Around(tokens)], options=_options(settings))
     readiness = Readiness(service.name)
     worker = Worker(service.entry, settings, settings.watchdog, readiness.set)
     service.register(server, worker)
@@ -91,6 +90,13 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await supervision  # raises what ended it, if it ended by itself
     _log.info("stopped")
+
+
+def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
+    """How long the calls of an old connection may take stays unlimited, as gRPC has it."""
+    age = settings.connection_age_seconds
+    more = [] if age is None else [("grpc.max_connection_age_ms", round(age * 1000))]
+    return [*SERVER_OPTIONS, *more]
 
 
 def _bind(server: grpc.aio.Server, address: str, own: Tls | None) -> int:

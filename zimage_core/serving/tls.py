@@ -16,7 +16,9 @@ def server_credentials(tls: Tls) -> grpc.ServerCredentials:
     show a certificate, too."""
     files = _Files(tls)
     return grpc.dynamic_ssl_server_credentials(
-        files.first, files.changed, require_client_authentication=tls.ca is not None
+        files.first,
+        files.changed,  # type: ignore[arg-type]  # None for no change is what gRPC documents
+        require_client_authentication=tls.ca is not None,
     )
 
 
@@ -46,4 +48,6 @@ class _Files:
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         pems = self._tls.read()
+        assert pems.key is not None
+        assert pems.cert is not None
         return grpc.ssl_server_certificate_configuration([(pems.key, pems.cert)], pems.ca)

@@ -144,6 +144,7 @@ def _extensions(
     is_authority: bool,
 ) -> "Iterator[tuple[x509.ExtensionType, bool]]":
     from cryptography import x509
+    from cryptography.x509.oid import ExtendedKeyUsageOID as purposes  # noqa: N813
 
     yield x509.BasicConstraints(ca=is_authority, path_length=0 if is_authority else None), True
     yield x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False
@@ -158,7 +159,6 @@ def _extensions(
     allowed = {"key_cert_sign", "crl_sign"} if is_authority else {"digital_signature"}
     yield x509.KeyUsage(**usage | dict.fromkeys(allowed, True)), True
     if not is_authority:
-        purposes = x509.ExtendedKeyUsageOID
         yield x509.ExtendedKeyUsage([purposes.SERVER_AUTH, purposes.CLIENT_AUTH]), False
         yield x509.SubjectAlternativeName(list(map(_general_name, names))), False
 

@@ -49,7 +49,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             until = "`zimage-client down`" if stack.stays else f"{minutes} have passed"
             terminal.result(f"embedded stack with {stack.model}, until {until}")
             terminal.result(f"  {'logs':<12}{stack.folder}")
-        code = max(code, await _ask(args, stack.addresses, None, terminal))
+        code = max(code, await _ask(args, stack.addresses, {"tls": None, "token": ""}, terminal))
     if not stacks:
         terminal.note(
             "no service is configured and no embedded stack runs; give --server ADDR, --encoder "
@@ -59,10 +59,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     return code
 
 
-async def _ask(
-    args: Namespace, at: Addresses, shown: Credentials | None, terminal: Terminal
-) -> int:
-    async with AsyncClient(at.server, at.encoder, **(shown or {})) as client:
+async def _ask(args: Namespace, at: Addresses, shown: Credentials, terminal: Terminal) -> int:
+    async with AsyncClient(at.server, at.encoder, **shown) as client:
         asked: dict[str, tuple[str, Callable[..., Awaitable[Description]]]] = {}
         if at.server:
             asked["DiT service"] = at.server, client.describe
