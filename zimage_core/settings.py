@@ -121,7 +121,9 @@ class DitSettings(ServiceSettings):
     probes: str = Field(
         "127.0.0.1:9465", description="host:port for /livez and /readyz; empty for none"
     )
-    encoder: str = Field("", description="encoder service, host:port or unix:path")
+    encoder: str = Field(
+        "", description="encoder service, host:port or unix:path; several joined by commas"
+    )
     encoder_token_file: Path | None = Field(
         None, description="file with the token for the encoder service"
     )
@@ -153,7 +155,10 @@ class DitSettings(ServiceSettings):
 class ClientSettings(_Program):
     """The command line client."""
 
-    server: str = Field("", description="DiT service, host:port or unix:path; empty: embedded")
+    server: str = Field(
+        "",
+        description="DiT service, host:port or unix:path, several joined by commas; empty: embedded",
+    )
     encoder: str = Field("", description="encode here and send the embedding")
     token_file: Path | None = Field(None, description="file with the token for the services")
     tls_ca: Path | None = Field(

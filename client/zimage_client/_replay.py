@@ -48,10 +48,13 @@ class Replay:
         *,
         timeout: float | None = None,
         enabled: bool = True,
+        others: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`others` are the replicas that may be tried at once when one fails."""
         self._clock = clock
         self._enabled = enabled
+        self._others = self._untried = others
         self._deadline = None if timeout is None else clock() + timeout
         self._silence: _Silence | None = None
         self._was_met = False
@@ -96,8 +99,13 @@ class Replay:
         silence = self._silence = self._silence or _Silence(began=now)
         if error.reason != silence.reason:
             silence.reason, silence.reason_began = error.reason, now
-        pause = _pause(silence.failures) if error.retry_after is None else error.retry_after
-        silence.failures += 1
+        if self._untried:
+            self._untried -= 1
+            pause = 0.0
+        else:
+            self._untried = self._others
+            pause = _pause(silence.failures) if error.retry_after is None else error.retry_after
+            silence.failures += 1
         silence.last, silence.last_at, self._came_to = error, self._came_to, 0
         too_late = min(
             silence.reason_began + self._patience(error.reason),

@@ -2,7 +2,7 @@
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 
 from zimage_client import AsyncClient
@@ -24,39 +24,37 @@ def add_flags(parser: ArgumentParser) -> None:
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int:
     """0 when nothing is wrong."""
-    given = {"DiT service": settings.server, "encoder service": settings.encoder}
-    if not any(given.values()):
+    if not settings.server and not settings.encoder:
         raise wrong("--server", "which service? Give --server ADDR, --encoder ADDR or both")
-    is_well = True
-    async with AsyncClient(settings.server, settings.encoder, **settings.credentials) as client:
-        for about, findings in _links(settings, client):
-            if not args.json:
-                terminal.result(f"{about} at {given[about]}" if about in given else about)
-            async for finding in findings:
-                is_well &= finding.verdict != "wrong"
-                terminal.result(_told(args, about, finding))
-            if not is_well:
-                break
-    return _WELL if is_well else _ILL
+    async for about, finding in _findings(settings):
+        if args.json:
+            terminal.result(json.dumps({"about": about, **asdict(finding)}))
+        else:
+            terminal.result(_line(about, finding))
+        if finding.verdict == "wrong":
+            return _ILL
+    return _WELL
 
 
-def _links(
-    settings: ClientSettings, client: AsyncClient
-) -> Iterator[tuple[str, AsyncIterator[Finding]]]:
-    """Each is tried when those before it are well."""
-    tls = settings.credentials["tls"]
-    for about, address, describe, known in (
-        ("DiT service", settings.server, client.describe, features.DIT),
-        ("encoder service", settings.encoder, client.describe_encoder, features.ENCODER),
-    ):
-        if address:
-            yield about, service(place(about, address, tls), describe, known)
+async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Finding]]:
+    """Each replica for itself, then all together."""
+    credentials = settings.credentials
+    for addresses, known in ((settings.server, features.DIT), (settings.encoder, features.ENCODER)):
+        for address in filter(None, addresses.split(",")):
+            at = place("address", address, credentials["tls"])
+            is_dit = known is features.DIT
+            given = {"server" if is_dit else "encoder": address}
+            async with AsyncClient(**given, **credentials) as client:
+                describe = client.describe if is_dit else client.describe_encoder
+                async for finding in service(at, describe, known):
+                    yield address, finding
     if settings.server:
-        yield "a picture", chain(client)
+        async with AsyncClient(settings.server, settings.encoder, **credentials) as client:
+            async for finding in chain(client):
+                yield settings.server, finding
 
 
-def _told(args: Namespace, about: str, finding: Finding) -> str:
-    if args.json:
-        return json.dumps({"about": about, **asdict(finding)})
-    advice = f"\n{'':<19}-> {finding.advice}" if finding.advice else ""
-    return f"  {_MARKS[finding.verdict]:<6}{finding.check:<11}{finding.said}{advice}"
+def _line(about: str, finding: Finding) -> str:
+    mark = _MARKS[finding.verdict]
+    advice = f"\n{'':<6}-> {finding.advice}" if finding.advice else ""
+    return f"{mark:<6}{about}  {finding.check}: {finding.said}{advice}"
