@@ -157,7 +157,7 @@ class ClientSettings(_Program):
 
     server: str = Field(
         "",
-        description="DiT service, host:port or unix:path, several joined by commas; empty: embedded",
+        description="DiT service, host:port or unix:path; several joined by commas; else embedded",
     )
     encoder: str = Field("", description="encode here and send the embedding")
     token_file: Path | None = Field(None, description="file with the token for the services")

@@ -43,11 +43,11 @@ R = TypeVar("R")
 class AsyncClient:
     """Talks to a DiT service, and to an encoder service where prompts are encoded on this side.
 
-    Addresses are "host:port" or "unix:path", of several replicas joined by commas; `tls` counts for every "host:port", while
-    "grpc://host:port" is without and "grpcs://host:port" with TLS in any case. With an encoder,
-    prompts are encoded there and sent as embeddings; without, they go to the DiT service as text.
-    A token may be given as the file that it stands in. Connects when first used; belongs to the
-    event loop that uses it.
+    Addresses are "host:port" or "unix:path", those of several replicas joined by commas. `tls`
+    counts for every "host:port", while "grpc://host:port" is without and "grpcs://host:port" with
+    TLS in any case. With an encoder, prompts are encoded there and sent as embeddings; without,
+    they go to the DiT service as text. A token may be given as the file that it stands in. Connects
+    when first used; belongs to the event loop that uses it.
     """
 
     def __init__(
