@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from zimage_core import errors, settings
+from zimage_core.serving import metrics
 from zimage_core.wire import limits, status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +64,16 @@ def settings_rows(program: str) -> Callable[[], Iterator[tuple[str, ...]]]:
     return rows
 
 
+def metric_rows() -> Iterator[tuple[str, ...]]:
+    """What a service shows at /metrics."""
+    yield "metric", "labels", "meaning"
+    for metric in metrics.ALL:
+        [family] = metric.describe()
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+        yield f"`{name}`", labels, family.documentation
+
+
 def file_rows() -> Iterator[tuple[str, ...]]:
     """Every source file, with the first sentence of what it says of itself."""
     yield "file", "purpose"
@@ -85,6 +96,7 @@ TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
     "files": file_rows,
     "errors": error_rows,
     "limits": limit_rows,
+    "metrics": metric_rows,
     **{f"settings_{program}": settings_rows(program) for program in settings.PROGRAMS},
 }
 

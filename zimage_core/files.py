@@ -1,17 +1,29 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Files that nobody ever sees half of, and files that change while we look."""
 
 import os
 import secrets
 from pathlib import Path
 
+Stamp = tuple[int, int, int] | None
 
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears complete or not at all, and replaces an older one in one step."""
+
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """The file appears complete or not at all, and replaces an older one in one step; `mode` is for
+    the umask to narrow."""
     scratch = path.with_name(f".zimage-{secrets.token_hex(8)}")
     try:
-        with scratch.open("xb") as file:
+        with open(scratch, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def stamp(path: Path) -> Stamp:
+    """Another one after every change of a file; None while there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -13,12 +13,21 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zimage_core.errors import InvalidSettings
+from zimage_core.tls import Tls
+
+
+class Credentials(TypedDict):
+    """What a client of the SDK is made with, beside its addresses."""
+
+    tls: Tls | None
+    token: Path | str
+
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ElementType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -44,10 +53,26 @@ class ServiceSettings(_Program):
     listen: str = Field(description="address to listen on, host:port or unix:path")
     probes: str = Field(description="host:port for /livez and /readyz; empty for none")
     insecure: bool = Field(False, description="allow a non-loopback address without TLS")
+    tls_cert: Path | None = Field(
+        None, description="certificate of this service, PEM; unset: no TLS; read anew on change"
+    )
+    tls_key: Path | None = Field(None, description="key to the certificate")
+    tokens: Path | None = Field(
+        None, description="file of tokens (TOML), read anew on change; unset: none is asked for"
+    )
+    tls_client_ca: Path | None = Field(
+        None, description="authorities that callers must have a certificate from (mutual TLS)"
+    )
     device: Device = Field("auto", description="where the model runs")
     dtype: ElementType = Field("auto", description="type that the model computes in")
     drain_delay_seconds: float = Field(
         0.0, ge=0, description="pause after SIGTERM for balancers to notice"
+    )
+    connection_age_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="after it clients connect anew, so that they find new replicas; "
+        "calls under way end first",
     )
     grace_seconds: float = Field(
         30.0, ge=0, description="how long running calls may take after that"
@@ -56,6 +81,14 @@ class ServiceSettings(_Program):
     exit_with_stdin: bool = Field(
         False, description="stop when standard input ends, for whoever starts this as a child"
     )
+
+    @property
+    def own_tls(self) -> Tls | None:
+        """What callers meet; None without TLS."""
+        if self.tls_client_ca and not self.tls_cert:
+            raise _invalid("tls_client_ca needs tls_cert and tls_key beside it", "tls_cert", "")
+        own = Tls(self.tls_client_ca, self.tls_cert, self.tls_key)
+        return own if own.cert else None
 
 
 class EncoderSettings(ServiceSettings):
@@ -88,7 +121,15 @@ class DitSettings(ServiceSettings):
     probes: str = Field(
         "127.0.0.1:9465", description="host:port for /livez and /readyz; empty for none"
     )
-    encoder: str = Field("", description="encoder service, host:port or unix:path")
+    encoder: str = Field(
+        "", description="encoder service, host:port or unix:path; several joined by commas"
+    )
+    encoder_token_file: Path | None = Field(
+        None, description="file with the token for the encoder service"
+    )
+    tls_ca: Path | None = Field(
+        None, description="authorities of the encoder's certificate; unset: no TLS towards it"
+    )
     encoder_identity: str = Field(
         "", description="digest of the encoder to insist on, where none lies beside the model"
     )
@@ -104,12 +145,33 @@ class DitSettings(ServiceSettings):
     max_step_count: int = Field(1000, ge=1, description="most steps of one picture")
     max_queue_length: int = Field(16, ge=1, description="requests that may wait")
 
+    @property
+    def encoder_credentials(self) -> Credentials:
+        """For the way to the encoder, where this service shows its own certificate."""
+        tls = Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca else None
+        return Credentials(tls=tls, token=self.encoder_token_file or "")
+
 
 class ClientSettings(_Program):
     """The command line client."""
 
-    server: str = Field("", description="DiT service, host:port or unix:path; empty: embedded")
+    server: str = Field(
+        "",
+        description="DiT service, host:port or unix:path; several joined by commas; else embedded",
+    )
     encoder: str = Field("", description="encode here and send the embedding")
+    token_file: Path | None = Field(None, description="file with the token for the services")
+    tls_ca: Path | None = Field(
+        None, description="authorities of the services' certificates, PEM; unset: no TLS"
+    )
+    tls_cert: Path | None = Field(None, description="certificate to show them (mutual TLS)")
+    tls_key: Path | None = Field(None, description="key to the certificate")
+
+    @property
+    def credentials(self) -> Credentials:
+        """For the way to the services."""
+        own = Tls(self.tls_ca, self.tls_cert, self.tls_key)
+        return Credentials(tls=own if own.ca or own.cert else None, token=self.token_file or "")
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -54,6 +54,7 @@ from zimage_core.errors import (
     ZImageError,
 )
 from zimage_core.tensors import TensorData
+from zimage_core.tls import Tls
 
 __all__ = [
     "Accepted",
@@ -95,6 +96,7 @@ __all__ = [
     "Recipe",
     "Stage",
     "TensorData",
+    "Tls",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

@@ -1,78 +1,231 @@
 """The way to the services: addresses, channels, the metadata of a call."""
 
+import asyncio
 import json
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import grpc.aio
 
-from zimage_core.errors import Cancelled, InvalidSettings
+from zimage_core.errors import Cancelled, InvalidSettings, Unavailable
+from zimage_core.files import Stamp
+from zimage_core.tls import Tls
 from zimage_core.wire import limits, request_id
+from zimage_core.wire.addresses import is_loopback
 
+_log = logging.getLogger(__name__)
 _OPTIONS = (
     *limits.CHANNEL_OPTIONS,
-    ("grpc.enable_retries", 1),
     ("grpc.service_config", json.dumps(limits.SERVICE_CONFIG)),
 )
+_RETIRED_SECONDS = 86_400.0
+_SHUNNED_SECONDS = 10.0
+_SCHEMES = {"grpc://": False, "grpcs://": True}
 
+T = TypeVar("T")
 Metadata = tuple[tuple[str, str], ...]
 
 
-class Channels:
-    """One channel to each service, made when it is first used, in the event loop that uses it."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An address, understood."""
 
-    def __init__(self, server: str, encoder: str) -> None:
-        self._addresses = {"server": server, "encoder": encoder}
-        self._targets = {name: _target(name, given) for name, given in self._addresses.items()}
-        self._open: dict[str, grpc.aio.Channel] = {}
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    """Of a Unix socket, instead of host and port."""
+    tls: Tls | None = None
+    is_open: bool = False
+    """Whether others on the way can read what goes there, and nobody said that they may."""
+
+    @property
+    def target(self) -> str:
+        """gRPC's name for it; of a host all addresses, so that calls go round them."""
+        return f"unix:{self.path}" if self.path else f"dns:///{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    channel: grpc.aio.Channel
+    stamp: tuple[Stamp, ...]
+    """Of the certificates that it was made with."""
+
+
+class Way:
+    """The way to the replicas of one service: calls go round them, and for a while round those
+    where nobody was."""
+
+    def __init__(self, name: str, addresses: str, tls: Tls | None) -> None:
+        self._name = name
+        self.places = [place(name, one.strip(), tls) for one in addresses.split(",") if addresses]
+        self._turn = random.randrange(len(self.places)) if self.places else 0  # noqa: S311
+        self._open: dict[Place, _Open] = {}
+        self._shunned: dict[Place, float] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     @property
-    def has_encoder(self) -> bool:
-        """Whether prompts are encoded on this side."""
-        return bool(self._addresses["encoder"])
+    def others(self) -> int:
+        """How many replicas there are beside the one that a call goes to."""
+        return max(0, len(self.places) - 1)
 
-    def dit(self) -> grpc.aio.Channel:
-        """The way to the DiT service."""
-        return self._channel("server")
+    @contextmanager
+    def one_try(self) -> Iterator[grpc.aio.Channel]:
+        """A channel to the replica whose turn it is."""
+        if self._is_closed:
+            raise Cancelled("the client is closed")
+        if not self.places:
+            raise InvalidSettings(
+                f"this client was made without the address that it needs now: {self._name}=...",
+                reason="NO_ADDRESS",
+                fields={"field": self._name},
+            )
+        at = self._next()
+        try:
+            yield self._channel(at)
+        except Unavailable as error:
+            if error.reason == "UNREACHABLE":
+                self._shunned[at] = time.monotonic() + _SHUNNED_SECONDS
+            raise
 
-    def encoder(self) -> grpc.aio.Channel:
-        """The way to the encoder service."""
-        return self._channel("encoder")
+    async def first(self, call: Callable[[grpc.aio.Channel], Awaitable[T]]) -> T:
+        """What the first replica answers that is there."""
+        for _ in range(self.others):
+            with suppress(Unavailable), self.one_try() as channel:
+                return await call(channel)
+        with self.one_try() as channel:
+            return await call(channel)
 
     async def close(self) -> None:
         """Ends the connections and whatever runs over them, for good."""
         self._is_closed = True
+        for task in self._retiring:
+            task.cancel()
         while self._open:
-            _, channel = self._open.popitem()
-            await channel.close()
+            _, opened = self._open.popitem()
+            await opened.channel.close()
 
-    def _channel(self, name: str) -> grpc.aio.Channel:
-        if self._is_closed:
-            raise Cancelled("the client is closed")
-        if name not in self._open:
-            if not self._addresses[name]:
-                raise InvalidSettings(
-                    f"this client was made without the address that it needs now: {name}=...",
-                    reason="NO_ADDRESS",
-                    fields={"field": name},
-                )
-            self._open[name] = grpc.aio.insecure_channel(self._targets[name], options=_OPTIONS)
-        return self._open[name]
+    def _next(self) -> Place:
+        now, count = time.monotonic(), len(self.places)
+        in_turn = [self.places[(self._turn + offset) % count] for offset in range(count)]
+        chosen = next((at for at in in_turn if self._shunned.get(at, now) <= now), in_turn[0])
+        self._turn = self.places.index(chosen) + 1
+        return chosen
+
+    def _channel(self, at: Place) -> grpc.aio.Channel:
+        """Made when it is first used, in the event loop that uses it, and made anew when its
+        certificates were exchanged."""
+        opened = self._open.get(at)
+        stamp = at.tls.stamp() if at.tls else ()
+        if opened is None or opened.stamp != stamp:
+            try:
+                self._open[at] = _Open(_connected(at, is_alone=not self.others), stamp)
+            except InvalidSettings as error:
+                if opened is None:
+                    raise
+                _log.warning("the connection stays as it was: %s", error.message)
+            else:
+                if opened:
+                    self._retire(opened.channel)
+        return self._open[at].channel
+
+    def _retire(self, channel: grpc.aio.Channel) -> None:
+        """What runs over it may end."""
+        task = asyncio.get_running_loop().create_task(channel.close(_RETIRED_SECONDS))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
 
-def metadata() -> Metadata:
-    """What goes with the calls of a request: its id, the one at hand or a new one."""
-    return ((request_id.KEY, request_id.current.get() or request_id.fresh()),)
+class Channels:
+    """The ways to both services, and what goes with every call."""
+
+    def __init__(
+        self, server: str, encoder: str, tls: Tls | None = None, token: str | Path = ""
+    ) -> None:
+        self.dit, self.encoder = Way("server", server, tls), Way("encoder", encoder, tls)
+        self._token = token
+        if token:
+            _refuse_open([*self.dit.places, *self.encoder.places])
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether prompts are encoded on this side."""
+        return bool(self.encoder.places)
+
+    def metadata(self) -> Metadata:
+        """What goes with the calls of a request: its id, the one at hand or a new one, and the
+        token."""
+        id_given = (request_id.KEY, request_id.current.get() or request_id.fresh())
+        if not self._token:
+            return (id_given,)
+        return id_given, ("authorization", f"Bearer {_text(self._token)}")
+
+    async def close(self) -> None:
+        """Ends the connections and whatever runs over them, for good."""
+        await self.dit.close()
+        await self.encoder.close()
 
 
-def _target(name: str, address: str) -> str:
-    """gRPC's name for an address."""
-    if not address or address.removeprefix("unix:") not in ("", address):
-        return address
-    host, colon, port = address.rpartition(":")
+def _connected(to: Place, *, is_alone: bool) -> grpc.aio.Channel:
+    """One among several is not tried again, but left for another."""
+    options = [*_OPTIONS, ("grpc.enable_retries", int(is_alone))]
+    if to.tls is None:
+        return grpc.aio.insecure_channel(to.target, options=options)
+    pems = to.tls.read()
+    credentials = grpc.ssl_channel_credentials(pems.ca, pems.key, pems.cert)
+    return grpc.aio.secure_channel(to.target, credentials, options=options)
+
+
+def place(name: str, address: str, tls: Tls | None) -> Place:
+    """`tls` counts for every host:port but those that say otherwise."""
+    if address.startswith("unix:") and address != "unix:":
+        return Place(path=address.removeprefix("unix:"))
+    rest, is_secure = address, tls is not None
+    for scheme, says in _SCHEMES.items():
+        if address.startswith(scheme):
+            rest, is_secure = address.removeprefix(scheme), says
+    host, colon, port = rest.rpartition(":")
     if colon and host and "/" not in host and port.isdigit() and 0 < int(port) < 1 << 16:
-        return f"dns:///{address}"  # all addresses of the name, so that calls go round them
+        if is_secure:
+            return Place(host, int(port), tls=tls or Tls())
+        is_open = rest == address and not is_loopback(host)
+        return Place(host, int(port), is_open=is_open)
     raise InvalidSettings(
-        f"{name}: {address!r} is no address; give host:port or unix:path",
+        f"{name}: {address!r} is no address; give host:port, grpcs://host:port for TLS with the "
+        "authorities of this machine, or unix:path",
         reason="ADDRESS",
         fields={"field": name, "given": address},
     )
+
+
+def _refuse_open(places: Iterable[Place]) -> None:
+    for one in places:
+        if one.is_open:
+            address = f"{one.host}:{one.port}"
+            raise InvalidSettings(
+                f"a token would go to {address} for anybody on the way to read; use TLS, or say "
+                f"grpc://{address} where the network is trusted",
+                reason="OPEN_ADDRESS",
+                fields={"given": address},
+            )
+
+
+def _text(token: str | Path) -> str:
+    """A token, from its file where it stands in one."""
+    if isinstance(token, str):
+        return token
+    try:
+        text = token.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings(
+            f"token_file {token}: {error}", fields={"field": "token_file", "given": str(token)}
+        ) from error
+    if not text.isprintable() or not text:
+        raise InvalidSettings(f"token_file {token} holds no token, which is one line of text")
+    return text

@@ -3,12 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Literal, Self, TypeVar, Unpack, overload
 
-import grpc.aio
-
 from zimage_client import _calls
-from zimage_client._channel import Channels, metadata
+from zimage_client._channel import Channels, Way
 from zimage_client._conditioning import Condition, Prompts, conditioning
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_client._events import (
@@ -34,6 +33,7 @@ from zimage_client._replay import Replay
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Unavailable
 from zimage_core.tensors import TensorData
+from zimage_core.tls import Tls
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -43,13 +43,27 @@ R = TypeVar("R")
 class AsyncClient:
     """Talks to a DiT service, and to an encoder service where prompts are encoded on this side.
 
-    Addresses are "host:port" or "unix:path". With an encoder, prompts are encoded there and sent as
-    embeddings; without, they go to the DiT service as text. Connects when first used; belongs to
-    the event loop that uses it.
+    Addresses are "host:port" or "unix:path", those of several replicas joined by commas. `tls`
+    counts for every "host:port", while "grpc://host:port" is without and "grpcs://host:port" with
+    TLS in any case. With an encoder, prompts are encoded there and sent as embeddings; without,
+    they go to the DiT service as text. A token may be given as the file that it stands in. Connects
+    when first used; belongs to the event loop that uses it.
     """
 
-    def __init__(self, server: str = "", encoder: str = "") -> None:
-        self._channels = Channels(server, encoder)
+    def __init__(
+        self,
+        server: str = "",
+        encoder: str = "",
+        *,
+        tls: Tls | None = None,
+        token: str | Path = "",
+    ) -> None:
+        self._channels = Channels(server, encoder, tls, token)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether prompts are encoded on this side."""
+        return self._channels.has_encoder
 
     async def __aenter__(self) -> Self:
         return self
@@ -87,7 +101,11 @@ class AsyncClient:
             self._channels,
             spec(options),
             conditioning(prompt, options.get("negative")),
-            Replay(timeout=options.get("timeout"), enabled=retry is None or retry),
+            Replay(
+                timeout=options.get("timeout"),
+                enabled=retry is None or retry,
+                others=self._channels.dit.others,
+            ),
         ).events()
 
     @overload
@@ -110,7 +128,9 @@ class AsyncClient:
         check_timeout(timeout)
         given = [prompt] if isinstance(prompt, str | Prompt) else prompt
         prompts = [Prompt(one) if isinstance(one, str) else one for one in given]
-        encoded = await self._encode(prompts, Replay(timeout=timeout, enabled=retry))
+        encoded = await self._encode(
+            prompts, Replay(timeout=timeout, enabled=retry, others=self._channels.encoder.others)
+        )
         return encoded[0] if given is not prompt else encoded
 
     def encode_stream(
@@ -145,38 +165,47 @@ class AsyncClient:
 
     async def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""
-        return await _calls.describe_dit(self._channels.dit(), timeout, metadata())
+        same_id = self._channels.metadata()
+        return await self._channels.dit.first(
+            lambda channel: _calls.describe_dit(channel, timeout, same_id)
+        )
 
     async def describe_encoder(
         self, *, timeout: float | None = _calls.DESCRIBE_SECONDS
     ) -> EncoderDescription:
         """What the encoder service is and can do; answered while it loads, too."""
-        return await _calls.describe_encoder(self._channels.encoder(), timeout, metadata())
+        same_id = self._channels.metadata()
+        return await self._channels.encoder.first(
+            lambda channel: _calls.describe_encoder(channel, timeout, same_id)
+        )
 
     def _each(
         self,
         items: Many[T],
         message: Callable[[int, T], M],
-        channel: Callable[[], grpc.aio.Channel],
+        way: Way,
         call: Callable[..., Answers[R]],
         timeout: float | None,
     ) -> Answers[R]:
         check_timeout(timeout)
-        same_id = metadata()
+        same_id = self._channels.metadata()
 
-        def one_try(messages: AsyncIterator[M], seconds: float | None) -> Answers[R]:
-            return call(channel(), messages, seconds, same_id)
+        async def one_try(messages: AsyncIterator[M], seconds: float | None) -> Answers[R]:
+            with way.one_try() as channel:
+                async with aclosing(call(channel, messages, seconds, same_id)) as answers:
+                    async for answer in answers:
+                        yield answer
 
-        return replayed(items, message, one_try, Replay(timeout=timeout))
+        return replayed(items, message, one_try, Replay(timeout=timeout, others=way.others))
 
     async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
-        same_id = metadata()
+        same_id, way = self._channels.metadata(), self._channels.encoder
         while True:
-            channel = self._channels.encoder()  # not before: it may be closed meanwhile
             try:
-                return await _calls.encode(channel, prompts, replay.within(None), same_id)
+                with way.one_try() as channel:
+                    return await _calls.encode(channel, prompts, replay.within(None), same_id)
             except Unavailable as error:
-                if error.reason != "LOADING":
+                if error.reason != "LOADING" and not way.others:
                     raise  # gRPC has tried that again already
                 pause = replay.pause_after(error)
             await asyncio.sleep(pause)

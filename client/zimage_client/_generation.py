@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from zimage_client import _calls, _reading
-from zimage_client._channel import Channels, metadata
+from zimage_client._channel import Channels
 from zimage_client._conditioning import Conditioning, message
 from zimage_client._events import Completed, Event, Progress, Waiting
 from zimage_client._pictures import Assembly, Delivered
@@ -35,7 +35,7 @@ class Generation:
         self._replay = replay
         self._encoded = not channels.has_encoder
         self._delivered = Delivered()
-        self._metadata = metadata()
+        self._metadata = self._channels.metadata()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """What happens, until all is done; raises what another try would not mend."""
@@ -61,16 +61,17 @@ class Generation:
             )
             self._encoded = True
         assembly, completed = Assembly(), None
-        responses = _calls.generate(
-            self._channels.dit(), self._request(), self._replay.within(None), self._metadata
-        )
-        async with aclosing(responses):
-            async for response in responses:
-                event = self._event(response, assembly)
-                if isinstance(event, Completed):
-                    completed = event  # held back until the status says that this is all
-                elif event is not None:
-                    yield event
+        with self._channels.dit.one_try() as channel:
+            responses = _calls.generate(
+                channel, self._request(), self._replay.within(None), self._metadata
+            )
+            async with aclosing(responses):
+                async for response in responses:
+                    event = self._event(response, assembly)
+                    if isinstance(event, Completed):
+                        completed = event  # held back until the status says that this is all
+                    elif event is not None:
+                        yield event
         if completed is None or not self._delivered.are_all(len(completed.artifacts)):
             raise _reading.malformed("it ended before all pictures were there")
         yield completed
@@ -110,8 +111,9 @@ class Generation:
         """Whether guidance is on, so that the negative side is needed."""
         if self._spec.HasField("guidance_scale"):
             return self._spec.guidance_scale > 0
-        description = await _calls.describe_dit(
-            self._channels.dit(), self._replay.within(_calls.DESCRIBE_SECONDS), self._metadata
+        seconds = self._replay.within(_calls.DESCRIBE_SECONDS)
+        description = await self._channels.dit.first(
+            lambda channel: _calls.describe_dit(channel, seconds, self._metadata)
         )
         if description.model is None:
             raise Unavailable("the model is being loaded", reason="LOADING")
@@ -119,4 +121,5 @@ class Generation:
 
     async def _encode(self, prompts: Sequence[Prompt]) -> Sequence[Embedding]:
         seconds = self._replay.within(None)  # a busy encoder is no reason to give up
-        return await _calls.encode(self._channels.encoder(), prompts, seconds, self._metadata)
+        with self._channels.encoder.one_try() as channel:
+            return await _calls.encode(channel, prompts, seconds, self._metadata)

@@ -15,6 +15,7 @@ _PATIENCE_SECONDS = {
     "LOADING": 600.0,  # large weights on a slow disk
     "DEVICE_LOST": 600.0,  # the same, once more
     "QUEUE_FULL": 60.0,
+    "RATE_LIMITED": 60.0,
     "ENCODER_UNAVAILABLE": 60.0,
 }
 _LONGEST_PATIENCE_SECONDS = max(_PATIENCE_SECONDS.values())
@@ -47,10 +48,13 @@ class Replay:
         *,
         timeout: float | None = None,
         enabled: bool = True,
+        others: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`others` are the replicas that may be tried at once when one fails."""
         self._clock = clock
         self._enabled = enabled
+        self._others = self._untried = others
         self._deadline = None if timeout is None else clock() + timeout
         self._silence: _Silence | None = None
         self._was_met = False
@@ -95,8 +99,13 @@ class Replay:
         silence = self._silence = self._silence or _Silence(began=now)
         if error.reason != silence.reason:
             silence.reason, silence.reason_began = error.reason, now
-        pause = _pause(silence.failures) if error.retry_after is None else error.retry_after
-        silence.failures += 1
+        if self._untried:
+            self._untried -= 1
+            pause = 0.0
+        else:
+            self._untried = self._others
+            pause = _pause(silence.failures) if error.retry_after is None else error.retry_after
+            silence.failures += 1
         silence.last, silence.last_at, self._came_to = error, self._came_to, 0
         too_late = min(
             silence.reason_began + self._patience(error.reason),
@@ -126,5 +135,5 @@ def _pause(failures: int) -> float:
 def _may_pass(error: ZImageError) -> bool:
     """A full queue empties when its server says so; too little memory does not."""
     if isinstance(error, Overloaded):
-        return error.reason == "QUEUE_FULL" and error.retry_after is not None
+        return error.reason in ("QUEUE_FULL", "RATE_LIMITED") and error.retry_after is not None
     return isinstance(error, Unavailable)

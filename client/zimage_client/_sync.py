@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from zimage_client import _calls
@@ -17,6 +18,7 @@ from zimage_client._options import Options
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled, ZImageError
 from zimage_core.tensors import TensorData
+from zimage_core.tls import Tls
 
 T = TypeVar("T")
 Answers = Generator[tuple[int, T | ZImageError], None, None]
@@ -29,8 +31,15 @@ class Client:
     May be used from several threads.
     """
 
-    def __init__(self, server: str = "", encoder: str = "") -> None:
-        self._client = AsyncClient(server, encoder)
+    def __init__(
+        self,
+        server: str = "",
+        encoder: str = "",
+        *,
+        tls: Tls | None = None,
+        token: str | Path = "",
+    ) -> None:
+        self._client = AsyncClient(server, encoder, tls=tls, token=token)
         self._loop = _LoopThread(self._client)
         self._closing = weakref.finalize(self, self._loop.stop)  # also at the interpreter's exit
 

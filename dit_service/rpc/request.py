@@ -17,6 +17,7 @@ from dit_service.rpc.spec import Resolved
 from zimage_core.embeddings import Prompt
 from zimage_core.errors import InvalidRequest
 from zimage_core.pictures import files
+from zimage_core.serving import metrics
 from zimage_core.serving.worker import Worker
 from zimage_core.wire import receipts
 from zimage_core.wire.limits import CHUNK_BYTES
@@ -79,6 +80,7 @@ class Request:
                 async for event in events:
                     await self._retell(event)
         self._tell(dit_pb2.GenerateResponse(completed=self._completed))
+        _count(self._completed)
 
     def _tell(self, answer: dit_pb2.GenerateResponse) -> None:
         answer.sequence = next(self._numbers)
@@ -135,6 +137,8 @@ class Request:
                 usage.denoise_time.CopyFrom(_duration(spent.denoise_seconds))
                 usage.decode_time.CopyFrom(_duration(spent.decode_seconds))
                 usage.mean_occupancy = spent.occupancy / spent.step_count
+                metrics.DIT_STEP_SECONDS.observe(spent.denoise_seconds / spent.step_count)
+                metrics.DIT_STEP_REQUESTS.observe(usage.mean_occupancy)
 
     def _artifact(self, index: int, rgb: bytes) -> list[dit_pb2.ArtifactChunk]:
         """The picture as a file, entered into the account and cut into chunks."""
@@ -210,6 +214,20 @@ class Request:
 
     def _since_arrival(self) -> Duration:
         return _duration(time.monotonic() - self._arrived)
+
+
+def _count(completed: dit_pb2.Completed) -> None:
+    usage, stages = completed.usage, metrics.DIT_STAGE_SECONDS
+    for stage, took in (
+        ("encode", usage.encode_time),
+        ("queue", usage.queue_time),
+        ("denoise", usage.denoise_time),
+        ("decode", usage.decode_time),
+    ):
+        stages.labels(stage).observe(took.ToNanoseconds() / 1e9)
+    metrics.DIT_FORWARDS.inc(usage.forward_count)
+    metrics.DIT_PICTURES.inc(len(completed.artifacts))
+    metrics.DIT_PIXELS.inc(usage.pixel_count)
 
 
 def _tell_effective(spec: dit_pb2.GenerateSpec, sides: Sequence[Side]) -> None:

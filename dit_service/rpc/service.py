@@ -14,7 +14,11 @@ from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 def service(settings: DitSettings) -> Service:
     """The DiT service with these settings."""
 
-    encoder = AsyncClient(encoder=settings.encoder) if settings.encoder else None
+    encoder = (
+        AsyncClient(encoder=settings.encoder, **settings.encoder_credentials)
+        if settings.encoder
+        else None
+    )
 
     def register(server: grpc.aio.Server, worker: Worker) -> None:
         servicer = DitServicer(worker, settings, Conditioner(settings, encoder))

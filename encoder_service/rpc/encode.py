@@ -22,6 +22,7 @@ from zimage_core.embeddings import (
     Recipe,
 )
 from zimage_core.errors import DeadlineTooShort, InvalidRequest, Unavailable, ZImageError
+from zimage_core.serving import metrics
 from zimage_core.serving.admission import Admission
 from zimage_core.serving.batches import batched
 from zimage_core.serving.worker import Worker
@@ -130,6 +131,9 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
     ) -> list[types_pb2.PromptEmbedding]:
         [encoded] = [event async for event in self._worker.call(call)]
         assert isinstance(encoded, messages.Encoded)
+        metrics.ENCODER_PROMPTS.inc(len(call.token_ids))
+        metrics.ENCODER_TOKENS.inc(sum(map(len, call.token_ids)))
+        metrics.ENCODER_BATCH_PROMPTS.observe(len(call.token_ids))
         every = zip(call.token_ids, call.hidden_layers, encoded.embeddings, strict=True)
         return [self._embedding(encoder, ids, layer, tensor) for ids, layer, tensor in every]
 

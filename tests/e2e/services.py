@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,13 @@ def running(
         service.wait_for_exit()
         service.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_address() -> str:
+    """A port of this machine that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def answer(call: Callable[..., T], request: Any, **options: Any) -> T:

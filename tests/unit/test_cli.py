@@ -165,7 +165,7 @@ class TestGenerate:
             (["x", "--count", "100000000"], "10000 pictures are the most"),
             (["x", "-o", "nowhere/out.png"], "folder nowhere does not exist"),
             (["x", "-o", "."], "is a folder"),
-            (["x", "--server", "http://localhost"], "no address; give host:port or unix:path"),
+            (["x", "--server", "http://localhost"], "no address; give host:port, grpcs:"),
         ],
     )
     def test_a_wrong_command_line_is_one_line_and_exit_code_2(

@@ -9,13 +9,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from zimage_core.errors import InternalError, InvalidRequest, Overloaded, Unimplemented, ZImageError
+from zimage_core.serving import access, metrics, peer
+from zimage_core.serving.access import Access, Caller, inside
 from zimage_core.wire import request_id, status, strict
 
 _log = logging.getLogger("zimage.rpc")
@@ -23,12 +25,17 @@ _OURS = "/zimage_rpc."
 _OK = ((status.SERVED_BY_US, "ok"),)
 _READER_SECONDS = 120.0
 
+M = TypeVar("M", bound=Message)
+
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic for type checkers alone
 
 
 class Around(grpc.aio.ServerInterceptor):
-    """Wraps every handler of our own services."""
+    """Wraps every handler of our own services, and lets in whom the tokens do."""
+
+    def __init__(self, tokens: Access | None = None) -> None:
+        self._tokens = tokens
 
     async def intercept_service(  # type: ignore[override]
         self,
@@ -42,29 +49,38 @@ class Around(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(_unknown_method)
         if not method.startswith(_OURS):
             return handler  # type: ignore[no-any-return]
+        caller = None
+        if self._tokens:
+            try:
+                metadata = dict(handler_call_details.invocation_metadata or ())
+                caller = self._tokens.caller(method, metadata)
+            except ZImageError as error:  # as a stream, or gRPC would read the request first
+                return grpc.stream_stream_rpc_method_handler(_refused(method, error))
         rebuilt, wrapped = (
-            (grpc.unary_unary_rpc_method_handler, _unary(method, handler))
+            (grpc.unary_unary_rpc_method_handler, _unary(method, handler, caller))
             if handler.unary_unary is not None
-            else (grpc.stream_stream_rpc_method_handler, _stream(method, handler))
+            else (grpc.stream_stream_rpc_method_handler, _stream(method, handler, caller))
         )
         return rebuilt(wrapped, response_serializer=handler.response_serializer)
 
 
-def _unary(method: str, handler: Any) -> Any:
+def _unary(method: str, handler: Any, caller: Caller | None) -> Any:
     async def wrapped(raw: bytes, context: _Context) -> Any:
-        async with _Call(method, context):
-            return await handler.unary_unary(_read(raw, handler), context)
+        with inside(caller):
+            async with _Call(method, context) as call:
+                return call.sent(await handler.unary_unary(call.read(raw, handler), context))
 
     return wrapped
 
 
-def _stream(method: str, handler: Any) -> Any:
+def _stream(method: str, handler: Any, caller: Caller | None) -> Any:
     async def wrapped(raws: AsyncIterator[bytes], context: _Context) -> None:
-        async with _Call(method, context):
-            requests = (_read(raw, handler) async for raw in raws)
-            async with aclosing(handler.stream_stream(requests, context)) as answers:
-                async for answer in answers:
-                    await _hand_over(answer, context)
+        with inside(caller):
+            async with _Call(method, context) as call:
+                requests = (call.read(raw, handler) async for raw in raws)
+                async with aclosing(handler.stream_stream(requests, context)) as answers:
+                    async for answer in answers:
+                        await _hand_over(call.sent(answer), context)
 
     return wrapped
 
@@ -81,14 +97,12 @@ async def _hand_over(answer: Message, context: _Context) -> None:
         ) from None
 
 
-def _read(raw: bytes, handler: Any) -> Message:
-    """The request, decoded here and not by gRPC, so that bad bytes get a typed answer, too."""
-    try:
-        request: Message = handler.request_deserializer(raw)
-    except DecodeError as error:
-        raise InvalidRequest("the bytes are no such message", reason="MALFORMED") from error
-    strict.refuse_unknown(request)
-    return request
+def _refused(method: str, error: ZImageError) -> Any:
+    async def refuse(_raws: AsyncIterator[bytes], context: _Context) -> None:
+        async with _Call(method, context):
+            raise error
+
+    return refuse
 
 
 async def _unknown_method(_requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
@@ -102,12 +116,34 @@ class _Call:
     def __init__(self, method: str, context: _Context) -> None:
         self._method = method
         self._context = context
+        caller = access.current.get()
+        names = caller.token.name if caller else "", peer.name(context.auth_context())
+        self._by = " at ".join(filter(None, names))
+        self._label = method.rpartition(".")[2]
         self._began = time.monotonic()
 
-    async def __aenter__(self) -> None:
+    def read(self, raw: bytes, handler: Any) -> Message:
+        """The request, decoded here and not by gRPC, so that bad bytes get a typed answer, too."""
+        metrics.RPC_BYTES.labels(self._label, "in").inc(len(raw))
+        try:
+            request: Message = handler.request_deserializer(raw)
+        except DecodeError as error:
+            raise InvalidRequest("the bytes are no such message", reason="MALFORMED") from error
+        strict.refuse_unknown(request)
+        return request
+
+    def sent(self, answer: M) -> M:
+        """Counts an answer."""
+        metrics.RPC_BYTES.labels(self._label, "out").inc(answer.ByteSize())
+        return answer
+
+    async def __aenter__(self) -> Self:
+        metrics.RPC_STARTED.labels(self._label).inc()
+        metrics.RPC_RUNNING.labels(self._label).inc()
         metadata = dict(self._context.invocation_metadata() or ())
         self._id = request_id.accept(str(metadata.get(request_id.KEY, "")))
         request_id.current.set(self._id)  # each call is a task of its own, with its own context
+        return self
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object
@@ -115,15 +151,16 @@ class _Call:
         match error:
             case None:
                 self._context.set_trailing_metadata(_OK)
-                self._log("OK")
+                self._end("OK")
             case ZImageError():
-                self._log(status.code_of(error).name, f": {status.text_of(error)}")
+                metrics.RPC_REFUSED.labels(self._label, error.reason).inc()
+                self._end(status.code_of(error).name, f": {status.text_of(error)}")
                 await _abort(self._context, error)
             case asyncio.CancelledError() | GeneratorExit():
-                self._log("DEADLINE_EXCEEDED" if self._is_late() else "CANCELLED")
+                self._end("DEADLINE_EXCEEDED" if self._is_late() else "CANCELLED")
             case _:
                 _log.error("%s failed", self._method, exc_info=error)
-                self._log("INTERNAL")
+                self._end("INTERNAL")
                 fields = {"request_id": self._id}
                 await _abort(self._context, InternalError("internal error", fields=fields))
 
@@ -131,11 +168,15 @@ class _Call:
         remaining = self._context.time_remaining()
         return remaining is not None and remaining <= 0
 
-    def _log(self, code: str, text: str = "") -> None:
-        milliseconds = (time.monotonic() - self._began) * 1e3
+    def _end(self, code: str, text: str = "") -> None:
+        seconds = time.monotonic() - self._began
+        metrics.RPC_RUNNING.labels(self._label).dec()
+        metrics.RPC_ENDED.labels(self._label, code).inc()
+        metrics.RPC_SECONDS.labels(self._label).observe(seconds)
         is_question = self._method.endswith("/Describe") and code == "OK"  # asked all the time
         level = logging.DEBUG if is_question else logging.INFO
-        _log.log(level, "%s %s %.1f ms%s", self._method, code, milliseconds, text)
+        caller = f" by {self._by}" if self._by else ""
+        _log.log(level, "%s %s %.1f ms%s%s", self._method, code, seconds * 1e3, caller, text)
 
 
 async def _abort(context: _Context, error: ZImageError) -> NoReturn:

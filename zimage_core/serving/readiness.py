@@ -5,6 +5,8 @@ from typing import Any
 
 from grpc_health.v1 import health, health_pb2
 
+from zimage_core.serving import metrics
+
 _STATES = health_pb2.HealthCheckResponse
 
 
@@ -22,6 +24,7 @@ class Readiness:
     def set(self, ready: bool) -> None:
         """From now on; takes effect with the loop's next turn."""
         ready = self.is_ready = ready and not self._draining
+        metrics.WORKER_READY.set(ready)
         told = asyncio.create_task(self._tell(ready))
         self._telling.add(told)
         told.add_done_callback(self._telling.discard)
@@ -30,6 +33,7 @@ class Readiness:
         """Not ready any more, for good."""
         self._draining = True
         self.is_ready = False
+        metrics.WORKER_READY.set(0)
         await self.servicer.enter_graceful_shutdown()
 
     def end_watches(self) -> None:

@@ -7,7 +7,6 @@ notice, then no new calls, then the running ones to their end.
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -23,10 +22,14 @@ from grpc_reflection.v1alpha import reflection
 
 from zimage_core.errors import InvalidSettings
 from zimage_core.serving import probes
+from zimage_core.serving.access import Access
 from zimage_core.serving.interceptors import Around
 from zimage_core.serving.readiness import Readiness
+from zimage_core.serving.tls import server_credentials
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import ServiceSettings
+from zimage_core.tls import Tls
+from zimage_core.wire.addresses import is_loopback
 from zimage_core.wire.limits import SERVER_OPTIONS
 
 _log = logging.getLogger(__name__)
@@ -49,7 +52,8 @@ class Service:
 async def serve(service: Service, settings: ServiceSettings) -> None:
     """Runs until SIGTERM or Ctrl-C; raises what makes serving pointless, such as a broken model."""
     _refuse_open_address(settings)
-    server = grpc.aio.server(interceptors=[Around()], options=SERVER_OPTIONS)
+    tokens = Access(settings.tokens) if settings.tokens else None
+    server = grpc.aio.server(interceptors=[Around(tokens)], options=_options(settings))
     readiness = Readiness(service.name)
     worker = Worker(service.entry, settings, settings.watchdog, readiness.set)
     service.register(server, worker)
@@ -65,9 +69,10 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
                 await probes.start(settings.probes, lambda: readiness.is_ready)
             )
             _log.info("probes on %s:%s", *at.sockets[0].getsockname()[:2])
-        port = _bind(server, settings.listen)
+        port = _bind(server, settings.listen, settings.own_tls)
         await server.start()
-        _log.info("%s listens on %s", service.name, _spoken(settings.listen, port))
+        how = _protection(settings)
+        _log.info("%s listens on %s, %s", service.name, _spoken(settings.listen, port), how)
         supervision = asyncio.create_task(worker.supervise())
         try:
             with _stop_signals() as stop:
@@ -87,11 +92,20 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
     _log.info("stopped")
 
 
-def _bind(server: grpc.aio.Server, address: str) -> int:
+def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
+    """How long the calls of an old connection may take stays unlimited, as gRPC has it."""
+    age = settings.connection_age_seconds
+    more = [] if age is None else [("grpc.max_connection_age_ms", round(age * 1000))]
+    return [*SERVER_OPTIONS, *more]
+
+
+def _bind(server: grpc.aio.Server, address: str, own: Tls | None) -> int:
     if _is_served(address):  # gRPC would take the path away from whoever serves there
         raise _cannot_listen(address, "another process serves there")
     try:
-        return server.add_insecure_port(address)
+        if own is None or address.startswith("unix:"):
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, server_credentials(own))
     except RuntimeError as error:
         what = "the address is taken, not of this machine or not allowed"
         raise _cannot_listen(address, what) from error
@@ -123,20 +137,24 @@ def _spoken(address: str, port: int) -> str:
     return f"{address.rpartition(':')[0]}:{port}"
 
 
+def _protection(settings: ServiceSettings) -> str:
+    if settings.listen.startswith("unix:"):
+        return "for whoever may open the socket"
+    own = settings.own_tls
+    return "without TLS" if own is None else "with mutual TLS" if own.ca else "with TLS"
+
+
 def _refuse_open_address(settings: ServiceSettings) -> None:
     """Only this machine may reach a service without TLS, unless somebody said otherwise."""
     address = settings.listen
-    if address.startswith("unix:") or settings.insecure:
+    if address.startswith("unix:") or settings.insecure or settings.own_tls:
         return
-    host = address.rpartition(":")[0].strip("[]")
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return
-    if host == "localhost":
+    if is_loopback(address.rpartition(":")[0]):
         return
     raise InvalidSettings(
-        f"listen {address}: anyone on the network could use this service; listen on 127.0.0.1 or a "
-        "unix: socket, or say --insecure where the network is trusted",
+        f"listen {address}: anyone on the network could use this service; give --tls-cert and "
+        "--tls-key (`zimage-client certs` makes them), listen on 127.0.0.1 or a unix: socket, or "
+        "say --insecure where the network is trusted",
         reason="OPEN_ADDRESS",
         fields={"field": "listen", "given": address},
     )

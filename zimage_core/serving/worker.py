@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from zimage_core.errors import DeviceLost, InternalError, Unavailable
-from zimage_core.serving import child, pipe
+from zimage_core.serving import child, metrics, pipe
 from zimage_core.settings import Watchdog
 from zimage_core.wire import request_id
 from zimage_rpc.types.v1 import types_pb2
@@ -44,7 +44,9 @@ class Worker:
         self._calls: dict[int, asyncio.Queue[pipe.Event | pipe.Finished]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._work: pipe.Working | None = None
+        self._work_began = 0.0
         self._lives = 0
+        metrics.WORKER_CALLS.set_function(lambda: len(self._calls))
         self.description: object | None = None
         """What the worker said of itself when it was ready; None until then."""
 
@@ -99,6 +101,7 @@ class Worker:
     async def _live_once(self) -> bool:
         """One process from start to death; whether it was ever ready."""
         self._lives += 1
+        metrics.WORKER_STARTS.inc()
         ours, theirs = socket.socketpair()
         arguments = (theirs, self._entry, self._settings, self._watchdog.silence_seconds / 8)
         spawn = multiprocessing.get_context("spawn")
@@ -137,16 +140,23 @@ class Worker:
                 case pipe.Event() | pipe.Finished():
                     self._deliver(message)
                 case pipe.Working(_, expected):
-                    self._work = message
+                    self._turn_to(message)
                     allowed = max(self._watchdog.least_seconds, self._watchdog.factor * expected)
                     work_ends = time.monotonic() + allowed
                 case pipe.Idle():
-                    self._work, work_ends = None, float("inf")
+                    self._turn_to(None)
+                    work_ends = float("inf")
                 case pipe.Ready(description):
                     self.description = description
                     self._on_ready(True)
                 case pipe.LoadFailed(error):
                     raise error
+
+    def _turn_to(self, work: pipe.Working | None) -> None:
+        now = time.monotonic()
+        if self._work:
+            metrics.WORKER_SECONDS.labels(self._work.what).inc(now - self._work_began)
+        self._work, self._work_began = work, now
 
     def _fail_calls(self) -> None:
         lost = DeviceLost("the worker that had this request died", retry_after=_RETRY_AFTER_SECONDS)

@@ -38,6 +38,26 @@ _CLASSES = {code: cls for cls, code in CODES.items()}
 _SUBCLASSES = {errors.DeviceLost.default_reason: errors.DeviceLost}
 _CODE_NUMBERS = {code: code_pb2.Code.Value(code.name) for code in grpc.StatusCode}
 
+_TLS = {
+    "certificate has expired": ("TLS_EXPIRED", "the service's certificate has expired"),
+    "Hostname Verification Check failed": (
+        "TLS_WRONG_NAME",
+        "the service's certificate is for other names than this address",
+    ),
+    "CERTIFICATE_VERIFY_FAILED": (
+        "TLS_UNTRUSTED",
+        "the service's certificate is by none of the authorities in tls_ca",
+    ),
+    "WRONG_VERSION_NUMBER": ("TLS_NOT_SPOKEN", "the service speaks no TLS"),
+}
+"""What gRPC says of a handshake that failed at this end, with what it means. A handshake that
+failed at the other end tells nothing."""
+
+_HUNG_UP = (
+    "it hung up at once: it may want TLS, or a certificate of yours that it believes; "
+    "`zimage-client doctor` finds out"
+)
+
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
@@ -130,8 +150,14 @@ def _transport_error(code: grpc.StatusCode, message: str) -> errors.ZImageError:
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # grpc's own size check, before our code
         return errors.InvalidRequest(f"message too large: {message}", reason="MESSAGE_TOO_LARGE")
+    for text, (reason, meaning) in _TLS.items():
+        if text in message:
+            return errors.Unauthenticated(
+                f"{meaning}: {message}", reason=reason, fields={"cause": message}
+            )
+    hint = f"; {_HUNG_UP}" if message.endswith("Socket closed") else ""
     return errors.Unavailable(
-        f"the connection failed: {message}",
+        f"the connection failed: {message}{hint}",
         reason="UNREACHABLE",
         fields={"grpc_code": code.name, "cause": message},
     )

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from zimage_client import AsyncClient, Prompt
+from zimage_client import Prompt
 from zimage_client.cli import output, prompt, stack
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds, wrong
@@ -46,10 +46,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     if args.negative_prompt is not None:
         layer = given[0].hidden_layer
         given.append(prompt.checked(Prompt(args.negative_prompt, hidden_layer=layer)))
-    async with (
-        stack.for_prompts(settings, terminal) as address,
-        AsyncClient(encoder=address) as client,
-    ):
+    async with stack.for_prompts(settings, terminal) as client:
         terminal.live("encoding")
         began = time.monotonic()
         embedding, *negative = await client.encode(given, timeout=args.timeout)

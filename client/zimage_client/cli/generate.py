@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from zimage_client import (
     Accepted,
-    AsyncClient,
     Options,
     Picture,
     Preview,
@@ -141,8 +140,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     accepted: Accepted | None = None
     text = ProgressText()
     async with (
-        stack.for_pictures(settings, terminal) as (server, encoder),
-        AsyncClient(server, encoder) as client,
+        stack.for_pictures(settings, terminal) as client,
         aclosing(client.stream(sides.positive, **options)) as events,
     ):
         began = time.monotonic()

@@ -14,10 +14,11 @@ from zimage_client import (
     ZImageError,
 )
 from zimage_client._embedded import warm
+from zimage_client._embedded.stack import Addresses
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds
 from zimage_core.planning import previews
-from zimage_core.settings import ClientSettings
+from zimage_core.settings import ClientSettings, Credentials
 
 Description = DitDescription | EncoderDescription
 
@@ -36,7 +37,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     """Asks every service that is configured, else those of the embedded stacks; 0 when all of them
     answered."""
     if settings.server or settings.encoder:
-        return await _ask(args, settings.server, settings.encoder, terminal)
+        at = Addresses(settings.server, settings.encoder)
+        return await _ask(args, at, settings.credentials, terminal)
     stacks, code = warm.running_stacks(), _REACHED
     for stack in stacks:
         if args.json:
@@ -47,8 +49,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             until = "`zimage-client down`" if stack.stays else f"{minutes} have passed"
             terminal.result(f"embedded stack with {stack.model}, until {until}")
             terminal.result(f"  {'logs':<12}{stack.folder}")
-        at = stack.addresses
-        code = max(code, await _ask(args, at.server, at.encoder, terminal))
+        code = max(code, await _ask(args, stack.addresses, {"tls": None, "token": ""}, terminal))
     if not stacks:
         terminal.note(
             "no service is configured and no embedded stack runs; give --server ADDR, --encoder "
@@ -58,13 +59,13 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     return code
 
 
-async def _ask(args: Namespace, server: str, encoder: str, terminal: Terminal) -> int:
-    async with AsyncClient(server, encoder) as client:
+async def _ask(args: Namespace, at: Addresses, shown: Credentials, terminal: Terminal) -> int:
+    async with AsyncClient(at.server, at.encoder, **shown) as client:
         asked: dict[str, tuple[str, Callable[..., Awaitable[Description]]]] = {}
-        if server:
-            asked["DiT service"] = server, client.describe
-        if encoder:
-            asked["encoder service"] = encoder, client.describe_encoder
+        if at.server:
+            asked["DiT service"] = at.server, client.describe
+        if at.encoder:
+            asked["encoder service"] = at.encoder, client.describe_encoder
         answers = await asyncio.gather(
             *(describe(timeout=args.timeout) for _, describe in asked.values()),
             return_exceptions=True,

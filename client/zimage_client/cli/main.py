@@ -10,7 +10,9 @@ from importlib.metadata import version
 from io import TextIOWrapper
 
 from zimage_client.cli import (
+    certs,
     completion,
+    doctor,
     down,
     encode,
     generate,
@@ -40,6 +42,8 @@ _COMMANDS = {
     "inspect": (inspect, "show what a picture's file says of how it was made"),
     "up": (up, "start the embedded services and leave them running"),
     "down": (down, "stop the embedded services"),
+    "doctor": (doctor, "try every link to the services and say what to change"),
+    "certs": (certs, "make a private authority, and certificates for machines"),
     "verify": (verify, "make a picture again and say whether it is the same"),
 }
 _DONE, _FAILED, _USAGE, _REFUSED, _UNREACHABLE, _INTERRUPTED = 0, 1, 2, 3, 4, 130

@@ -1,8 +1,9 @@
-"""Which services a command talks to: those in the settings, else the embedded ones."""
+"""The client of a command: of the services in the settings, else of the embedded ones."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from zimage_client import AsyncClient
 from zimage_client._embedded import warm
 from zimage_client._embedded.stack import (
     Addresses,
@@ -16,12 +17,11 @@ from zimage_core.settings import ClientSettings
 
 
 @asynccontextmanager
-async def for_pictures(
-    settings: ClientSettings, terminal: Terminal
-) -> AsyncIterator[tuple[str, str]]:
-    """The addresses of a DiT service and, where prompts are encoded on this side, an encoder."""
+async def for_pictures(settings: ClientSettings, terminal: Terminal) -> AsyncIterator[AsyncClient]:
+    """Of a DiT service and, where prompts are encoded on this side, an encoder."""
     if settings.server:
-        yield settings.server, settings.encoder
+        async with AsyncClient(settings.server, settings.encoder, **settings.credentials) as client:
+            yield client
         return
     if settings.encoder:
         raise wrong(
@@ -29,15 +29,16 @@ async def for_pictures(
             "--encoder without --server: the embedded DiT service takes only its own encoder's "
             "embeddings; give --server ADDR, too",
         )
-    async with _embedded(terminal, dit=True) as addresses:
-        yield addresses.server, ""
+    async with _embedded(terminal, dit=True) as addresses, AsyncClient(addresses.server) as client:
+        yield client
 
 
 @asynccontextmanager
-async def for_prompts(settings: ClientSettings, terminal: Terminal) -> AsyncIterator[str]:
-    """The address of an encoder service."""
+async def for_prompts(settings: ClientSettings, terminal: Terminal) -> AsyncIterator[AsyncClient]:
+    """Of an encoder service."""
     if settings.encoder:
-        yield settings.encoder
+        async with AsyncClient(encoder=settings.encoder, **settings.credentials) as client:
+            yield client
         return
     if settings.server:
         raise wrong(
@@ -45,8 +46,11 @@ async def for_prompts(settings: ClientSettings, terminal: Terminal) -> AsyncIter
             "encoding needs an encoder service; give --encoder ADDR (a DiT service does not lend "
             "its own)",
         )
-    async with _embedded(terminal, dit=False) as addresses:
-        yield addresses.encoder
+    async with (
+        _embedded(terminal, dit=False) as addresses,
+        AsyncClient(encoder=addresses.encoder) as client,
+    ):
+        yield client
 
 
 @asynccontextmanager

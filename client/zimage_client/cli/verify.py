@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from zimage_client import AsyncClient, Completed, Options, Receipt
+from zimage_client import Completed, Options, Receipt
 from zimage_client._receipt import read_picture
 from zimage_client.cli import conditioning, stack
 from zimage_client.cli.terminal import Terminal
@@ -45,10 +45,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     is_edited = picture.image.size != size or (
         picture.is_lossless and picture.pixels_sha256 != receipt.pixels_sha256
     )
-    async with (
-        stack.for_pictures(settings, terminal) as (server, encoder),
-        AsyncClient(server, encoder) as client,
-    ):
+    async with stack.for_pictures(settings, terminal) as client:
         terminal.live("making it again")
         again = await client.generate(positive, **options)
     [made] = again.pictures

@@ -1,0 +1,104 @@
+"""Tokens between real processes: on the way to the DiT service, and from there to the encoder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.services import Service, running
+from zimage_client import AsyncClient, Client, Forbidden, InvalidSettings, Overloaded
+from zimage_client.cli.main import main as command
+
+ENTRY = """
+[[token]]
+name = "{name}"
+token = "{name}-0123456789abcdef"
+roles = ["{role}"]
+{more}
+"""
+
+
+def _file(folder: Path, **roles: str) -> list[str]:
+    """The flag for a file of tokens by these names; beside it, a file with each token."""
+    path = folder / f"{'-'.join(roles)}.toml"
+    entries = []
+    for name, role in roles.items():
+        more = "calls_per_minute = 1" if name == "rare" else ""
+        entries.append(ENTRY.format(name=name, role=role, more=more))
+        (folder / name).write_text(f"{name}-0123456789abcdef\n")
+    path.write_text("".join(entries))
+    return ["--tokens", str(path)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    (folder / "stranger").write_text("stranger-0123456789abcdef\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dit(model_folder: Path, folder: Path) -> Iterator[Service]:
+    model = ["--model", str(model_folder)]
+    with running("encoder_service", *model, *_file(folder, dit="encode")) as encoder:
+        flags = ["--encoder", encoder.address, "--encoder-token-file", str(folder / "dit")]
+        users = _file(folder, painter="generate", writer="encode", rare="generate")
+        with running("dit_service", *model, *users, *flags) as service:
+            service.wait_until("SERVING")  # health asks for no token
+            yield service
+
+
+def _generate(dit: Service, folder: Path, name: str, *more: str) -> int:
+    token = ["--token-file", str(folder / name)] if name else []
+    flags = ["--server", dit.address, "--steps", "2", "--overwrite", *token, *more]
+    return command(["generate", "a red circle", "-o", str(folder / "x.png"), *flags])
+
+
+def test_who_has_the_role_gets_pictures(dit: Service, folder: Path) -> None:
+    assert _generate(dit, folder, "painter") == 0
+    assert " by painter" in dit.wait_for_line("Generate OK")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "asks for a token"),
+        ("stranger", "does not know the token"),
+        ("writer", "needs generate"),
+        ("nowhere", "No such file"),
+    ],
+)
+def test_others_are_told_why_not(
+    dit: Service, folder: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    assert _generate(dit, folder, name) == (2 if name == "nowhere" else 3)
+    assert said in capsys.readouterr().err
+    if name != "nowhere":
+        dit.wait_for_line(said)
+
+
+def test_a_rate_is_kept(dit: Service, folder: Path) -> None:
+    with Client(dit.address, token=folder / "rare") as client:
+        client.describe()
+        with pytest.raises(Overloaded, match="1 calls a minute") as caught:
+            client.generate("x", retry=False)
+    assert caught.value.reason == "RATE_LIMITED"
+    assert 0 < (caught.value.retry_after or 0) <= 60
+
+
+def test_a_token_that_changes_in_its_file_is_the_next_one_sent(dit: Service, folder: Path) -> None:
+    moved = folder / "moved"
+    moved.write_text((folder / "writer").read_text())
+    with Client(dit.address, token=moved) as client:
+        with pytest.raises(Forbidden):
+            client.generate("x", steps=1)
+        moved.write_text((folder / "painter").read_text())
+        client.generate("x", steps=1)
+
+
+def test_no_token_leaves_in_the_clear() -> None:
+    for address in ("gpu.local:50052", "192.0.2.1:50052"):
+        with pytest.raises(InvalidSettings, match="for anybody on the way to read"):
+            AsyncClient(address, token="x" * 16)
+    for address in ("grpc://gpu.local:50052", "grpcs://gpu.local:50052", "127.0.0.1:1", "unix:/x"):
+        AsyncClient(address, token="x" * 16)

@@ -1,0 +1,207 @@
+"""Who may call what, and how often: tokens from a file, judged by a call's metadata alone.
+
+Limits count in this process: with three replicas behind one name, three times as much gets through.
+"""
+
+import hashlib
+import hmac
+import logging
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from zimage_core.errors import Forbidden, InvalidSettings, Overloaded, Unauthenticated
+from zimage_core.files import stamp
+
+_log = logging.getLogger(__name__)
+Role = Literal["generate", "encode", "train", "admin"]
+
+HEADER = "authorization"
+_SCHEME = "Bearer "
+_MINUTE = 60.0
+
+ROLES: dict[str, Role | None] = {
+    "/zimage_rpc.encoder.v1.EncoderService/Describe": None,
+    "/zimage_rpc.encoder.v1.EncoderService/Encode": "encode",
+    "/zimage_rpc.encoder.v1.EncoderService/EncodeStream": "encode",
+    "/zimage_rpc.dit.v1.DitService/Describe": None,
+    "/zimage_rpc.dit.v1.DitService/Generate": "generate",
+    "/zimage_rpc.dit.v1.DitService/EncodeImages": "generate",
+    "/zimage_rpc.dit.v1.DitService/DecodeLatents": "generate",
+}
+"""The role that a method needs; for None any token does, and an admin may do everything."""
+
+
+class Token(BaseModel):
+    """What a token lets its bearer do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(min_length=1, description="of the bearer, for the log")
+    token: str | None = Field(None, min_length=16, description="the token itself")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="or its digest, so that the file is no secret"
+    )
+    roles: frozenset[Role] = Field(min_length=1)
+    project: str = Field("default", min_length=1)
+    calls_per_minute: float | None = Field(None, gt=0, description="on average; as many at once")
+    calls_at_once: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.token is None) == (self.sha256 is None):
+            raise ValueError("give either token or sha256")
+        return self
+
+    @property
+    def digest(self) -> bytes:
+        """Of the token."""
+        return bytes.fromhex(self.sha256) if self.sha256 else _digest(self.token or "")
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    token: tuple[Token, ...] = Field(min_length=1)
+
+
+@dataclass(slots=True)
+class _Account:
+    """What a bearer has taken."""
+
+    left: float = 0.0
+    counted_at: float = float("-inf")
+    running: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever makes a call."""
+
+    token: Token
+    account: _Account
+
+
+current: ContextVar[Caller | None] = ContextVar("caller", default=None)
+"""Who makes the call at hand; None where no tokens are asked for."""
+
+
+@contextmanager
+def inside(caller: Caller | None) -> Iterator[None]:
+    """A call of the caller's."""
+    current.set(caller)  # each call is a task of its own, with its own context
+    if caller is None:
+        yield
+        return
+    caller.account.running += 1
+    try:
+        yield
+    finally:
+        caller.account.running -= 1
+
+
+class Access:
+    """The tokens in a file, which is read anew when it changes."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._stamp = stamp(path)
+        self._tokens = _read(path)
+        self._accounts: dict[str, _Account] = {}
+
+    def caller(self, method: str, metadata: Mapping[str, str | bytes]) -> Caller:
+        """Whoever calls; raises what keeps the call out."""
+        token = self._bearer(metadata.get(HEADER))
+        role = ROLES[method]
+        if role and not token.roles & {role, "admin"}:
+            raise Forbidden(
+                f"the token of {token.name} has the roles {', '.join(sorted(token.roles))}; this "
+                f"call needs {role}",
+                reason="ROLE_MISSING",
+                fields={"role": role},
+            )
+        account = self._accounts.setdefault(token.name, _Account())
+        self._count(token, account)
+        return Caller(token, account)
+
+    def _bearer(self, header: str | bytes | None) -> Token:
+        if header is None:
+            raise Unauthenticated("this service asks for a token", reason="TOKEN_MISSING")
+        self._refresh()
+        text = header if isinstance(header, str) else header.decode(errors="replace")
+        given = _digest(text.removeprefix(_SCHEME))
+        # All of them, so that the time tells nothing.
+        found = [token for token in self._tokens if hmac.compare_digest(token.digest, given)]
+        if not found or not text.startswith(_SCHEME):
+            raise Unauthenticated("this service does not know the token", reason="TOKEN_INVALID")
+        return found[0]
+
+    def _count(self, token: Token, account: _Account) -> None:
+        if token.calls_at_once is not None and account.running >= token.calls_at_once:
+            raise _limited(token, f"{token.calls_at_once} calls at once", 1.0)
+        if token.calls_per_minute is None:
+            return
+        now, most = self._clock(), max(1.0, token.calls_per_minute)
+        pace = token.calls_per_minute / _MINUTE
+        account.left = min(most, account.left + (now - account.counted_at) * pace)
+        account.counted_at = now
+        if account.left < 1:
+            raise _limited(
+                token, f"{token.calls_per_minute:g} calls a minute", (1 - account.left) / pace
+            )
+        account.left -= 1
+
+    def _refresh(self) -> None:
+        now = stamp(self._path)
+        if now == self._stamp:
+            return
+        self._stamp = now
+        try:
+            self._tokens = _read(self._path)
+        except InvalidSettings as error:
+            _log.error("the tokens stay what they were: %s", error.message)
+        else:
+            _log.info("%s tokens in %s", len(self._tokens), self._path)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _limited(token: Token, limit: str, retry_after: float) -> Overloaded:
+    return Overloaded(
+        f"the token of {token.name} is good for {limit}",
+        reason="RATE_LIMITED",
+        fields={"allowed": limit},
+        retry_after=retry_after,
+    )
+
+
+def _read(path: Path) -> tuple[Token, ...]:
+    try:
+        tokens = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).token
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _unusable(path, f"{where}: {first['msg']}") from None  # it would show the token
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise _unusable(path, str(error)) from error
+    for what, values in (
+        ("name", [token.name for token in tokens]),
+        ("token", [token.digest for token in tokens]),
+    ):
+        if len(set(values)) < len(values):
+            raise _unusable(path, f"two entries have the same {what}")
+    return tokens
+
+
+def _unusable(path: Path, why: str) -> InvalidSettings:
+    return InvalidSettings(
+        f"tokens {path}: {why}", reason="TOKENS", fields={"field": "tokens", "given": str(path)}
+    )
