@@ -225,9 +225,11 @@ def sheet(answers: Sequence[Answer]) -> Image.Image:
 
 @asynccontextmanager
 async def _services(arguments: argparse.Namespace, *flags: str) -> AsyncIterator[AsyncClient]:
-    say = sys.stderr.write
+    def say(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
     async with (
-        brief_stack(lambda line: say(f"{line}\n"), model=arguments.model, flags=flags) as stack,
+        brief_stack(say, model=arguments.model, flags=flags) as stack,
         AsyncClient(stack.server) as client,
     ):
         yield client

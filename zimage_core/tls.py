@@ -34,12 +34,15 @@ class Tls:
 
     def read(self) -> Pems:
         """The files as they are now; raises InvalidSettings unless they can be used together."""
-        pems = Pems(*(_content(self, field.name) for field in fields(self)))
-        if self.ca:
-            _verify_authorities(self.ca)
-        if self.cert and self.key:
-            _verify_pair(self.cert, self.key)
-        return pems
+        while True:
+            stamp = self.stamp()
+            pems = Pems(*(_content(self, field.name) for field in fields(self)))
+            if self.ca:
+                _verify_authorities(self.ca)
+            if self.cert and self.key:
+                _verify_pair(self.cert, self.key)
+            if self.stamp() == stamp:  # what was read is what was verified
+                return pems
 
     def stamp(self) -> tuple[Stamp, ...]:
         """Another one after every change of the files."""

@@ -47,6 +47,7 @@ NAMES = [
     "Recipe",
     "Stage",
     "TensorData",
+    "Tls",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
