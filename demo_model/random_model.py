@@ -22,6 +22,8 @@ from diffusers import (
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from demo_model.recipe.networks import TRANSFORMER
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK_TOKENS = ("<think>", "</think>")
 CHAT_TEMPLATE = (
@@ -38,18 +40,7 @@ CHAT_TEMPLATE = (
 class Shape:
     """The sizes of a model; by default the demo model's: 5.1 M parameters, 128x128 pixels."""
 
-    transformer: dict[str, Any] = field(
-        default_factory=lambda: {
-            "dim": 192,
-            "n_layers": 6,
-            "n_refiner_layers": 1,
-            "n_heads": 4,
-            "n_kv_heads": 4,
-            "cap_feat_dim": 128,
-            "axes_dims": [16, 16, 16],
-            "axes_lens": [544, 64, 64],
-        }
-    )
+    transformer: dict[str, Any] = field(default_factory=lambda: dict(TRANSFORMER))
     text_encoder: dict[str, Any] = field(
         default_factory=lambda: {
             "hidden_size": 128,

@@ -13,21 +13,13 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zimage_core.errors import InvalidSettings
-from zimage_core.tls import Tls
-
-
-class Credentials(TypedDict):
-    """What a client of the SDK is made with, beside its addresses."""
-
-    tls: Tls | None
-    token: Path | str
-
+from zimage_core.tls import Credentials, Tls
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ElementType = Literal["auto", "float32", "bfloat16", "float16"]

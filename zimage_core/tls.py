@@ -3,6 +3,7 @@
 import ssl
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypedDict
 
 from zimage_core.errors import InvalidSettings
 from zimage_core.files import Stamp, stamp
@@ -47,6 +48,15 @@ class Tls:
     def stamp(self) -> tuple[Stamp, ...]:
         """Another one after every change of the files."""
         return tuple(stamp(path) for path in (self.ca, self.cert, self.key) if path)
+
+
+class Credentials(TypedDict, total=False):
+    """What a client shows, and what it asks to be shown."""
+
+    tls: Tls | None
+    """For every "host:port"; None for none."""
+    token: str | Path
+    """The token, or the file that it stands in."""
 
 
 def _content(tls: Tls, name: str) -> bytes | None:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Literal, Self, TypeVar, Unpack, overload
 
 from zimage_client import _calls
@@ -33,7 +32,7 @@ from zimage_client._replay import Replay
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Unavailable
 from zimage_core.tensors import TensorData
-from zimage_core.tls import Tls
+from zimage_core.tls import Credentials
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -51,14 +50,9 @@ class AsyncClient:
     """
 
     def __init__(
-        self,
-        server: str = "",
-        encoder: str = "",
-        *,
-        tls: Tls | None = None,
-        token: str | Path = "",
+        self, server: str = "", encoder: str = "", **credentials: Unpack[Credentials]
     ) -> None:
-        self._channels = Channels(server, encoder, tls, token)
+        self._channels = Channels(server, encoder, **credentials)
 
     @property
     def encodes(self) -> bool:

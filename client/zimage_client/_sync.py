@@ -5,7 +5,6 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from concurrent.futures import CancelledError, Future
-from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from zimage_client import _calls
@@ -18,7 +17,7 @@ from zimage_client._options import Options
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled, ZImageError
 from zimage_core.tensors import TensorData
-from zimage_core.tls import Tls
+from zimage_core.tls import Credentials
 
 T = TypeVar("T")
 Answers = Generator[tuple[int, T | ZImageError], None, None]
@@ -32,14 +31,9 @@ class Client:
     """
 
     def __init__(
-        self,
-        server: str = "",
-        encoder: str = "",
-        *,
-        tls: Tls | None = None,
-        token: str | Path = "",
+        self, server: str = "", encoder: str = "", **credentials: Unpack[Credentials]
     ) -> None:
-        self._client = AsyncClient(server, encoder, tls=tls, token=token)
+        self._client = AsyncClient(server, encoder, **credentials)
         self._loop = _LoopThread(self._client)
         self._closing = weakref.finalize(self, self._loop.stop)  # also at the interpreter's exit
 

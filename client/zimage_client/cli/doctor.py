@@ -41,7 +41,7 @@ async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Findin
     credentials = settings.credentials
     for addresses, known in ((settings.server, features.DIT), (settings.encoder, features.ENCODER)):
         for address in filter(None, addresses.split(",")):
-            at = place("address", address, credentials["tls"])
+            at = place("address", address, credentials.get("tls"))
             is_dit = known is features.DIT
             given = {"server" if is_dit else "encoder": address}
             async with AsyncClient(**given, **credentials) as client:

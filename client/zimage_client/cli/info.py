@@ -18,7 +18,8 @@ from zimage_client._embedded.stack import Addresses
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds
 from zimage_core.planning import previews
-from zimage_core.settings import ClientSettings, Credentials
+from zimage_core.settings import ClientSettings
+from zimage_core.tls import Credentials
 
 Description = DitDescription | EncoderDescription
 
@@ -49,7 +50,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             until = "`zimage-client down`" if stack.stays else f"{minutes} have passed"
             terminal.result(f"embedded stack with {stack.model}, until {until}")
             terminal.result(f"  {'logs':<12}{stack.folder}")
-        code = max(code, await _ask(args, stack.addresses, {"tls": None, "token": ""}, terminal))
+        code = max(code, await _ask(args, stack.addresses, {}, terminal))
     if not stacks:
         terminal.note(
             "no service is configured and no embedded stack runs; give --server ADDR, --encoder "
