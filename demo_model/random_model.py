@@ -90,13 +90,18 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return as_qwens(tokenizer, 131072)
+
+
+def as_qwens(tokenizer: Tokenizer, longest: int) -> PreTrainedTokenizerFast:
+    """With Qwen's special tokens and chat."""
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in THINK_TOKENS])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",  # noqa: S106 - no password
         pad_token="<|endoftext|>",  # noqa: S106
-        model_max_length=131072,
+        model_max_length=longest,
         padding_side="right",
     )
     wrapped.chat_template = CHAT_TEMPLATE

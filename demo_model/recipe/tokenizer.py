@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from demo_model import captions, world
 from demo_model.captions import Wording
-from demo_model.random_model import CHAT_TEMPLATE, SPECIAL_TOKENS, THINK_TOKENS
+from demo_model.random_model import SPECIAL_TOKENS, THINK_TOKENS, as_qwens
 from demo_model.recipe.networks import TEXT
 from encoder_service.prompt import render
 from zimage_core.embeddings import Prompt
@@ -43,16 +43,7 @@ def build(folder: Path) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in THINK_TOKENS])
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",  # noqa: S106 - no password
-        pad_token="<|endoftext|>",  # noqa: S106
-        model_max_length=TEXT["max_position_embeddings"],
-        padding_side="right",
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped = as_qwens(tokenizer, TEXT["max_position_embeddings"])
     wrapped.save_pretrained(folder)
     return wrapped
 

@@ -117,18 +117,23 @@ def test_who_cannot_prove_itself_is_pointed_to_doctor(
     assert "zimage-client doctor" in error.message
 
 
+def _reason(encoder: Service, certs: Path) -> str:
+    """Why an encoder is not believed."""
+    with (
+        Client(encoder=encoder.address, tls=_tls(certs)) as client,
+        pytest.raises(Unauthenticated) as caught,
+    ):
+        client.encode("x")
+    return caught.value.reason
+
+
 def test_a_service_without_tls_or_with_an_old_certificate_is_told(
     certs: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     model = ["--model", str(model_folder)]
     with running("encoder_service", *model, listen=free_address()) as plain:
         plain.wait_for_line("listens on")
-        with (
-            Client(encoder=plain.address, tls=_tls(certs)) as client,
-            pytest.raises(Unauthenticated) as caught,
-        ):
-            client.encode("x")
-        assert caught.value.reason == "TLS_NOT_SPOKEN"
+        assert _reason(plain, certs) == "TLS_NOT_SPOKEN"
         with Client(encoder=f"grpc://{plain.address}", tls=_tls(certs)) as client:
             client.encode("x")
     old = certificates.issued([HOST], certificates.authority(certs), timedelta(minutes=-30))
@@ -136,12 +141,7 @@ def test_a_service_without_tls_or_with_an_old_certificate_is_told(
     own = ["--tls-cert", str(tmp_path / "old.pem"), "--tls-key", str(tmp_path / "old.key")]
     with running("encoder_service", *model, *own, listen=free_address()) as service:
         service.wait_for_line("with TLS")
-        with (
-            Client(encoder=service.address, tls=_tls(certs)) as client,
-            pytest.raises(Unauthenticated) as caught,
-        ):
-            client.encode("x")
-        assert caught.value.reason == "TLS_EXPIRED"
+        assert _reason(service, certs) == "TLS_EXPIRED"
 
 
 def _put(source: Path, folder: Path) -> None:
