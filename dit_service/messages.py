@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from zimage_core.planning.flops import DitShape
+from zimage_core.planning.shares import COMMON, Share
 from zimage_core.tensors import TensorData
 
 
@@ -22,6 +24,7 @@ class Generate:
     cfg_truncation: float
     is_solo: bool
     """Whether its steps are shared with nobody."""
+    share: Share = COMMON
     previews: "Previews | None" = None
 
     @property
@@ -117,6 +120,7 @@ class Model:
     name: str
     variant: str
     shift: float
+    shape: DitShape
     caption_width: int
     max_token_count: int
     side_multiple_px: int

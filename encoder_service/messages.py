@@ -18,6 +18,8 @@ class Encoded:
     """Worker to front: the embeddings of a call, in order."""
 
     embeddings: tuple[TensorData, ...]
+    seconds: float
+    """What the call took on the device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,12 @@ class EncoderSettings(ServiceSettings):
         None, ge=1, description="longest prompt in tokens; unset: what the DiT's tables allow"
     )
     max_queue_length: int = Field(64, ge=1, description="calls that may wait")
+    max_queue_seconds: float = Field(
+        60.0, gt=0, description="seconds of work that may be ahead of a call"
+    )
+    max_queue_bytes: int = Field(
+        1 << 30, gt=0, description="bytes that prompts and embeddings may take"
+    )
 
 
 class DitSettings(ServiceSettings):
@@ -135,7 +141,13 @@ class DitSettings(ServiceSettings):
     max_side_px: int = Field(4096, ge=16, description="longest side of a picture")
     max_image_count: int = Field(64, ge=1, description="most pictures in one request")
     max_step_count: int = Field(1000, ge=1, description="most steps of one picture")
-    max_queue_length: int = Field(16, ge=1, description="requests that may wait")
+    max_queue_length: int = Field(64, ge=1, description="requests that may wait")
+    max_queue_seconds: float = Field(
+        600.0, gt=0, description="seconds of work that may be ahead of a request"
+    )
+    max_queue_bytes: int = Field(
+        2 << 30, gt=0, description="bytes that requests and pictures may take"
+    )
 
     @property
     def encoder_credentials(self) -> Credentials:

@@ -38,9 +38,14 @@ class Accepted:
     """"latents" or "vae", whatever makes them; empty where none are wanted."""
     preview_interval: int
     """How many steps lie between two of them."""
+    priority: str
+    """"interactive", "normal" or "background"."""
     forward_count: int
     """How many DiT forwards the whole request takes, guidance included."""
     queue_position: int
+    """How many requests came before this one and are not done."""
+    expected_seconds: float | None
+    """That it will take beside the others; None where nothing like it was made yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,10 @@ class Progress:
     step: int = 0
     """How many steps of this picture are done."""
     steps: int = 0
+    queue_position: int = 0
+    """How many requests came before this one and are not done."""
+    expected_seconds: float | None = None
+    """That the rest will take beside the others; None where nobody knows yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ class Options(TypedDict, total=False):
     """What the file says of how it was made; the receipt holds the prompts, too."""
     packing: Literal["shared", "solo"] | None
     """solo: no step is shared with other requests, which moves the last bits."""
+    priority: Literal["interactive", "normal", "background"] | None
+    """How urgent it is, next to the requests of others."""
     previews: Literal["auto", "latents", "vae"] | None
     """What makes pictures of how it goes on; auto: the latents where their map is good enough.
     Unset: there are none."""
@@ -80,6 +82,7 @@ _CHOICES: Mapping[str, tuple[str, Mapping[str, int]]] = {
     "format": ("output.format", names.FORMATS),
     "metadata": ("output.metadata", names.METADATA),
     "packing": ("packing", names.PACKINGS),
+    "priority": ("priority", names.PRIORITIES),
     "previews": ("previews.source", names.PREVIEWS),
 }
 
@@ -138,14 +141,17 @@ def options(spec: dit_pb2.GenerateSpec) -> Options:
     """The options of a message in which every setting is decided."""
     found: dict[str, Any] = {name: _get(spec, path) for name, path in _PLACES.items()}
     found |= {
-        name: names.name_of(_get(spec, path), choices) for name, (path, choices) in _CHOICES.items()
+        name: chosen
+        for name, (path, choices) in _CHOICES.items()
+        if (chosen := names.name_of(_get(spec, path), choices))
     }
     if not spec.output.HasField("quality"):
         del found["quality"]
     if not spec.HasField("previews"):
         del found["previews"], found["preview_interval"]
     if spec.schedule.sigmas:
-        del found["steps"], found["schedule"]
+        del found["steps"]
+        found.pop("schedule", None)
         found["sigmas"] = list(spec.schedule.sigmas)
     return cast("Options", found)
 

@@ -105,8 +105,10 @@ def accepted(message: dit_pb2.Accepted) -> Accepted:
             names.name_of(spec.previews.source, names.PREVIEWS) if spec.HasField("previews") else ""
         ),
         preview_interval=spec.previews.interval_steps,
+        priority=names.name_of(spec.priority, names.PRIORITIES),
         forward_count=message.forward_count,
         queue_position=message.queue_position,
+        expected_seconds=_expected(message),
     )
 
 
@@ -115,7 +117,14 @@ def progress(message: dit_pb2.Progress) -> Progress | None:
     stage = _STAGES.get(message.stage)
     if stage is None:
         return None
-    return Progress(stage, message.image_index, message.step, message.step_count)
+    return Progress(
+        stage,
+        message.image_index,
+        message.step,
+        message.step_count,
+        message.queue_position,
+        _expected(message),
+    )
 
 
 def completed(message: dit_pb2.Completed) -> Completed:
@@ -263,6 +272,10 @@ def _element_type(value: int) -> str:
     with suppress(InvalidRequest):
         return tensors.element_type_from_wire(value, field="element_type")
     return ""
+
+
+def _expected(message: dit_pb2.Accepted | dit_pb2.Progress) -> float | None:
+    return _seconds(message.expected_time) if message.HasField("expected_time") else None
 
 
 def _seconds(duration: Duration) -> float:

@@ -9,6 +9,7 @@ from dit_service import messages
 from dit_service.engine.developing import Developing
 from dit_service.engine.events import Events
 from dit_service.engine.generate import Predicted, Studio, Work
+from dit_service.engine.lines import Lines
 from dit_service.engine.packing import Asked
 from zimage_core.serving.child import Port, is_sticky
 from zimage_core.serving.pipe import Submit
@@ -32,29 +33,29 @@ _Together = list[tuple[_Live, Asked]]
 
 
 class Schedule:
-    """All live requests take turns; as many as fit share a step. Conversions are done between
-    steps."""
+    """All live requests take turns; as many as fit, and as their shares allow, go together.
+    Conversions are done between steps."""
 
     def __init__(self, studio: Studio, port: Port) -> None:
         self._studio = studio
         self._port = port
         self._conversions: deque[Submit] = deque()
-        self._line: deque[tuple[_Live, Asked]] = deque()
-        """Whoever waited longest for a step stands first."""
+        self._lines = Lines[tuple[_Live, Asked]](_MOST_TOKENS_PER_STEP)
+        """Who waits for a step."""
         self._developing: deque[tuple[_Live, Developing]] = deque()
         """Those whose picture the device works on."""
 
     def serve(self) -> NoReturn:
         """Runs requests until the process ends."""
         while True:
-            if not self._line and not self._conversions and not self._developing:
+            if not self._lines and not self._conversions and not self._developing:
                 self._take(self._port.next_call())
             for submitted in self._port.new_calls():
                 self._take(submitted)
             if self._conversions:  # one between two steps: streams of them keep nobody from steps
                 self._convert(self._conversions.popleft())
             self._develop()
-            if together := self._first():
+            if together := self._next():
                 self._step(together)
 
     def _take(self, submitted: Submit) -> None:
@@ -75,7 +76,7 @@ class Schedule:
 
     def _develop(self) -> None:
         """Goes on with those whose picture is there; waits only when there is nothing else."""
-        if self._developing and not self._line:
+        if self._developing and not self._lines:
             self._developing[0][1].wait()
         for _ in range(len(self._developing)):
             live, developing = self._developing.popleft()
@@ -86,24 +87,11 @@ class Schedule:
             else:
                 self._developing.append((live, developing))
 
-    def _first(self) -> _Together:
-        """Takes those from the line that step next; drops those for whom nobody waits."""
-        together: _Together = []
-        room = _MOST_TOKENS_PER_STEP
-        while self._line:
-            live, asked = self._line[0]
-            is_wanted = self._is_wanted(live)
-            room -= self._studio.token_count(asked) if is_wanted else 0
-            if is_wanted and together and (room < 0 or live.request.is_solo):
-                break
-            self._line.popleft()
-            if not is_wanted:
-                self._drop(live)
-                continue
-            together.append((live, asked))
-            if live.request.is_solo:
-                break
-        return together
+    def _next(self) -> _Together:
+        """Takes those from the lines that step next; drops those for whom nobody waits."""
+        for live, _ in self._lines.drop(lambda one: not self._is_wanted(one[0])):
+            self._drop(live)
+        return self._lines.take(is_solo=lambda one: one[0].request.is_solo)
 
     def _step(self, together: _Together) -> None:
         if predicted := self._predict(together):
@@ -137,7 +125,8 @@ class Schedule:
             if isinstance(awaits, Developing):
                 self._developing.append((live, awaits))
             else:
-                self._line.append((live, awaits))
+                tokens = self._studio.token_count(awaits)
+                self._lines.join((live, awaits), live.request.share, tokens)
 
     def _is_wanted(self, live: _Live) -> bool:
         return not self._port.is_cancelled(live.submitted.call)

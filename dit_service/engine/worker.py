@@ -1,6 +1,6 @@
 """The worker process: loads the model once, then lets the schedule run requests on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from dit_service.model import loading
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.planning import variants
+from zimage_core.planning.flops import DitShape
 from zimage_core.planning.limits import caption_token_limit, side_limit_px
 from zimage_core.serving.child import Port
 from zimage_core.settings import DitSettings
@@ -64,6 +65,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         name=_name(settings.model),
         variant=variant.name,
         shift=shift,
+        shape=_shape(transformer.config),
         caption_width=transformer.config.cap_feat_dim,
         max_token_count=caption_token_limit(transformer.config.axes_lens),
         side_multiple_px=side_multiple_px,
@@ -82,6 +84,11 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         library_versions=devices.library_versions(),
     )
     return _Loaded(studio, description)
+
+
+def _shape(config: DitShape) -> DitShape:
+    """Its sizes alone, which the front can read."""
+    return DitShape(**{field.name: getattr(config, field.name) for field in fields(DitShape)})
 
 
 def _name(model: Path) -> str:

@@ -16,6 +16,8 @@ from zimage_core.wire.limits import PROMPT_BYTES
 from zimage_rpc.types.v1 import types_pb2
 
 _ENCODER_RETRY_SECONDS = 1.0
+_LETTERS_PER_TOKEN = 4
+_CHAT_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,13 @@ class Side:
         if isinstance(self.content, Prompt):
             return self.content.effective_layer
         return self.content.embedding.recipe.hidden_layer
+
+    @property
+    def token_count(self) -> int:
+        """Of the text; a guess, until it is encoded."""
+        if isinstance(self.content, Prompt):
+            return len(self.content.text) // _LETTERS_PER_TOKEN + _CHAT_TOKENS
+        return self.content.embedding.token_count
 
 
 class Conditioner:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -11,10 +11,11 @@ from dit_service import messages
 from dit_service.rpc import describe
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.conversions import Conversions
+from dit_service.rpc.costs import Costs
 from dit_service.rpc.request import Request
 from dit_service.rpc.spec import Resolver
 from zimage_core.errors import InvalidRequest
-from zimage_core.serving.admission import Admission
+from zimage_core.serving.admission import Admission, Limits
 from zimage_core.serving.batches import answers_to
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
@@ -36,7 +37,10 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         self._worker = worker
         self._settings = settings
         self._conditioner = conditioner
-        self._admission = Admission(settings.max_queue_length)
+        self._admission = Admission(
+            Limits(settings.max_queue_length, settings.max_queue_seconds, settings.max_queue_bytes)
+        )
+        self._costs = Costs()
         self._conversions = Conversions(worker, settings)
 
     async def Describe(  # noqa: N802 - gRPC's name
@@ -52,10 +56,10 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         spec = await _only_spec(request_iterator)
         model = self._worker.loaded(messages.Model)
         resolved = Resolver(model, self._settings).resolve(spec)
-        request = Request(resolved, self._conditioner, model)
-        with ExitStack() as place:
-            calls_before = place.enter_context(self._admission.place())
-            async with aclosing(request.answers(self._worker, calls_before, place)) as answers:
+        request = Request(resolved, self._conditioner, model, self._costs)
+        with self._admission.place() as place:
+            place.expect(request.cost, context.time_remaining())
+            async with aclosing(request.answers(self._worker, place)) as answers:
                 async for answer in answers:
                     yield answer
 

@@ -5,21 +5,24 @@ import hashlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 
 from google.protobuf.duration_pb2 import Duration
 
 from dit_service import messages
 from dit_service.rpc import describe
 from dit_service.rpc.conditioning import Conditioner, Side
+from dit_service.rpc.costs import Costs
 from dit_service.rpc.pin import CheckedEmbedding
 from dit_service.rpc.spec import Resolved
 from zimage_core.embeddings import Prompt
 from zimage_core.errors import InvalidRequest
 from zimage_core.pictures import files
-from zimage_core.serving import metrics
+from zimage_core.planning.shares import Share
+from zimage_core.serving import access, metrics
+from zimage_core.serving.admission import Cost, Place
 from zimage_core.serving.worker import Worker
-from zimage_core.wire import receipts
+from zimage_core.wire import names, receipts
 from zimage_core.wire.limits import CHUNK_BYTES
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.types.v1 import types_pb2
@@ -36,7 +39,13 @@ _Answers = AsyncGenerator[dit_pb2.GenerateResponse, None]
 class Request:
     """Knows what was asked for and keeps the account of what was done."""
 
-    def __init__(self, resolved: Resolved, conditioner: Conditioner, model: messages.Model) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        conditioner: Conditioner,
+        model: messages.Model,
+        costs: Costs,
+    ) -> None:
         self._arrived = time.monotonic()
         self._resolved = resolved
         self._spec = spec = resolved.spec
@@ -49,15 +58,23 @@ class Request:
                 empty.hidden_layer = self._sides[0].hidden_layer
             self._sides.append(conditioner.read(spec.negative, "spec.negative", model))
         _tell_effective(spec, self._sides)
+        self._costs = costs
+        priority = names.name_of(spec.priority, names.PRIORITIES)
+        self._share = Share(access.project(), priority)
         self._completed = dit_pb2.Completed()
         self._told: asyncio.Queue[dit_pb2.GenerateResponse | None] = asyncio.Queue()
         self._numbers = itertools.count(1)
         self._refuse_long_receipt()
 
-    async def answers(self, worker: Worker, calls_before: int, place: ExitStack) -> _Answers:
+    @property
+    def cost(self) -> Cost:
+        """What it is expected to take."""
+        return self._costs.of(self._resolved, self._sides, self._model, self._share)
+
+    async def answers(self, worker: Worker, place: Place) -> _Answers:
         """Every answer, in the order of the grammar. The work waits for no reader, and gives its
         place up when it is done: a slow reader keeps nobody out."""
-        self._tell(self._accepted(calls_before))
+        self._tell(self._accepted(place))
         making = asyncio.create_task(self._make(worker, place))
         making.add_done_callback(lambda _making: self._told.put_nowait(None))
         try:
@@ -68,17 +85,19 @@ class Request:
             making.cancel()
             await asyncio.gather(making, return_exceptions=True)
 
-    async def _make(self, worker: Worker, place: ExitStack) -> None:
-        with place:
+    async def _make(self, worker: Worker, place: Place) -> None:
+        try:
             if any(isinstance(side.content, Prompt) for side in self._sides):
-                self._tell(_progress(dit_pb2.Progress.STAGE_ENCODING))
+                self._tell(_progress(place, dit_pb2.Progress.STAGE_ENCODING))
             checked = await self._conditioner.resolve(self._sides, self._model)
             self._enter_provenance(checked)
             self._completed.usage.encode_time.CopyFrom(self._since_arrival())
-            self._tell(_progress(dit_pb2.Progress.STAGE_QUEUED))
+            self._tell(_progress(place, dit_pb2.Progress.STAGE_QUEUED))
             async with aclosing(worker.call(self._work(checked))) as events:
                 async for event in events:
-                    await self._retell(event)
+                    await self._retell(event, place)
+        finally:
+            place.leave()
         self._tell(dit_pb2.GenerateResponse(completed=self._completed))
         _count(self._completed)
 
@@ -87,13 +106,14 @@ class Request:
         answer.event_time.GetCurrentTime()
         self._told.put_nowait(answer)
 
-    def _accepted(self, calls_before: int) -> dit_pb2.GenerateResponse:
+    def _accepted(self, place: Place) -> dit_pb2.GenerateResponse:
         return dit_pb2.GenerateResponse(
             accepted=dit_pb2.Accepted(
                 spec=self._spec,
                 sigmas=self._resolved.sigmas,
                 forward_count=self._resolved.forward_count,
-                queue_position=calls_before,
+                queue_position=place.calls_before,
+                expected_time=_expected(place),
             )
         )
 
@@ -111,10 +131,11 @@ class Request:
             cfg_normalization=spec.z_image.cfg_normalization,
             cfg_truncation=spec.z_image.cfg_truncation,
             is_solo=spec.packing == types_pb2.PACKING_SOLO,
+            share=self._share,
             previews=_previews(spec),
         )
 
-    async def _retell(self, event: object) -> None:
+    async def _retell(self, event: object, place: Place) -> None:
         """Tells the client what it hears of an event of the worker."""
         usage, step_count = self._completed.usage, len(self._resolved.sigmas) - 1
         if not usage.HasField("queue_time"):
@@ -122,10 +143,12 @@ class Request:
         match event:
             case messages.Denoised(index, step):
                 stage = dit_pb2.Progress.STAGE_DENOISING
-                self._tell(_progress(stage, index, step, step_count))
+                self._work_done(place, index, step)
+                self._tell(_progress(place, stage, index, step, step_count))
             case messages.Decoding(index):
                 stage = dit_pb2.Progress.STAGE_DECODING
-                self._tell(_progress(stage, index, step_count, step_count))
+                self._work_done(place, index, step_count)
+                self._tell(_progress(place, stage, index, step_count, step_count))
             case messages.Preview() if self._told.qsize() < _MOST_UNREAD:
                 preview = await asyncio.to_thread(_preview, event)
                 self._tell(dit_pb2.GenerateResponse(preview=preview))
@@ -133,12 +156,18 @@ class Request:
                 for chunk in await asyncio.to_thread(self._artifact, index, rgb):
                     self._tell(dit_pb2.GenerateResponse(artifact_chunk=chunk))
             case messages.Spent() as spent:
+                self._costs.learn(self._resolved, self._sides, self._model, spent)
                 usage.forward_count = spent.forward_count
                 usage.denoise_time.CopyFrom(_duration(spent.denoise_seconds))
                 usage.decode_time.CopyFrom(_duration(spent.decode_seconds))
                 usage.mean_occupancy = spent.occupancy / spent.step_count
                 metrics.DIT_STEP_SECONDS.observe(spent.denoise_seconds / spent.step_count)
                 metrics.DIT_STEP_REQUESTS.observe(usage.mean_occupancy)
+
+    def _work_done(self, place: Place, index: int, step: int) -> None:
+        """The VAE's part counts as one more step."""
+        steps = len(self._resolved.sigmas)
+        place.done((index * steps + step) / (steps * len(self._resolved.seeds)))
 
     def _artifact(self, index: int, rgb: bytes) -> list[dit_pb2.ArtifactChunk]:
         """The picture as a file, entered into the account and cut into chunks."""
@@ -184,7 +213,8 @@ class Request:
         )
         receipt.spec.seed = self._resolved.seeds[index]
         receipt.spec.image_count = 1
-        receipt.spec.ClearField("previews")  # they change no pixel
+        for name in ("previews", "priority"):  # they change no pixel
+            receipt.spec.ClearField(name)
         return receipts.to_text(receipt)
 
     def _refuse_long_receipt(self) -> None:
@@ -254,6 +284,7 @@ def _preview(drawn: messages.Preview) -> dit_pb2.Preview:
 
 
 def _progress(
+    place: Place,
     stage: dit_pb2.Progress.Stage.ValueType,
     image_index: int = 0,
     step: int = 0,
@@ -261,9 +292,19 @@ def _progress(
 ) -> dit_pb2.GenerateResponse:
     return dit_pb2.GenerateResponse(
         progress=dit_pb2.Progress(
-            stage=stage, image_index=image_index, step=step, step_count=step_count
+            stage=stage,
+            image_index=image_index,
+            step=step,
+            step_count=step_count,
+            queue_position=place.calls_before,
+            expected_time=_expected(place),
         )
     )
+
+
+def _expected(place: Place) -> Duration | None:
+    seconds = place.expected_seconds
+    return None if seconds is None else _duration(seconds)
 
 
 def _duration(seconds: float) -> Duration:

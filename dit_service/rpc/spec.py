@@ -73,6 +73,7 @@ class Resolver:
         sigmas = self._decide_schedule(spec)
         self._decide_guidance(spec)
         spec.packing = spec.packing or types_pb2.PACKING_SHARED
+        spec.priority = spec.priority or types_pb2.PRIORITY_NORMAL
         if spec.HasField("previews"):
             self._decide_previews(spec.previews)
         spec.output.metadata = spec.output.metadata or dit_pb2.Output.METADATA_RECEIPT

@@ -65,8 +65,9 @@ def _answer(port: Port, encoder: Qwen3Encoder, submitted: Submit, seconds_per_to
     began = time.monotonic()
     port.announce("encode", seconds_per_token * token_count)
     states = encoder(call.token_ids, call.hidden_layers, lambda: port.is_cancelled(submitted.call))
-    port.emit(submitted.call, Encoded(tuple(map(_plain, states))))
+    plain = tuple(map(_plain, states))
     seconds = time.monotonic() - began
+    port.emit(submitted.call, Encoded(plain, seconds))
     _log.info("%s prompts, %s tokens in %.3f s", len(call.token_ids), token_count, seconds)
 
 

@@ -21,9 +21,10 @@ from zimage_core.embeddings import (
     Prompt,
     Recipe,
 )
-from zimage_core.errors import DeadlineTooShort, InvalidRequest, Unavailable, ZImageError
+from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
+from zimage_core.planning.durations import Durations
 from zimage_core.serving import metrics
-from zimage_core.serving.admission import Admission
+from zimage_core.serving.admission import Admission, Cost, Limits
 from zimage_core.serving.batches import batched
 from zimage_core.serving.worker import Worker
 from zimage_core.tensors import TensorData, byte_count
@@ -39,12 +40,13 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
     """Checks and tokenizes in this process, encodes in the worker's."""
 
     def __init__(
-        self, worker: Worker, tokenizer: Tokenizer, token_limit: int, max_queue_length: int
+        self, worker: Worker, tokenizer: Tokenizer, token_limit: int, limits: Limits
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
         self._token_limit = token_limit
-        self._admission = Admission(max_queue_length)
+        self._admission = Admission(limits)
+        self._encoding = Durations()
 
     async def Encode(  # noqa: N802 - as the proto names it
         self, request: encoder_pb2.EncodeRequest, context: _Context
@@ -52,12 +54,12 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         """All prompts or none, in one batch of the worker."""
         if not 1 <= len(request.prompts) <= PROMPTS_PER_ENCODE:
             raise _wrong_prompt_count(len(request.prompts))
-        with self._admission.place():
+        with self._admission.place() as place:
             encoder = self._worker.loaded(messages.Encoder)
             prompts = [embeddings.prompt_from_wire(prompt) for prompt in request.prompts]
             call = await self._read(prompts, encoder)
             _refuse_large_reply(call.token_ids, encoder)
-            _refuse_passed_deadline(context)
+            place.expect(self._cost(call, encoder), context.time_remaining())
             encoded = await self._run(call, encoder)
         return encoder_pb2.EncodeResponse(embeddings=encoded)
 
@@ -131,11 +133,20 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
     ) -> list[types_pb2.PromptEmbedding]:
         [encoded] = [event async for event in self._worker.call(call)]
         assert isinstance(encoded, messages.Encoded)
+        tokens = sum(map(len, call.token_ids))
+        self._encoding.learn(tokens, tokens, encoded.seconds)
         metrics.ENCODER_PROMPTS.inc(len(call.token_ids))
-        metrics.ENCODER_TOKENS.inc(sum(map(len, call.token_ids)))
+        metrics.ENCODER_TOKENS.inc(tokens)
         metrics.ENCODER_BATCH_PROMPTS.observe(len(call.token_ids))
         every = zip(call.token_ids, call.hidden_layers, encoded.embeddings, strict=True)
         return [self._embedding(encoder, ids, layer, tensor) for ids, layer, tensor in every]
+
+    def _cost(self, call: messages.Encode, encoder: messages.Encoder) -> Cost:
+        tokens = sum(map(len, call.token_ids))
+        return Cost(
+            seconds=self._encoding.expected(tokens, tokens),
+            bytes=sum(_sizes(call.token_ids, encoder)),
+        )
 
     def _embedding(
         self, encoder: messages.Encoder, token_ids: TokenIds, layer: int, tensor: TensorData
@@ -201,12 +212,6 @@ def _refuse_large_reply(token_ids: Sequence[TokenIds], encoder: messages.Encoder
             "fitting_prompt_count": str(fitting),
         },
     )
-
-
-def _refuse_passed_deadline(context: _Context) -> None:
-    remaining = context.time_remaining()
-    if remaining is not None and remaining <= 0:
-        raise DeadlineTooShort("the deadline passed before the prompts' turn came")
 
 
 def _wrong_prompt_count(count: int) -> InvalidRequest:

@@ -5,6 +5,7 @@ import grpc.aio
 from encoder_service.prompt import Tokenizer, read_token_limit
 from encoder_service.rpc.encode import EncoderServicer
 from zimage_core.formats.encoder_files import EncoderFiles
+from zimage_core.serving.admission import Limits
 from zimage_core.serving.server import Service
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import EncoderSettings
@@ -19,7 +20,10 @@ def service(settings: EncoderSettings) -> Service:
     token_limit = settings.token_limit or read_token_limit(settings.model)
 
     def register(server: grpc.aio.Server, worker: Worker) -> None:
-        servicer = EncoderServicer(worker, tokenizer, token_limit, settings.max_queue_length)
+        limits = Limits(
+            settings.max_queue_length, settings.max_queue_seconds, settings.max_queue_bytes
+        )
+        servicer = EncoderServicer(worker, tokenizer, token_limit, limits)
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
 
     return Service(

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.services import PATIENCE_SECONDS, Service, running
-from zimage_client import Client, Completed, Options, Picture, Progress
+from zimage_client import Client, Completed, DeadlineTooShort, Options, Picture, Progress
 
 CLIENTS = 6
 REQUESTS = 30
@@ -170,3 +170,41 @@ def test_who_wants_to_be_alone_is(dit: Service) -> None:
         assert beside.completed.usage.mean_occupancy == 1
         assert beside.pictures[0].pixels_sha256 == alone
         assert max(job.result().completed.usage.mean_occupancy for job in jobs) > 1
+
+
+def test_what_is_urgent_steps_alone_and_what_is_not_goes_on(dit: Service) -> None:
+    under_way, ended = threading.Event(), []
+
+    def draw_in_the_background() -> None:
+        with Client(dit.address) as client:
+            for event in client.stream("idle", seed=1, steps=200, priority="background"):
+                if isinstance(event, Progress) and event.step > 0:
+                    under_way.set()
+        ended.append("background")
+
+    background = threading.Thread(target=draw_in_the_background)
+    background.start()
+    assert under_way.wait(30)
+    with Client(dit.address) as client:
+        urgent = client.generate("urgent", seed=1, steps=12, priority="interactive")
+        beside = client.generate("like most", seed=1, steps=12)
+    assert not ended
+    background.join()
+    assert ended == ["background"]
+    assert urgent.accepted.priority == "interactive"
+    assert urgent.completed.usage.mean_occupancy < 1.2  # one step in sixteen is shared
+    assert 1.2 < beside.completed.usage.mean_occupancy < 1.5  # one in four
+
+
+def test_what_was_made_tells_what_will_take_how_long(dit: Service) -> None:
+    wish = Options(seed=1, steps=10, guidance=0.0)
+    with Client(dit.address) as client:
+        client.generate("so that it is known", **wish)
+        *_, queued = (e for e in client.stream("x", **wish) if isinstance(e, Progress))
+        took = client.generate("x", **wish)
+        assert took.accepted.expected_seconds is not None
+        assert queued.expected_seconds is not None
+        assert queued.expected_seconds < took.accepted.expected_seconds
+        with pytest.raises(DeadlineTooShort) as refusal:
+            client.generate("x", steps=1000, count=8, timeout=0.5, guidance=0.0)
+        assert refusal.value.reason == "DEADLINE_UNREACHABLE"

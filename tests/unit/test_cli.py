@@ -483,14 +483,17 @@ class TestLiveLine:
             packing="shared",
             previews="",
             preview_interval=0,
+            priority="normal",
             forward_count=8,
             queue_position=2,
+            expected_seconds=12.4,
         )
-        assert text.of(accepted) == "queued, 2 others under way"
+        assert text.of(accepted) == "queued, 2 others under way, about 12 s left"
         assert text.of(Progress("encoding")) == "encoding"
         assert text.of(Progress("denoising", 0, 1, 4)) == "picture 1 of 2: step 1/4"
         now = 1.0
-        assert text.of(Progress("denoising", 0, 3, 4)) == "picture 1 of 2: step 3/4, 0.50 s/step"
+        progress = Progress("denoising", 0, 3, 4, expected_seconds=5.0)
+        assert text.of(progress) == "picture 1 of 2: step 3/4, 0.50 s/step, about 5 s left"
         assert text.of(Progress("decoding", 0)) == "picture 1 of 2: decoding"
         assert text.of(Progress("denoising", 1, 1, 4)) == "picture 2 of 2: step 1/4"
         assert text.of(Waiting("LOADING", "it loads", 1.0)) == "it loads; trying again in 1.0 s"

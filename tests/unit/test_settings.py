@@ -34,10 +34,10 @@ def test_each_place_wins_over_the_next(config: Path) -> None:
     assert loaded.values.watchdog.factor == 20
     assert loaded.values.watchdog.silence_seconds == 5  # merged into the profile's table
     assert loaded.values.device == "mps"  # the flag
-    assert loaded.values.max_queue_length == 16  # built in
+    assert loaded.values.max_queue_length == 64  # built in
     assert loaded.origins["device"] == "flag"
     assert loaded.origins["max_image_count"] == f"[big.dit] in {config}"
-    assert "max_queue_length = 16  # built in" in str(loaded)
+    assert "max_queue_length = 64  # built in" in str(loaded)
 
 
 def test_the_usual_file_and_profile_come_from_the_environment(config: Path) -> None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from zimage_core.errors import Forbidden, InvalidSettings, Overloaded, Unauthenticated
 from zimage_core.files import stamp
+from zimage_core.planning.shares import DEFAULT_PROJECT
 
 _log = logging.getLogger(__name__)
 Role = Literal["generate", "encode", "train", "admin"]
@@ -49,7 +50,7 @@ class Token(BaseModel):
         None, pattern="^[0-9a-f]{64}$", description="or its digest, so that the file is no secret"
     )
     roles: frozenset[Role] = Field(min_length=1)
-    project: str = Field("default", min_length=1)
+    project: str = Field(DEFAULT_PROJECT, min_length=1)
     calls_per_minute: float | None = Field(None, gt=0, description="on average; as many at once")
     calls_at_once: int | None = Field(None, ge=1)
 
@@ -89,6 +90,12 @@ class Caller:
 
 current: ContextVar[Caller | None] = ContextVar("caller", default=None)
 """Who makes the call at hand; None where no tokens are asked for."""
+
+
+def project() -> str:
+    """Whose call is at hand."""
+    caller = current.get()
+    return caller.token.project if caller else DEFAULT_PROJECT
 
 
 @contextmanager

@@ -33,6 +33,11 @@ WORKER_SECONDS = Counter(
     "zimage_worker_busy_seconds_total", "seconds that the worker spent on a kind of work", ["work"]
 )
 
+QUEUE_CALLS = Gauge("zimage_queue_calls", "calls inside, worked on or waiting")
+QUEUE_SECONDS = Gauge("zimage_queue_seconds", "seconds that their work is expected to take")
+QUEUE_BYTES = Gauge("zimage_queue_bytes", "bytes that calls hold until their answers are read")
+QUEUE_AGE = Gauge("zimage_queue_age_seconds", "seconds since the oldest of them came")
+
 DIT_STAGE_SECONDS = Histogram(
     "zimage_dit_stage_seconds",
     "seconds of a request in a stage: encode, queue, denoise (its share of shared steps), decode",

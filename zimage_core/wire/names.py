@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from zimage_core.planning import schedule
+from zimage_core.planning import schedule, shares
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.types.v1 import types_pb2
 
@@ -22,6 +22,11 @@ VARIANTS = {
 PACKINGS = {
     "shared": types_pb2.PACKING_SHARED,
     "solo": types_pb2.PACKING_SOLO,
+}
+PRIORITIES = {
+    shares.INTERACTIVE: types_pb2.PRIORITY_INTERACTIVE,
+    shares.NORMAL: types_pb2.PRIORITY_NORMAL,
+    shares.BACKGROUND: types_pb2.PRIORITY_BACKGROUND,
 }
 METADATA = {
     "receipt": dit_pb2.Output.METADATA_RECEIPT,

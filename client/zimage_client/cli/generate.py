@@ -116,6 +116,11 @@ def add_flags(parser: ArgumentParser) -> None:
     previews.add_flags(parser)
 
     parser.add_argument(
+        "--priority",
+        choices=tuple(names.PRIORITIES),
+        help="how urgent it is, next to the requests of others (default: normal)",
+    )
+    parser.add_argument(
         "--timeout",
         type=seconds,
         metavar="SECONDS",
@@ -180,6 +185,7 @@ def _options(args: Namespace, terminal: Terminal, receipt: Receipt | None) -> Op
         "quality": args.quality,
         "metadata": args.metadata,
         "packing": "solo" if args.solo else None,
+        "priority": args.priority,
         "timeout": args.timeout,
     }
     options: dict[str, Any] = {"seed": secrets.randbelow(SEED_LIMIT)}

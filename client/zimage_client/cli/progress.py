@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from zimage_client import Accepted, Event, Progress, Waiting
 
+_WORTH_TELLING_SECONDS = 2.0
+
 
 class ProgressText:
     """Remembers what it takes to say how fast it goes."""
@@ -25,9 +27,9 @@ class ProgressText:
             case Accepted():
                 self._count = event.count
                 waiting = f", {event.queue_position} others under way"
-                return "queued" + (waiting if event.queue_position else "")
+                return "queued" + (waiting if event.queue_position else "") + _rest(event)
             case Progress(stage="denoising" | "decoding"):
-                return self._picture(event) + self._work(event)
+                return self._picture(event) + self._work(event) + _rest(event)
             case Progress():
                 return event.stage
         return None
@@ -43,3 +45,9 @@ class ProgressText:
         done = event.step - first_step
         pace = f", {(now - began) / done:.2f} s/step" if done > 0 else ""
         return f"step {event.step}/{event.steps}{pace}"
+
+
+def _rest(event: Accepted | Progress) -> str:
+    """What is left, where somebody waits long enough to ask."""
+    seconds = event.expected_seconds
+    return f", about {seconds:.0f} s left" if seconds and seconds >= _WORTH_TELLING_SECONDS else ""

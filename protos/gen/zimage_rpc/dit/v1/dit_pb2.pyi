@@ -67,6 +67,7 @@ class GenerateSpec(_message.Message):
     Z_IMAGE_FIELD_NUMBER: _builtins.int
     PACKING_FIELD_NUMBER: _builtins.int
     PREVIEWS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     width_px: _builtins.int
     """The picture's width in pixels: a multiple of 16 within the limits in Describe. Unset means the model's default."""
     height_px: _builtins.int
@@ -81,6 +82,8 @@ class GenerateSpec(_message.Message):
     """Guidance g in v = v+ + g (v+ - v-); 0 is off. The usual scale w is 1 + g. Unset means the variant's default."""
     packing: _types_pb2.Packing.ValueType
     """Whether other requests may share its steps."""
+    priority: _types_pb2.Priority.ValueType
+    """How urgent it is."""
     @_builtins.property
     def positive(self) -> _types_pb2.Conditioning:
         """What the picture shall show."""
@@ -121,10 +124,11 @@ class GenerateSpec(_message.Message):
         z_image: Global___ZImageOptions | None = ...,
         packing: _types_pb2.Packing.ValueType = ...,
         previews: Global___Previews | None = ...,
+        priority: _types_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "positive", b"positive", "previews", b"previews", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "packing", b"packing", "positive", b"positive", "previews", b"previews", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "family", b"family", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative", b"negative", "output", b"output", "packing", b"packing", "positive", b"positive", "previews", b"previews", "priority", b"priority", "schedule", b"schedule", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px", "z_image", b"z_image"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -454,6 +458,7 @@ class Accepted(_message.Message):
     SIGMAS_FIELD_NUMBER: _builtins.int
     FORWARD_COUNT_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    EXPECTED_TIME_FIELD_NUMBER: _builtins.int
     forward_count: _builtins.int
     """How many DiT forwards the whole request takes, guidance included."""
     queue_position: _builtins.int
@@ -466,6 +471,10 @@ class Accepted(_message.Message):
     def sigmas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """The noise levels after the shift, the final 0 included: one more than there are steps."""
 
+    @_builtins.property
+    def expected_time(self) -> _duration_pb2.Duration:
+        """How long it will take beside the others. Unset where nothing like it was made yet."""
+
     def __init__(
         self,
         *,
@@ -473,10 +482,11 @@ class Accepted(_message.Message):
         sigmas: _abc.Iterable[_builtins.float] | None = ...,
         forward_count: _builtins.int = ...,
         queue_position: _builtins.int = ...,
+        expected_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_time", b"expected_time", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_count", b"forward_count", "queue_position", b"queue_position", "sigmas", b"sigmas", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_time", b"expected_time", "forward_count", b"forward_count", "queue_position", b"queue_position", "sigmas", b"sigmas", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -523,6 +533,8 @@ class Progress(_message.Message):
     IMAGE_INDEX_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    EXPECTED_TIME_FIELD_NUMBER: _builtins.int
     stage: Global___Progress.Stage.ValueType
     """What the server does now."""
     image_index: _builtins.int
@@ -531,6 +543,12 @@ class Progress(_message.Message):
     """How many steps of this picture are done."""
     step_count: _builtins.int
     """How many steps this picture has."""
+    queue_position: _builtins.int
+    """How many requests came before this one and are not done."""
+    @_builtins.property
+    def expected_time(self) -> _duration_pb2.Duration:
+        """How long the rest of all its pictures will take beside the others. Unset where nothing like it was made yet."""
+
     def __init__(
         self,
         *,
@@ -538,10 +556,12 @@ class Progress(_message.Message):
         image_index: _builtins.int = ...,
         step: _builtins.int = ...,
         step_count: _builtins.int = ...,
+        queue_position: _builtins.int = ...,
+        expected_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_time", b"expected_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_index", b"image_index", "stage", b"stage", "step", b"step", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_time", b"expected_time", "image_index", b"image_index", "queue_position", b"queue_position", "stage", b"stage", "step", b"step", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -71,6 +71,34 @@ PACKING_SOLO: Packing.ValueType  # 2
 """Its steps are its own."""
 Global___Packing: _TypeAlias = Packing  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Not given: normal."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody sits there and waits: four times the time of the next."""
+    PRIORITY_NORMAL: _Priority.ValueType  # 2
+    """As most."""
+    PRIORITY_BACKGROUND: _Priority.ValueType  # 3
+    """Whenever there is nothing better to do: a quarter of the time of the one before."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """How urgent a request is, next to those of others: a weight, so that nobody waits for ever."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Not given: normal."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody sits there and waits: four times the time of the next."""
+PRIORITY_NORMAL: Priority.ValueType  # 2
+"""As most."""
+PRIORITY_BACKGROUND: Priority.ValueType  # 3
+"""Whenever there is nothing better to do: a quarter of the time of the one before."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """A dense tensor. The length of data must be the product of shape times the element's size."""
