@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 Stamp = tuple[int, int, int] | None
@@ -18,6 +19,14 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def chunks(path: Path, offset: int, size: int = 1 << 20) -> Iterator[bytes]:
+    """The file from an offset on."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while chunk := file.read(size):
+            yield chunk
 
 
 def stamp(path: Path) -> Stamp:

@@ -149,6 +149,18 @@ class DitSettings(ServiceSettings):
         2 << 30, gt=0, description="bytes that requests and pictures may take"
     )
 
+    store: str = Field(
+        "",
+        description="folder or URL for blobs; unset: a folder of this user; URLs need fsspec's "
+        "library for their kind",
+    )
+    store_quota_bytes: int = Field(
+        64 << 30, gt=0, description="bytes that blobs may take, as far as this replica knows"
+    )
+    store_keep_seconds: float = Field(
+        7 * 86_400.0, gt=0, description="how long blobs without a name stay after their last use"
+    )
+
     @property
     def encoder_credentials(self) -> Credentials:
         """For the way to the encoder, where this service shows its own certificate."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -15,10 +16,13 @@ from zimage_client._events import DecodedImage
 from zimage_client._items import Answers
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled
+from zimage_core.files import chunks as file_chunks
 from zimage_core.tensors import TensorData
 from zimage_core.wire import status
+from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from zimage_rpc.types.v1 import types_pb2
 
 T = TypeVar("T")
 
@@ -130,6 +134,65 @@ async def generate(
     stub = dit_pb2_grpc.DitServiceStub(channel)
     request = dit_pb2.GenerateRequest(spec=spec)
     call = stub.Generate(iter([request]), timeout=timeout, metadata=metadata)
+    try:
+        with _typed_errors():
+            async for response in call:
+                yield response
+    finally:
+        call.cancel()  # without effect on a call that has ended
+
+
+async def find_blobs(
+    channel: grpc.aio.Channel, digests: Sequence[str], timeout: float | None, metadata: Metadata
+) -> set[str]:
+    """Those that are there, whole."""
+    stub = blob_pb2_grpc.BlobServiceStub(channel)
+    request = blob_pb2.FindRequest(sha256=digests)
+    with _typed_errors():
+        response = await stub.Find(request, timeout=timeout, metadata=metadata)
+    return {found.sha256 for found in response.found if found.complete}
+
+
+async def put_blob(
+    channel: grpc.aio.Channel,
+    digest: types_pb2.Digest,
+    file: Path,
+    timeout: float | None,
+    metadata: Metadata,
+) -> AsyncGenerator[blob_pb2.PutResponse, None]:
+    """One try: what the service has by now, first and last."""
+    stub = blob_pb2_grpc.BlobServiceStub(channel)
+    begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def messages() -> AsyncIterator[blob_pb2.PutRequest]:
+        yield blob_pb2.PutRequest(start=digest)
+        pieces = iter(file_chunks(file, await begun))
+        while chunk := await asyncio.to_thread(next, pieces, b""):
+            yield blob_pb2.PutRequest(chunk=chunk)
+
+    call = stub.Put(messages(), timeout=timeout, metadata=metadata)
+    try:
+        with _typed_errors():
+            async for response in call:
+                if not begun.done():
+                    begun.set_result(response.stored_bytes)
+                yield response
+    finally:
+        begun.cancel()
+        call.cancel()  # without effect on a call that has ended
+
+
+async def get_blob(
+    channel: grpc.aio.Channel,
+    sha256: str,
+    offset: int,
+    timeout: float | None,
+    metadata: Metadata,
+) -> AsyncGenerator[blob_pb2.GetResponse, None]:
+    """One try: the pieces from an offset on."""
+    stub = blob_pb2_grpc.BlobServiceStub(channel)
+    request = blob_pb2.GetRequest(sha256=sha256, offset=offset)
+    call = stub.Get(iter([request]), timeout=timeout, metadata=metadata)
     try:
         with _typed_errors():
             async for response in call:

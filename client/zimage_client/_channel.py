@@ -57,6 +57,13 @@ class _Open:
     """Of the certificates that it was made with."""
 
 
+@dataclass
+class Near:
+    """The replica that has begun with something, and should go on with it."""
+
+    place: Place | None = None
+
+
 class Way:
     """The way to the replicas of one service: calls go round them, and for a while round those
     where nobody was."""
@@ -76,8 +83,8 @@ class Way:
         return max(0, len(self.places) - 1)
 
     @contextmanager
-    def one_try(self) -> Iterator[grpc.aio.Channel]:
-        """A channel to the replica whose turn it is."""
+    def one_try(self, near: Near | None = None) -> Iterator[grpc.aio.Channel]:
+        """A channel to the replica whose turn it is, or to the one that was near."""
         if self._is_closed:
             raise Cancelled("the client is closed")
         if not self.places:
@@ -86,7 +93,9 @@ class Way:
                 reason="NO_ADDRESS",
                 fields={"field": self._name},
             )
-        at = self._next()
+        at = self._next(near.place if near else None)
+        if near:
+            near.place = at
         try:
             yield self._channel(at)
         except Unavailable as error:
@@ -111,8 +120,10 @@ class Way:
             _, opened = self._open.popitem()
             await opened.channel.close()
 
-    def _next(self) -> Place:
+    def _next(self, near: Place | None) -> Place:
         now, count = time.monotonic(), len(self.places)
+        if near and self._shunned.get(near, now) <= now:
+            return near
         in_turn = [self.places[(self._turn + offset) % count] for offset in range(count)]
         chosen = next((at for at in in_turn if self._shunned.get(at, now) <= now), in_turn[0])
         self._turn = self.places.index(chosen) + 1

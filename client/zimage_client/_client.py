@@ -1,11 +1,13 @@
 """The asynchronous client."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Literal, Self, TypeVar, Unpack, overload
 
 from zimage_client import _calls
+from zimage_client._blobs import Transfers
 from zimage_client._channel import Channels, Way
 from zimage_client._conditioning import Condition, Prompts, conditioning
 from zimage_client._description import DitDescription, EncoderDescription
@@ -157,6 +159,24 @@ class AsyncClient:
         item = latents_item(format, quality)
         return self._each(latents, item, self._channels.dit, _calls.decode_latents, timeout)
 
+    async def put_blob(self, file: str | Path, *, timeout: float | None = None) -> str:
+        """Sends a file to the DiT service's store, unless it is there; its SHA-256 names it from
+        then on. A broken connection costs what was on its way, not what had come."""
+        return await self._transfers().put(Path(file), self._lasting(timeout))
+
+    async def get_blob(
+        self, sha256: str, file: str | Path, *, timeout: float | None = None
+    ) -> None:
+        """Writes a blob to a file, which appears whole and verified; goes on where an earlier try
+        ended, also one of another process."""
+        await self._transfers().get(sha256, Path(file), self._lasting(timeout))
+
+    async def find_blobs(
+        self, digests: Iterable[str], *, timeout: float | None = _calls.DESCRIBE_SECONDS
+    ) -> set[str]:
+        """Those of the blobs that the DiT service has."""
+        return await self._transfers().find(digests, timeout)
+
     async def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""
         same_id = self._channels.metadata()
@@ -172,6 +192,13 @@ class AsyncClient:
         return await self._channels.encoder.first(
             lambda channel: _calls.describe_encoder(channel, timeout, same_id)
         )
+
+    def _transfers(self) -> Transfers:
+        return Transfers(self._channels.dit, self._channels.metadata())
+
+    def _lasting(self, timeout: float | None) -> Replay:
+        check_timeout(timeout)
+        return Replay(timeout=timeout, others=self._channels.dit.others)
 
     def _each(
         self,

@@ -84,6 +84,11 @@ class Replay:
         self._was_worked_on = True
         self._silence = None
 
+    def advanced(self) -> None:
+        """More is done than ever before: what breaks on the way did not prevent it."""
+        self._silence = None
+        self._breaks = 0
+
     def pause_after(self, error: ZImageError) -> float:
         """Seconds until the next try; raises the error when there shall be none. A timeout that
         passes where the try before failed is told as that failure."""

@@ -3,8 +3,9 @@
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from zimage_client import _calls
@@ -102,6 +103,20 @@ class Client:
             latents, format=format, quality=quality, timeout=timeout
         )
         return _iterate(self, self._loop, images)
+
+    def put_blob(self, file: str | Path, *, timeout: float | None = None) -> str:
+        """Sends a file to the DiT service's store, as AsyncClient's does."""
+        return self._loop.run(self._client.put_blob(file, timeout=timeout))
+
+    def get_blob(self, sha256: str, file: str | Path, *, timeout: float | None = None) -> None:
+        """Writes a blob to a file, as AsyncClient's does."""
+        self._loop.run(self._client.get_blob(sha256, file, timeout=timeout))
+
+    def find_blobs(
+        self, digests: Iterable[str], *, timeout: float | None = _calls.DESCRIBE_SECONDS
+    ) -> set[str]:
+        """Those of the blobs that the DiT service has."""
+        return self._loop.run(self._client.find_blobs(digests, timeout=timeout))
 
     def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""

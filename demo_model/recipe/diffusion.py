@@ -18,7 +18,7 @@ from demo_model.recipe.networks import TRANSFORMER, RMSNorm, TextEncoder, Transf
 from demo_model.recipe.optimiser import Muon
 from demo_model.recipe.stages import warm_up_and_down
 
-STEPS = 5000
+STEPS = 4500
 _AT_ONCE = 64
 _RATE = 2e-3
 _DECAY = 0.7

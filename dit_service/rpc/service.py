@@ -1,13 +1,17 @@
 """Puts the front together."""
 
 import grpc.aio
+import platformdirs
 
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.generate import DitServicer
 from zimage_client import AsyncClient
+from zimage_core.serving.blobs import BlobServicer
 from zimage_core.serving.server import Service
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
+from zimage_core.store.blobs import Blobs
+from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
 
@@ -20,13 +24,18 @@ def service(settings: DitSettings) -> Service:
         else None
     )
 
+    at = settings.store or str(platformdirs.user_data_path("zimage") / "store")
+    blobs = Blobs(at, settings.store_quota_bytes, settings.store_keep_seconds)
+
     def register(server: grpc.aio.Server, worker: Worker) -> None:
         servicer = DitServicer(worker, settings, Conditioner(settings, encoder))
         dit_pb2_grpc.add_DitServiceServicer_to_server(servicer, server)
+        blob_pb2_grpc.add_BlobServiceServicer_to_server(BlobServicer(blobs), server)
 
     return Service(
         name=dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name,
         entry="dit_service.engine.worker:main",
         register=register,
+        also=[blob_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name],
         neighbours=[encoder] if encoder else [],
     )

@@ -29,6 +29,9 @@ _SCHEME = "Bearer "
 _MINUTE = 60.0
 
 ROLES: dict[str, Role | None] = {
+    "/zimage_rpc.blob.v1.BlobService/Find": "generate",
+    "/zimage_rpc.blob.v1.BlobService/Put": "generate",
+    "/zimage_rpc.blob.v1.BlobService/Get": "generate",
     "/zimage_rpc.encoder.v1.EncoderService/Describe": None,
     "/zimage_rpc.encoder.v1.EncoderService/Encode": "encode",
     "/zimage_rpc.encoder.v1.EncoderService/EncodeStream": "encode",

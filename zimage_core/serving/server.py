@@ -45,6 +45,8 @@ class Service:
     """Where its worker begins, as "module:function"."""
     register: Callable[[grpc.aio.Server, Worker], None]
     """Adds the servicer, which hands its work to the worker."""
+    also: Sequence[str] = ()
+    """The full names of services that it has beside its own."""
     neighbours: Sequence[AbstractAsyncContextManager[object]] = ()
     """Clients of other services, closed when this one ends."""
 
@@ -58,7 +60,11 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
     worker = Worker(service.entry, settings, settings.watchdog, readiness.set)
     service.register(server, worker)
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
-    names = (service.name, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+    names = (
+        service.name,
+        *service.also,
+        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+    )
     reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
 
     async with contextlib.AsyncExitStack() as closing:

@@ -15,6 +15,9 @@ PROMPTS_PER_ENCODE = 32
 PROMPT_BYTES = 1 << 20
 """The longest text in one prompt, all parts together."""
 
+DIGESTS_PER_FIND = 1000
+"""The most blobs in one Find."""
+
 UNARY_ATTEMPTS = 5
 """The most attempts of a unary call that may be repeated; gRPC clamps more to this."""
 
@@ -55,6 +58,7 @@ SERVICE_CONFIG = {
                 {"service": "zimage_rpc.encoder.v1.EncoderService", "method": "Encode"},
                 {"service": "zimage_rpc.encoder.v1.EncoderService", "method": "Describe"},
                 {"service": "zimage_rpc.dit.v1.DitService", "method": "Describe"},
+                {"service": "zimage_rpc.blob.v1.BlobService", "method": "Find"},
             ],
             "retryPolicy": _RETRY,
         }
