@@ -27,10 +27,14 @@ _LEAST_PIXELS = 8
 """Of a thing, however small; a true one has four hundred."""
 _LEAST_OVERLAP = 0.85
 """Intersection over union of a piece and its best shape; of true things it is 0.93 at least."""
+_LIKELY_OVERLAP = 0.6
+"""From which a piece may have been meant to be a shape."""
 _ALIKE = 40.0
 _MOSTLY = 0.9
 """The share of a thing or of the background that must be like its median, within so much in RGB."""
 _TURNS = (-0.09, -0.045, 0.0, 0.045, 0.09)
+_MARGIN = 6
+"""Of a thing's surroundings, in pixels, in which it is moved about."""
 _CELLS = (0.37, 0.63)
 _LEAST_DISTANCE = 0.2
 """Of two things along their relation, in sides."""
@@ -38,6 +42,7 @@ _SIZE_BORDERS = {"small": 15.2, "medium": 22.0}
 
 _PALETTE = np.array(list(world.COLOURS.values()), np.float32)
 
+Rgb = tuple[int, int, int]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Piece = np.ndarray[Any, np.dtype[np.bool_]]
 """Which pixels belong to a thing."""
@@ -90,6 +95,35 @@ def sharpness(picture: Pixels) -> list[float]:
     """For each thing, how close it is to its own best-fitting rendering, in decibels."""
     levels, background, pieces = _parts(picture)
     return [_sharpness(levels, background, piece) for piece in pieces if _core(piece).any()]
+
+
+def meant(picture: Pixels, scene: Scene) -> tuple[Rgb, list[Placed]] | None:
+    """The scene as the picture may have meant it: its background, and its shapes where and as they
+    fit best. None for a picture that shows another scene."""
+    found = check(picture, scene)
+    if not (found["background"] and found["count"] and found["size"] and found["place"]):
+        return None
+    levels, background, pieces = _parts(picture)
+    things: list[Placed] = []
+    for seen, thing in zip(_matched(look(picture), scene), scene.things, strict=True):
+        piece = min(pieces, key=lambda piece: _distance(piece, seen))
+        colour, cover = _painted(levels, background, piece)
+        fits = (fit for fit in _fits(cover) if fit[1].shape == thing.shape)
+        overlap, fitted = max(fits, key=lambda fit: fit[0])
+        if overlap < _LIKELY_OVERLAP or _colour_name(colour) != thing.colour:
+            return None
+        things.append(replace(_settled(fitted, cover), rgb=_rgb(colour)))
+    return _rgb(background), things
+
+
+def _distance(piece: Piece, seen: Seen) -> float:
+    rows, columns = np.nonzero(piece)
+    return math.hypot(columns.mean() - seen.x, rows.mean() - seen.y)
+
+
+def _rgb(colour: Floats) -> Rgb:
+    red, green, blue = (round(float(level)) for level in colour)
+    return red, green, blue
 
 
 def _parts(picture: Pixels) -> tuple[Floats, Floats, list[Piece]]:
@@ -153,18 +187,27 @@ def _sharpness(levels: Floats, background: Floats, piece: Piece) -> float:
     """How close a thing is to its own best rendering, around its edges and within: in decibels."""
     colour, cover = _painted(levels, background, piece)
     _, fitted = max(_fits(cover), key=lambda fit: fit[0])
-    best, error = fitted, _error(fitted, cover)
-    for step in (0.5, 0.25, 0.1, 0.05, 0.02):
-        for _ in range(3):
-            for turned in _moved(best, step):
-                tried = _error(turned, cover)
-                if tried < error:
-                    best, error = turned, tried
-    drawn = _drawn(best, cover.shape)
+    drawn = _drawn(_settled(fitted, cover), cover.shape)
     near = _grown(_grown(piece)) | (drawn > 0)
     picture = background + drawn[..., None] * (colour - background)
     squares = float(((levels - picture)[near] ** 2).mean())
     return 10 * math.log10(255**2 / max(squares, 1e-3))
+
+
+def _settled(thing: Placed, cover: Mask) -> Placed:
+    """The thing moved, resized and turned a little, until it covers best."""
+    rows, columns = np.nonzero(cover > 0)
+    top, left = max(0, rows.min() - _MARGIN), max(0, columns.min() - _MARGIN)
+    part = cover[top : rows.max() + _MARGIN + 1, left : columns.max() + _MARGIN + 1]
+    best = replace(thing, x=thing.x - left, y=thing.y - top)
+    error = _error(best, part)
+    for step in (0.5, 0.25, 0.1, 0.05, 0.02):
+        for _ in range(3):
+            for moved in _moved(best, step):
+                tried = _error(moved, part)
+                if tried < error:
+                    best, error = moved, tried
+    return replace(best, x=best.x + left, y=best.y + top)
 
 
 def _moved(thing: Placed, step: float) -> Iterator[Placed]:

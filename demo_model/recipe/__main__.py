@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from demo_model.recipe import autoencoder, decoder, diffusion, latents, measures, tokenizer
 from demo_model.recipe.assemble import assemble
 from demo_model.recipe.autoencoder import AutoencoderTraining
-from demo_model.recipe.decoder import DecoderTraining
+from demo_model.recipe.decoder import DecoderTraining, Sampler
 from demo_model.recipe.diffusion import DiffusionTraining
 from demo_model.recipe.stages import Stage
 
@@ -66,7 +66,9 @@ class Recipe:
         """All of it."""
         networks, model, words = self.networks(), self.autoencoder(), self.tokenizer()
         self._tell("autoencoder", model)
-        training = DecoderTraining(model, networks, words, self._device)
+        sampler = Sampler(model, networks, words, self._device)
+        sampled = sampler.batches(self._work / "sampled.pt")
+        training = DecoderTraining(model, sampled, self._device)
         Stage("decoder", decoder.STEPS, self._work).run(training)
         self._tell("decoder", training.model)
         assemble(result, self._work / "assembled", training.model, networks, words)

@@ -41,7 +41,7 @@ class Batch:
 
 def closeups(count: int, chance: random.Random) -> Batch:
     """Canvases of 64 x 64 with one thing or two: less background for the same time."""
-    return _batch([closeup(chance) for _ in range(count)])
+    return batch([closeup(chance) for _ in range(count)])
 
 
 def scenes(count: int, chance: random.Random) -> Batch:
@@ -53,7 +53,7 @@ def scenes(count: int, chance: random.Random) -> Batch:
         placed = drawing.placed(scene, size, chance)
         layers = [(thing, drawing.mask(thing, size)) for thing in placed]
         drawn.append(Canvas(layers, drawing.jittered(scene.background, chance)))
-    return replace(_batch(drawn), scenes=shown)
+    return replace(batch(drawn), scenes=shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,8 @@ def closeup(chance: random.Random) -> Canvas:
     return Canvas(layers, background)
 
 
-def _batch(canvases: list[Canvas]) -> Batch:
+def batch(canvases: list[Canvas]) -> Batch:
+    """The canvases painted."""
     pictures, edges, labels = [], [], []
     for canvas in canvases:
         height, width = canvas.layers[0][1].shape
