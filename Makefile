@@ -53,6 +53,9 @@ test-fast: ## the checks of every minute
 	$(call layer,lint,$(BIN)/ruff check .)
 	$(call layer,unit and contract,$(BIN)/pytest tests/unit tests/contract -m "not slow")
 
+fuzz: ## 10,000 requests to every method that no client would send
+	$(BIN)/pytest tests/e2e/test_fuzz.py --fuzz-requests 10000
+
 parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E5)
 	$(BIN)/pytest tests/parity $(PARITY)
 
@@ -91,4 +94,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast parity bench-encoder bench-dit bench-engine demo-model demo-eval proto proto-check docs clean
+.PHONY: help setup run test check test-fast fuzz parity bench-encoder bench-dit bench-engine demo-model demo-eval proto proto-check docs clean

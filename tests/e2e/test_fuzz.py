@@ -1,0 +1,163 @@
+"""Every method under requests that no client sends: typed errors, nothing dies, nothing grows.
+
+`make fuzz` asks 10,000 times; CI 500 times.
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from google.protobuf.message import Message
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.e2e.hostile import hostile
+from tests.e2e.services import PATIENCE_SECONDS, Service, running, typed
+from zimage_core.embeddings import Embedding, Numerics, Recipe
+from zimage_core.errors import InternalError, Unavailable
+from zimage_core.tensors import TensorData
+from zimage_core.wire import embeddings, tensors
+from zimage_core.wire.status import SERVED_BY_US
+from zimage_rpc.blob.v1 import blob_pb2
+from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.encoder.v1 import encoder_pb2
+from zimage_rpc.types.v1 import types_pb2
+
+WIDTH = 128
+LIMITS = ("--max-side-px", "64", "--max-image-count", "2", "--max-step-count", "2")
+_ENCODER, _DIT = "zimage_rpc.encoder.v1.EncoderService", "zimage_rpc.dit.v1.DitService"
+_BLOBS = "zimage_rpc.blob.v1.BlobService"
+_WARM = 1000
+_GROWTH = 1.02
+
+
+def _png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(file, "png")
+    return file.getvalue()
+
+
+def _embedding() -> types_pb2.PromptEmbedding:
+    return embeddings.embedding_to_wire(
+        Embedding(
+            tensor=TensorData("float32", (2, WIDTH), bytes(8 * WIDTH)),
+            identity="",
+            recipe=Recipe(chat_format=1, hidden_layer=-2, token_limit=512),
+            numerics=Numerics("float32", "float32", "test", "cpu"),
+            token_count=2,
+            token_ids_sha256="",
+        )
+    )
+
+
+def _spec(**content: Message) -> dit_pb2.GenerateRequest:
+    side = types_pb2.Conditioning(segments=[types_pb2.Segment(**content)])  # type: ignore[arg-type]
+    return dit_pb2.GenerateRequest(
+        spec=dit_pb2.GenerateSpec(
+            positive=side,
+            negative=side,
+            width_px=32,
+            height_px=32,
+            seed=1,
+            image_count=1,
+            step_count=1,
+            schedule=dit_pb2.Schedule(rule=dit_pb2.Schedule.RULE_OFFICIAL, shift=3.0),
+            guidance_scale=1.0,
+            output=dit_pb2.Output(format=dit_pb2.Output.FORMAT_JPEG, quality=90),
+            z_image=dit_pb2.ZImageOptions(force_guidance=True, cfg_normalization=1.0),
+            packing=types_pb2.PACKING_SHARED,
+            previews=dit_pb2.Previews(interval_steps=1),
+            priority=types_pb2.PRIORITY_NORMAL,
+        )
+    )
+
+
+PROMPT = types_pb2.Prompt(text="a red circle", system="s", thinking="t")
+LATENTS = tensors.to_wire(TensorData("float32", (16, 4, 4), bytes(4 * 16 * 16)))
+SHA256 = "0123456789abcdef" * 4
+METHODS: dict[str, list[Message]] = {
+    f"{_ENCODER}/Describe": [encoder_pb2.DescribeRequest()],
+    f"{_ENCODER}/Encode": [encoder_pb2.EncodeRequest(prompts=[PROMPT, PROMPT])],
+    f"{_ENCODER}/EncodeStream": [encoder_pb2.EncodeStreamRequest(item_id=1, prompt=PROMPT)],
+    f"{_DIT}/Describe": [dit_pb2.DescribeRequest()],
+    f"{_DIT}/Generate": [_spec(embedding=_embedding()), _spec(prompt=PROMPT)],
+    f"{_DIT}/EncodeImages": [dit_pb2.EncodeImagesRequest(item_id=1, image=_png())],
+    f"{_DIT}/DecodeLatents": [dit_pb2.DecodeLatentsRequest(item_id=1, latents=LATENTS)],
+    f"{_BLOBS}/Find": [blob_pb2.FindRequest(sha256=[SHA256])],
+    f"{_BLOBS}/Put": [
+        blob_pb2.PutRequest(start=types_pb2.Digest(sha256=SHA256, size_bytes=9)),
+        blob_pb2.PutRequest(chunk=b"123456789"),
+    ],
+    f"{_BLOBS}/Get": [blob_pb2.GetRequest(sha256=SHA256, offset=1)],
+}
+"""What clients send, as a place to begin."""
+_UNARY = ("Describe", "Encode", "Find")
+
+
+@pytest.fixture(scope="module")
+def encoder(model_folder: Path) -> Iterator[Service]:
+    with running("encoder_service", "--model", str(model_folder)) as service:
+        service.wait_until("SERVING")
+        yield service
+
+
+@pytest.fixture(scope="module")
+def dit(
+    model_folder: Path, encoder: Service, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    store = str(tmp_path_factory.mktemp("store"))
+    flags = "--model", str(model_folder), "--encoder", encoder.address, "--store", store
+    with running("dit_service", *flags, *LIMITS) as service:
+        service.wait_until("SERVING")
+        yield service
+
+
+def test_every_method_is_here(encoder: Service, dit: Service) -> None:
+    files = encoder_pb2.DESCRIPTOR, dit_pb2.DESCRIPTOR, blob_pb2.DESCRIPTOR
+    services = [service for file in files for service in file.services_by_name.values()]
+    assert set(METHODS) == {f"{s.full_name}/{m.name}" for s in services for m in s.methods}
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_comes_gets_an_answer(
+    method: str, encoder: Service, dit: Service, pytestconfig: pytest.Config
+) -> None:
+    service = encoder if method.startswith(_ENCODER) else dit
+    call = service.channel.stream_stream(f"/{method}")
+    processes = [psutil.Process(service.process.pid), service.worker]
+    one = st.one_of([hostile(base) for base in METHODS[method]])
+    is_unary = method.rpartition("/")[2] in _UNARY
+    count = pytestconfig.getoption("--fuzz-requests")
+    sizes: list[int] = []
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(one, min_size=1, max_size=1) if is_unary else st.lists(one, max_size=3))
+    def ask(requests: list[bytes]) -> None:
+        answers = call(iter(requests), timeout=PATIENCE_SECONDS)
+        try:
+            for _ in answers:
+                pass
+        except grpc.RpcError:
+            assert SERVED_BY_US in dict(answers.trailing_metadata()), answers.details()
+            error = typed(answers)
+            assert not isinstance(error, InternalError | Unavailable), error
+            assert answers.code() != grpc.StatusCode.DEADLINE_EXCEEDED
+        sizes.append(sum(process.memory_info().rss for process in processes))
+
+    ask()
+    assert service.process.poll() is None
+    assert service.worker == processes[1]
+    assert not [line for line in service.log if "Traceback" in line]
+    if len(sizes) > 2 * _WARM:
+        assert max(sizes[-100:]) <= _GROWTH * max(sizes[:_WARM])
