@@ -48,6 +48,7 @@ check: ## all checks, without set-up
 	$(call layer,parity,$(MAKE) --no-print-directory parity)
 	$(call layer,device,$(BIN)/pytest tests/device)
 	$(call layer,e2e,$(BIN)/pytest tests/e2e)
+	$(call layer,fault,$(BIN)/pytest tests/fault)
 
 test-fast: ## the checks of every minute
 	$(call layer,lint,$(BIN)/ruff check .)
@@ -55,6 +56,9 @@ test-fast: ## the checks of every minute
 
 fuzz: ## 10,000 requests to every method that no client would send
 	$(BIN)/pytest tests/e2e/test_fuzz.py --fuzz-requests 10000
+
+fault: ## everything that can die does, 20 times each; writes docs/reliability.md
+	$(BIN)/pytest tests/fault --times 20 --write-table
 
 parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E5)
 	$(BIN)/pytest tests/parity $(PARITY)
@@ -94,4 +98,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast fuzz parity bench-encoder bench-dit bench-engine demo-model demo-eval proto proto-check docs clean
+.PHONY: help setup run test check test-fast fuzz fault parity bench-encoder bench-dit bench-engine demo-model demo-eval proto proto-check docs clean
