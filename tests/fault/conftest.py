@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 _TABLE = Path(__file__).parents[2] / "docs" / "reliability.md"
-_MARKS = "<!-- table: faults -->", "<!-- end of table -->"
+_MARKS = "<!-- faults -->", "<!-- end of faults -->"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
