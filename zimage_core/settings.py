@@ -55,6 +55,9 @@ class ServiceSettings(_Program):
     tls_client_ca: Path | None = Field(
         None, description="authorities that callers must have a certificate from (mutual TLS)"
     )
+    traces: str = Field(
+        "", description="OpenTelemetry collector, http://host:4317 (OTLP over gRPC); unset: none"
+    )
     device: Device = Field("auto", description="where the model runs")
     dtype: ElementType = Field("auto", description="type that the model computes in")
     drain_delay_seconds: float = Field(
@@ -182,6 +185,10 @@ class ClientSettings(_Program):
     )
     tls_cert: Path | None = Field(None, description="certificate to show them (mutual TLS)")
     tls_key: Path | None = Field(None, description="key to the certificate")
+
+    traces: str = Field(
+        "", description="OpenTelemetry collector, http://host:4317 (OTLP over gRPC); unset: none"
+    )
 
     @property
     def credentials(self) -> Credentials:

@@ -13,9 +13,11 @@ from typing import TypeVar
 
 import grpc.aio
 
+from zimage_core import tracing
 from zimage_core.errors import Cancelled, InvalidSettings, Unavailable
 from zimage_core.files import Stamp
 from zimage_core.tls import Tls
+from zimage_core.tracing import Span
 from zimage_core.wire import limits, request_id
 from zimage_core.wire.addresses import is_loopback
 
@@ -169,13 +171,15 @@ class Channels:
         """Whether prompts are encoded on this side."""
         return bool(self.encoder.places)
 
-    def metadata(self) -> Metadata:
-        """What goes with the calls of a request: its id, the one at hand or a new one, and the
-        token."""
-        id_given = (request_id.KEY, request_id.current.get() or request_id.fresh())
-        if not self._token:
-            return (id_given,)
-        return id_given, ("authorization", f"Bearer {_text(self._token)}")
+    def metadata(self, span: Span | None = None) -> Metadata:
+        """What goes with the calls of a request: its id, the one at hand or a new one, the token,
+        and the trace that it belongs to."""
+        known = {
+            request_id.KEY: request_id.current.get() or request_id.fresh(),
+            tracing.KEY: span.traceparent if span else "",
+            "authorization": f"Bearer {_text(self._token)}" if self._token else "",
+        }
+        return tuple((key, value) for key, value in known.items() if value)
 
     async def close(self) -> None:
         """Ends the connections and whatever runs over them, for good."""

@@ -31,6 +31,7 @@ from zimage_client._items import (
 from zimage_client._options import Options, check_timeout, spec
 from zimage_client._reading import malformed
 from zimage_client._replay import Replay
+from zimage_core import tracing
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Unavailable
 from zimage_core.tensors import TensorData
@@ -220,16 +221,17 @@ class AsyncClient:
         return replayed(items, message, one_try, Replay(timeout=timeout, others=way.others))
 
     async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
-        same_id, way = self._channels.metadata(), self._channels.encoder
-        while True:
-            try:
-                with way.one_try() as channel:
-                    return await _calls.encode(channel, prompts, replay.within(None), same_id)
-            except Unavailable as error:
-                if error.reason != "LOADING" and not way.others:
-                    raise  # gRPC has tried that again already
-                pause = replay.pause_after(error)
-            await asyncio.sleep(pause)
+        with tracing.within("encode") as span:
+            same_id, way = self._channels.metadata(span), self._channels.encoder
+            while True:
+                try:
+                    with way.one_try() as channel:
+                        return await _calls.encode(channel, prompts, replay.within(None), same_id)
+                except Unavailable as error:
+                    if error.reason != "LOADING" and not way.others:
+                        raise  # gRPC has tried that again already
+                    pause = replay.pause_after(error)
+                await asyncio.sleep(pause)
 
 
 def _generated(

@@ -11,6 +11,7 @@ from zimage_client._conditioning import Conditioning, message
 from zimage_client._events import Completed, Event, Progress, Waiting
 from zimage_client._pictures import Assembly, Delivered
 from zimage_client._replay import Replay
+from zimage_core import tracing
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Unavailable, ZImageError
 from zimage_rpc.dit.v1 import dit_pb2
@@ -35,10 +36,21 @@ class Generation:
         self._replay = replay
         self._encoded = not channels.has_encoder
         self._delivered = Delivered()
-        self._metadata = self._channels.metadata()
+        self._span = tracing.beneath("generate")
+        self._metadata = self._channels.metadata(self._span)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """What happens, until all is done; raises what another try would not mend."""
+        try:
+            async with aclosing(self._tries()) as events:
+                async for event in events:
+                    yield event
+        except BaseException as error:
+            self._span.end(error)
+            raise
+        self._span.end()
+
+    async def _tries(self) -> AsyncGenerator[Event, None]:
         while True:
             try:
                 async with aclosing(self._one_try()) as events:

@@ -15,6 +15,7 @@ from dit_service.rpc.conditioning import Conditioner, Side
 from dit_service.rpc.costs import Costs
 from dit_service.rpc.pin import CheckedEmbedding
 from dit_service.rpc.spec import Resolved
+from zimage_core import tracing
 from zimage_core.embeddings import Prompt
 from zimage_core.errors import InvalidRequest
 from zimage_core.pictures import files
@@ -59,6 +60,8 @@ class Request:
             self._sides.append(conditioner.read(spec.negative, "spec.negative", model))
         _tell_effective(spec, self._sides)
         self._costs = costs
+        self._span = tracing.current.get()
+        self._stage_began = self._arrived
         priority = names.name_of(spec.priority, names.PRIORITIES)
         self._share = Share(access.project(), priority)
         self._completed = dit_pb2.Completed()
@@ -92,6 +95,7 @@ class Request:
             checked = await self._conditioner.resolve(self._sides, self._model)
             self._enter_provenance(checked)
             self._completed.usage.encode_time.CopyFrom(self._since_arrival())
+            self._stage_began = time.monotonic()
             self._tell(_progress(place, dit_pb2.Progress.STAGE_QUEUED))
             async with aclosing(worker.call(self._work(checked))) as events:
                 async for event in events:
@@ -140,6 +144,7 @@ class Request:
         usage, step_count = self._completed.usage, len(self._resolved.sigmas) - 1
         if not usage.HasField("queue_time"):
             usage.queue_time.CopyFrom(self._since_arrival())
+            self._stage_ended("queue")
         match event:
             case messages.Denoised(index, step):
                 stage = dit_pb2.Progress.STAGE_DENOISING
@@ -147,12 +152,14 @@ class Request:
                 self._tell(_progress(place, stage, index, step, step_count))
             case messages.Decoding(index):
                 stage = dit_pb2.Progress.STAGE_DECODING
+                self._stage_ended("denoise", steps=step_count, image_index=index)
                 self._work_done(place, index, step_count)
                 self._tell(_progress(place, stage, index, step_count, step_count))
             case messages.Preview() if self._told.qsize() < _MOST_UNREAD:
                 preview = await asyncio.to_thread(_preview, event)
                 self._tell(dit_pb2.GenerateResponse(preview=preview))
             case messages.Picture(index, rgb):
+                self._stage_ended("decode", image_index=index)
                 for chunk in await asyncio.to_thread(self._artifact, index, rgb):
                     self._tell(dit_pb2.GenerateResponse(artifact_chunk=chunk))
             case messages.Spent() as spent:
@@ -163,6 +170,12 @@ class Request:
                 usage.mean_occupancy = spent.occupancy / spent.step_count
                 metrics.DIT_STEP_SECONDS.observe(spent.denoise_seconds / spent.step_count)
                 metrics.DIT_STEP_REQUESTS.observe(usage.mean_occupancy)
+
+    def _stage_ended(self, name: str, **attributes: int) -> None:
+        """For the trace: from the end of the stage before until now."""
+        if self._span:
+            self._span.part(name, self._stage_began, **attributes)
+        self._stage_began = time.monotonic()
 
     def _work_done(self, place: Place, index: int, step: int) -> None:
         """The VAE's part counts as one more step."""

@@ -15,9 +15,11 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
+from zimage_core import tracing
 from zimage_core.errors import InternalError, InvalidRequest, Overloaded, Unimplemented, ZImageError
 from zimage_core.serving import access, metrics, peer
 from zimage_core.serving.access import Access, Caller, inside
+from zimage_core.tracing import Span
 from zimage_core.wire import request_id, status, strict
 
 _log = logging.getLogger("zimage.rpc")
@@ -143,11 +145,14 @@ class _Call:
         metadata = dict(self._context.invocation_metadata() or ())
         self._id = request_id.accept(str(metadata.get(request_id.KEY, "")))
         request_id.current.set(self._id)  # each call is a task of its own, with its own context
+        self._span = Span(self._label, str(metadata.get(tracing.KEY, "")), "SERVER")
+        tracing.current.set(self._span)
         return self
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object
     ) -> None:
+        self._span.end(error)
         match error:
             case None:
                 self._context.set_trailing_metadata(_OK)

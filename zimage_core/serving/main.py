@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from zimage_core import settings
+from zimage_core import settings, tracing
 from zimage_core.errors import InvalidSettings, ZImageError
 from zimage_core.serving import logs
 from zimage_core.serving.server import Service, serve
@@ -31,7 +31,8 @@ def run(
             sys.stdout.write(str(loaded))
             return 0
         logs.configure()
-        asyncio.run(serve(service(loaded.values), loaded.values))
+        with tracing.collected(f"zimage-{program}", loaded.values.traces):
+            asyncio.run(serve(service(loaded.values), loaded.values))
     except ZImageError as error:
         sys.stderr.write(f"{parser.prog}: {error.message}\n")
         return 2 if isinstance(error, InvalidSettings) else 1

@@ -23,7 +23,7 @@ from zimage_client.cli import (
     verify,
 )
 from zimage_client.cli.terminal import Terminal
-from zimage_core import settings
+from zimage_core import settings, tracing
 from zimage_core.errors import (
     Cancelled,
     DeadlineTooShort,
@@ -96,7 +96,8 @@ def _run(args: Namespace, terminal: Terminal) -> int:
         terminal.result(str(loaded).rstrip())
         return _DONE
     command, _ = _COMMANDS[args.command]
-    return asyncio.run(command.run(args, loaded.values, terminal)) or _DONE
+    with tracing.collected("zimage-client", loaded.values.traces):
+        return asyncio.run(command.run(args, loaded.values, terminal)) or _DONE
 
 
 def _explained(error: ZImageError) -> str:
