@@ -53,6 +53,19 @@ class InvalidRequest(ZImageError):
 
     default_reason = "INVALID_REQUEST"
 
+    @classmethod
+    def given(
+        cls, field: str, given: object, allowed: str, reason: str, nearest: str = ""
+    ) -> "InvalidRequest":
+        """The error of a field with a value that is not allowed."""
+        hint = f"; nearest {nearest}" if nearest else ""
+        fields = {"field": field, "given": str(given), "allowed": allowed, "nearest": nearest}
+        return InvalidRequest(
+            f"{field}: {given} given, allowed is {allowed}{hint}",
+            reason=reason,
+            fields={name: value for name, value in fields.items() if value or name != "nearest"},
+        )
+
     @property
     def field(self) -> str:
         """The path of the wrong field, empty when the whole call is wrong."""

@@ -6,6 +6,7 @@ key is an error that names the nearest known one; a broken file is fatal.
 """
 
 import difflib
+import hashlib
 import json
 import os
 import tomllib
@@ -163,6 +164,13 @@ class DitSettings(ServiceSettings):
     store_keep_seconds: float = Field(
         7 * 86_400.0, gt=0, description="how long blobs without a name stay after their last use"
     )
+
+    @property
+    def store_at(self) -> tuple[str, Path]:
+        """The store's URL, and a folder for what comes in for one that is elsewhere."""
+        at = self.store or str(platformdirs.user_data_path("zimage") / "store")
+        name = hashlib.sha256(at.encode()).hexdigest()[:16]
+        return at, platformdirs.user_cache_path("zimage") / f"store-{name}"
 
     @property
     def encoder_credentials(self) -> Credentials:

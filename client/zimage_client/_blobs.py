@@ -3,9 +3,10 @@
 import asyncio
 import hashlib
 import os
-from collections.abc import Iterable
-from contextlib import aclosing, closing
+from collections.abc import Iterable, Iterator
+from contextlib import aclosing, closing, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from zimage_client import _calls
 from zimage_client._channel import Metadata, Near, Way
@@ -13,7 +14,7 @@ from zimage_client._reading import malformed
 from zimage_client._replay import Replay
 from zimage_core.errors import InvalidRequest, ZImageError
 from zimage_core.wire.limits import DIGESTS_PER_FIND
-from zimage_rpc.types.v1 import types_pb2
+from zimage_rpc.blob.v1 import blob_pb2
 
 
 class Transfers:
@@ -38,62 +39,85 @@ class Transfers:
 
     async def put(self, file: Path, replay: Replay) -> str:
         """The digest of a file that is there now."""
-        digest = await asyncio.to_thread(_digest, file)
-        near, most = Near(), -1
-        while True:
-            try:
-                with self._way.one_try(near) as channel:
-                    call = _calls.put_blob(
-                        channel, digest, file, replay.within(None), self._metadata
-                    )
-                    async with aclosing(call) as answers:
-                        async for answer in answers:
-                            if answer.complete:
-                                return digest.sha256
-                            if answer.stored_bytes > most:
-                                most = answer.stored_bytes
-                                replay.advanced()
-                    raise malformed("it ended before the blob was there")
-            except ZImageError as error:
-                pause = replay.pause_after(error)
-            await asyncio.sleep(pause)
+        with _naming(file):
+            start = await asyncio.to_thread(_start, file)
+            near, most = Near(), -1
+            while True:
+                try:
+                    with self._way.one_try(near) as channel:
+                        call = _calls.put_blob(
+                            channel, start, file, replay.within(None), self._metadata
+                        )
+                        async with aclosing(call) as answers:
+                            async for answer in answers:
+                                if answer.complete:
+                                    return start.sha256
+                                if answer.stored_bytes > most:
+                                    most = answer.stored_bytes
+                                    replay.advanced()
+                        raise malformed("it ended before the blob was there")
+                except ZImageError as error:
+                    pause = replay.pause_after(error)
+                await asyncio.sleep(pause)
 
     async def get(self, sha256: str, file: Path, replay: Replay) -> None:
         """Writes a blob to a file, which appears whole and verified. What came before a break, or
         before this process, lies beside it."""
         part = file.with_name(f"{file.name}.{sha256[:16]}.part")
         near = Near()
-        while True:
-            try:
-                with (
-                    self._way.one_try(near) as channel,
-                    closing(await asyncio.to_thread(open, part, "ab")) as coming,
-                ):
-                    call = _calls.get_blob(
-                        channel, sha256, coming.tell(), replay.within(None), self._metadata
-                    )
-                    async with aclosing(call) as pieces:
-                        async for piece in pieces:
-                            await asyncio.to_thread(coming.write, piece.chunk)
-                            replay.advanced()
-                            size = piece.size_bytes
-                    if coming.tell() != size:
-                        raise malformed(f"a blob of {size} bytes has {coming.tell()}")
-                break
-            except ZImageError as error:
-                pause = replay.pause_after(error)
-            await asyncio.sleep(pause)
-        if (await asyncio.to_thread(_digest, part)).sha256 != sha256:
-            part.unlink()
-            raise malformed(f"the blob {sha256} came with another digest")
-        os.replace(part, file)
+        with _naming(file):
+            while True:
+                try:
+                    with (
+                        self._way.one_try(near) as channel,
+                        closing(await asyncio.to_thread(open, part, "ab", 0)) as coming,
+                    ):
+                        call = _calls.get_blob(
+                            channel, sha256, coming.tell(), replay.within(None), self._metadata
+                        )
+                        async with aclosing(call) as pieces:
+                            async for piece in pieces:
+                                await asyncio.to_thread(_append, coming, piece.chunk, part)
+                                replay.advanced()
+                                size = piece.size_bytes
+                        if coming.tell() != size:
+                            raise malformed(f"a blob of {size} bytes has {coming.tell()}")
+                    break
+                except ZImageError as error:
+                    if part.exists() and not part.stat().st_size:  # nothing to go on from
+                        part.unlink()
+                    pause = replay.pause_after(error)
+                await asyncio.sleep(pause)
+            if (await asyncio.to_thread(_start, part)).sha256 != sha256:
+                part.unlink()
+                raise malformed(f"the blob {sha256} came with another digest")
+            os.replace(part, file)
 
 
-def _digest(path: Path) -> types_pb2.Digest:
+def _append(coming: BinaryIO, chunk: bytes, part: Path) -> None:
+    before = coming.tell()
+    view = memoryview(chunk)
+    while view:
+        view = view[coming.write(view) :]
+    if coming.tell() != before + len(chunk):
+        raise InvalidRequest(
+            f"{part}: somebody else writes it, too; remove it and try again",
+            reason="FILE",
+            fields={"field": "file", "given": str(part)},
+        )
+
+
+def _start(path: Path) -> blob_pb2.PutStart:
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return blob_pb2.PutStart(sha256=sha256, size_bytes=file.tell())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A fault of this machine's disk, with the file that was meant."""
     try:
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return types_pb2.Digest(sha256=sha256, size_bytes=file.tell())
+        yield
     except OSError as error:
         raise InvalidRequest(
             f"{path}: {error.strerror}", reason="FILE", fields={"field": "file", "given": str(path)}

@@ -22,7 +22,6 @@ from zimage_core.wire import status
 from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
-from zimage_rpc.types.v1 import types_pb2
 
 T = TypeVar("T")
 
@@ -155,7 +154,7 @@ async def find_blobs(
 
 async def put_blob(
     channel: grpc.aio.Channel,
-    digest: types_pb2.Digest,
+    start: blob_pb2.PutStart,
     file: Path,
     timeout: float | None,
     metadata: Metadata,
@@ -163,12 +162,17 @@ async def put_blob(
     """One try: what the service has by now, first and last."""
     stub = blob_pb2_grpc.BlobServiceStub(channel)
     begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    faults: list[OSError] = []
 
     async def messages() -> AsyncIterator[blob_pb2.PutRequest]:
-        yield blob_pb2.PutRequest(start=digest)
-        pieces = iter(file_chunks(file, await begun))
-        while chunk := await asyncio.to_thread(next, pieces, b""):
-            yield blob_pb2.PutRequest(chunk=chunk)
+        yield blob_pb2.PutRequest(start=start)
+        try:
+            pieces = iter(file_chunks(file, await begun))
+            while chunk := await asyncio.to_thread(next, pieces, b""):
+                yield blob_pb2.PutRequest(chunk=chunk)
+        except OSError as fault:  # gRPC would only say that the call was cancelled
+            faults.append(fault)
+            raise
 
     call = stub.Put(messages(), timeout=timeout, metadata=metadata)
     try:
@@ -177,6 +181,10 @@ async def put_blob(
                 if not begun.done():
                     begun.set_result(response.stored_bytes)
                 yield response
+    except Cancelled:
+        if faults:
+            raise faults[0] from None
+        raise
     finally:
         begun.cancel()
         call.cancel()  # without effect on a call that has ended

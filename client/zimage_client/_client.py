@@ -199,7 +199,7 @@ class AsyncClient:
 
     def _lasting(self, timeout: float | None) -> Replay:
         check_timeout(timeout)
-        return Replay(timeout=timeout, others=self._channels.dit.others)
+        return Replay(timeout=timeout)  # no haste to another replica: it would begin anew
 
     def _each(
         self,

@@ -17,6 +17,8 @@ _PATIENCE_SECONDS = {
     "QUEUE_FULL": 60.0,
     "RATE_LIMITED": 60.0,
     "ENCODER_UNAVAILABLE": 60.0,
+    "BLOB_BUSY": 60.0,  # a dead connection is noticed after 15 s
+    "STORE_UNAVAILABLE": 60.0,
 }
 _LONGEST_PATIENCE_SECONDS = max(_PATIENCE_SECONDS.values())
 _SHORT_PATIENCE_SECONDS = 10.0  # nobody there: more often a wrong address than a restart

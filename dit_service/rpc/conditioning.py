@@ -18,6 +18,7 @@ from zimage_rpc.types.v1 import types_pb2
 _ENCODER_RETRY_SECONDS = 1.0
 _LETTERS_PER_TOKEN = 4
 _CHAT_TOKENS = 12
+_BYTES_PER_VALUE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,12 @@ class Side:
             return len(self.content.text) // _LETTERS_PER_TOKEN + _CHAT_TOKENS
         return self.content.embedding.token_count
 
+    def byte_count(self, width: int) -> int:
+        """Of the embedding; a guess, until there is one."""
+        if isinstance(self.content, Prompt):
+            return self.token_count * width * _BYTES_PER_VALUE
+        return len(self.content.embedding.tensor.data)
+
 
 class Conditioner:
     """Knows the encoder service, if there is one, and which embeddings are taken."""
@@ -59,7 +66,9 @@ class Conditioner:
     def read(self, message: types_pb2.Conditioning, field: str, model: messages.Model) -> Side:
         """What the message says, unless it is more or less than one prompt or fit embedding."""
         if len(message.segments) != 1:
-            raise _refusal(f"{field}.segments", len(message.segments), "exactly 1", "SEGMENTS")
+            raise InvalidRequest.given(
+                f"{field}.segments", len(message.segments), "exactly 1", "SEGMENTS"
+            )
         segment = message.segments[0]
         kind = segment.WhichOneof("content")
         field = f"{field}.segments[0].{kind or 'content'}"
@@ -70,7 +79,7 @@ class Conditioner:
             embedding = embeddings.embedding_from_wire(segment.embedding, field=field)
             return Side(field, self.pin.check(embedding, model, field))
         allowed = "a prompt or an embedding"
-        raise _refusal(field, kind or "nothing", allowed, "SEGMENT_CONTENT")
+        raise InvalidRequest.given(field, kind or "nothing", allowed, "SEGMENT_CONTENT")
 
     async def resolve(self, sides: Sequence[Side], model: messages.Model) -> list[CheckedEmbedding]:
         """The sides as embeddings; those that are prompts are encoded in one call."""
@@ -131,12 +140,6 @@ class Conditioner:
                 fields={"field": field},
             )
         if prompt.ByteSize() > PROMPT_BYTES:
-            raise _refusal(field, f"{prompt.ByteSize()} bytes", f"{PROMPT_BYTES}", "PROMPT_BYTES")
-
-
-def _refusal(field: str, given: object, allowed: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{field}: {given} given, allowed is {allowed}",
-        reason=reason,
-        fields={"field": field, "given": str(given), "allowed": allowed},
-    )
+            raise InvalidRequest.given(
+                field, f"{prompt.ByteSize()} bytes", f"{PROMPT_BYTES}", "PROMPT_BYTES"
+            )

@@ -108,9 +108,5 @@ def _size(latents: TensorData, model: messages.Model, limits: dit_pb2.Limits) ->
     is_right = len(shape) == 3 and shape[0] == model.latent_channels
     if not is_right or not all(1 <= side <= longest for side in shape[1:]):
         allowed = f"[{model.latent_channels}, 1 to {longest}, 1 to {longest}]"
-        raise InvalidRequest(
-            f"latents.shape: {list(shape)} given, allowed is {allowed}",
-            reason="LATENTS_SHAPE",
-            fields={"field": "latents.shape", "given": str(list(shape)), "allowed": allowed},
-        )
+        raise InvalidRequest.given("latents.shape", list(shape), allowed, "LATENTS_SHAPE")
     return shape[2] * model.pixels_per_latent, shape[1] * model.pixels_per_latent

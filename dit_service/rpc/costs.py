@@ -33,7 +33,12 @@ class Costs:
         decoding = self._decoding.expected(pixels, count * pixels)
         return Cost(
             seconds=None if denoising is None else denoising + (decoding or 0.0),
-            bytes=resolved.spec.ByteSize() + count * pixels * _BYTES_PER_PIXEL,
+            bytes=(
+                resolved.spec.ByteSize()
+                + sum(side.byte_count(model.caption_width) for side in sides)
+                + count * pixels * _BYTES_PER_PIXEL
+            ),
+            turns=count * len(resolved.sigmas),  # the VAE's part counts as one more step
             share=share,
         )
 
@@ -47,7 +52,8 @@ class Costs:
         """Enters what a request took."""
         flops, pixels = _flops_per_forward(resolved, sides, model), _pixels(resolved)
         self._denoising.learn(flops, spent.forward_count * flops, spent.denoise_seconds)
-        self._decoding.learn(pixels, len(resolved.seeds) * pixels, spent.decode_seconds)
+        if not resolved.spec.HasField("previews"):  # which the VAE may have made, too
+            self._decoding.learn(pixels, len(resolved.seeds) * pixels, spent.decode_seconds)
 
 
 def _flops_per_forward(resolved: Resolved, sides: Sequence[Side], model: messages.Model) -> float:

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from dit_service import messages
 from dit_service.rpc import describe
@@ -24,7 +25,7 @@ from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 _SPEC_SECONDS = 30.0  # a silent caller would hold up a drain
 _CONVERSIONS_AT_ONCE = 2  # one unpacks its file while the other has the device
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Message)
 R = TypeVar("R")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -83,7 +84,7 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         self._worker.loaded(messages.Model)
 
         async def in_turn(item: T) -> R:
-            async with self._admission.turn():
+            async with self._admission.turn(item.ByteSize()):
                 return await answer(item)
 
         async with aclosing(answers_to(items, in_turn, _CONVERSIONS_AT_ONCE)) as answers:

@@ -1,7 +1,6 @@
 """Puts the front together."""
 
 import grpc.aio
-import platformdirs
 
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.generate import DitServicer
@@ -24,8 +23,7 @@ def service(settings: DitSettings) -> Service:
         else None
     )
 
-    at = settings.store or str(platformdirs.user_data_path("zimage") / "store")
-    blobs = Blobs(at, settings.store_quota_bytes, settings.store_keep_seconds)
+    blobs = Blobs(*settings.store_at, settings.store_quota_bytes, settings.store_keep_seconds)
 
     def register(server: grpc.aio.Server, worker: Worker) -> None:
         servicer = DitServicer(worker, settings, Conditioner(settings, encoder))

@@ -91,7 +91,7 @@ class Resolver:
         spec.seed = _given(spec, "seed", secrets.randbelow(2**32))
         if spec.seed + spec.image_count - 1 > _LARGEST_SEED:
             allowed = f"at most {_LARGEST_SEED - spec.image_count + 1} for that many pictures"
-            raise _refusal("spec.seed", spec.seed, allowed, "SEED")
+            raise InvalidRequest.given("spec.seed", spec.seed, allowed, "SEED")
         return tuple(range(spec.seed, spec.seed + spec.image_count))
 
     def _decide_schedule(self, spec: dit_pb2.GenerateSpec) -> tuple[float, ...]:
@@ -112,15 +112,17 @@ class Resolver:
         sigmas, field = list(spec.schedule.sigmas), "spec.schedule.sigmas"
         if len(sigmas) > self.limits.max_step_count:
             allowed = f"at most {self.limits.max_step_count} steps"
-            raise _refusal(field, f"{len(sigmas)} steps", allowed, "SIGMAS")
+            raise InvalidRequest.given(field, f"{len(sigmas)} steps", allowed, "SIGMAS")
         falling = all(above > below for above, below in pairwise([*sigmas, 0.0]))
         if not falling or sigmas[0] > 1:  # NaN is not falling
-            raise _refusal(field, sigmas, "falling numbers in (0, 1]", "SIGMAS")
+            raise InvalidRequest.given(field, sigmas, "falling numbers in (0, 1]", "SIGMAS")
         if spec.schedule.rule:
-            raise _refusal("spec.schedule.rule", spec.schedule.rule, f"none with {field}", "SIGMAS")
+            raise InvalidRequest.given(
+                "spec.schedule.rule", spec.schedule.rule, f"none with {field}", "SIGMAS"
+            )
         if _given(spec, "step_count", len(sigmas)) != len(sigmas):
             allowed = f"none, or the length of {field}, {len(sigmas)}"
-            raise _refusal("spec.step_count", spec.step_count, allowed, "SIGMAS")
+            raise InvalidRequest.given("spec.step_count", spec.step_count, allowed, "SIGMAS")
         spec.step_count = len(sigmas)
         return schedule.shifted(sigmas, spec.schedule.shift)
 
@@ -130,7 +132,7 @@ class Resolver:
         options.cfg_normalization = _real(options, "spec.z_image.cfg_normalization", 0.0)
         options.cfg_truncation = _real(options, "spec.z_image.cfg_truncation", 1.0)
         if spec.guidance_scale > 0 and self.variant.is_distilled and not options.force_guidance:
-            raise _refusal(
+            raise InvalidRequest.given(
                 "spec.guidance_scale",
                 spec.guidance_scale,
                 f"0: a {self.variant.name} model has its guidance trained in; to try all the same, "
@@ -144,7 +146,7 @@ class Resolver:
         sources = dit_pb2.Previews
         usual = sources.SOURCE_LATENTS if self._maps_latents else sources.SOURCE_VAE
         if wanted.source == sources.SOURCE_LATENTS and not self._maps_latents:
-            raise _refusal(
+            raise InvalidRequest.given(
                 "spec.previews.source",
                 "latents",
                 f"vae: a linear map of this model's latents tells {self._preview_r_squared:.2f} of "
@@ -162,7 +164,7 @@ def check_side(field: str, side: int, limits: dit_pb2.Limits) -> None:
     if side % multiple or not multiple <= side <= longest:
         allowed = f"a multiple of {multiple} from {multiple} to {longest}"
         nearest = " or ".join(map(str, sizes.nearest_sides(side, multiple, longest)))
-        raise _refusal(field, side, allowed, "SIZE", nearest)
+        raise InvalidRequest.given(field, side, allowed, "SIZE", nearest)
 
 
 def decide_format(output: dit_pb2.Output, path: str) -> str:
@@ -172,11 +174,11 @@ def decide_format(output: dit_pb2.Output, path: str) -> str:
     if name == "png":
         if output.HasField("quality"):
             allowed = "none: PNG loses nothing"
-            raise _refusal(f"{path}quality", output.quality, allowed, "QUALITY")
+            raise InvalidRequest.given(f"{path}quality", output.quality, allowed, "QUALITY")
         return name
     output.quality = _given(output, "quality", files.DEFAULT_QUALITY)
     if not 1 <= output.quality <= 100:
-        raise _refusal(f"{path}quality", output.quality, "1 to 100", "QUALITY")
+        raise InvalidRequest.given(f"{path}quality", output.quality, "1 to 100", "QUALITY")
     return name
 
 
@@ -191,7 +193,7 @@ def _whole(
 ) -> int:
     value = _given(message, name, default)
     if not lowest <= value <= highest:
-        raise _refusal(f"{path}.{name}", value, f"{lowest} to {highest}", name.upper())
+        raise InvalidRequest.given(f"{path}.{name}", value, f"{lowest} to {highest}", name.upper())
     return value
 
 
@@ -199,16 +201,5 @@ def _real(message: Any, path: str, default: float, lowest: float = 0.0) -> float
     name = path.rpartition(".")[2]
     value: float = getattr(message, name) if message.HasField(name) else default
     if not (math.isfinite(value) and lowest <= value <= _LARGEST_REAL):
-        raise _refusal(path, value, f"{lowest:g} to {_LARGEST_REAL:g}", name.upper())
+        raise InvalidRequest.given(path, value, f"{lowest:g} to {_LARGEST_REAL:g}", name.upper())
     return value
-
-
-def _refusal(
-    field: str, given: object, allowed: str, reason: str, nearest: str = ""
-) -> InvalidRequest:
-    hint = f"; nearest {nearest}" if nearest else ""
-    return InvalidRequest(
-        f"{field}: {given} given, allowed is {allowed}{hint}",
-        reason=reason,
-        fields={"field": field, "given": str(given), "allowed": allowed, "nearest": nearest},
-    )

@@ -70,7 +70,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         self._worker.loaded(messages.Encoder)
         async with aclosing(batched(request_iterator, PROMPTS_PER_ENCODE)) as batches:
             async for items in batches:
-                async with self._admission.turn():
+                async with self._admission.turn(sum(item.ByteSize() for item in items)):
                     answers = await self._answers(items)
                 for answer in answers:
                     yield answer

@@ -144,5 +144,5 @@ def clean_environment(folder: Path) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("ZIMAGE_") and not name.endswith("_proxy")  # gRPC heeds these
     }
-    caches = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_CONFIG_HOME": str(folder / "config")}
-    return kept | caches
+    homes = {f"XDG_{name.upper()}_HOME": str(folder / name) for name in ("cache", "config", "data")}
+    return kept | homes

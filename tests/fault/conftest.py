@@ -11,12 +11,6 @@ _TABLE = Path(__file__).parents[2] / "docs" / "reliability.md"
 _MARKS = "<!-- faults -->", "<!-- end of faults -->"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make fault` does everything 20 times and writes the table."""
-    parser.addoption("--times", type=int, default=1, help="how often each fault is done")
-    parser.addoption("--write-table", action="store_true", help="into docs/reliability.md")
-
-
 @dataclass
 class Rows:
     """What was done, how often, and the seconds until the client had what it wanted."""
@@ -29,10 +23,10 @@ class Rows:
 
 
 @pytest.fixture(scope="session")
-def rows(pytestconfig: pytest.Config) -> Iterator[Rows]:
+def rows(request: pytest.FixtureRequest) -> Iterator[Rows]:
     found = Rows()
     yield found
-    if pytestconfig.getoption("--write-table"):
+    if request.config.getoption("--write-table") and not request.session.testsfailed:
         before, _, rest = _TABLE.read_text().partition(_MARKS[0])
         _, _, after = rest.partition(_MARKS[1])
         lines = [

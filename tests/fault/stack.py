@@ -53,10 +53,18 @@ class Supervised:
         """A signal for the worker."""
         psutil.Process(self.service.worker.pid).send_signal(number)
 
+    def wait_for_successor(self, of: Service) -> None:
+        """Waits until another process serves than the one of before."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._service not in (None, of), PATIENCE_SECONDS)
+        self.wait_until_serving()
+
     def close(self) -> None:
         """Ends it for good."""
         self._is_over = True
-        self.service.process.kill()
+        with self._changed:
+            if self._service:
+                self._service.process.kill()
         self._keeper.join()
 
     def _keep(self) -> None:
@@ -65,6 +73,8 @@ class Supervised:
                 with self._changed:
                     self._service = service
                     self._changed.notify_all()
+                if self._is_over:
+                    service.process.kill()
                 service.process.wait()
                 with self._changed:
                     self._service = None

@@ -73,6 +73,11 @@ STRIKES: dict[str, Callable[[Stack], None]] = {
     "kill -9 of the encoder's worker": lambda stack: stack.encoder.hit_worker(signal.SIGKILL),
     "SIGSTOP of the encoder's worker": lambda stack: stack.encoder.hit_worker(signal.SIGSTOP),
 }
+ENDS_A_FRONT = (
+    "kill -9 of the DiT's front",
+    "SIGTERM for the DiT",
+    "kill -9 of the encoder's front",
+)
 OF_THE_DIT = [(strike, phase) for strike in STRIKES if "DiT" in strike for phase in PHASES]
 OF_THE_ENCODER = [(strike, "encoding") for strike in STRIKES if "encoder" in strike]
 SHORT = [
@@ -96,8 +101,8 @@ def test_a_request_outlives_what_makes_it(
 ) -> None:
     took = []
     for _ in range(times):
-        stack.wait_until_serving()
         pictures, struck = {}, 0.0
+        fronts = {one: one.service for one in (stack.dit, stack.encoder)}
         with Client(stack.dit.address) as client:
             for event in client.stream(PROMPT, **WISH):
                 if not struck and PHASES[phase](event):
@@ -109,6 +114,10 @@ def test_a_request_outlives_what_makes_it(
         assert struck
         assert [pictures[index] for index in sorted(pictures)] == expected
         took.append(time.monotonic() - struck)
+        for one, front in fronts.items():
+            if strike in ENDS_A_FRONT and (one is stack.dit) == ("DiT" in strike):
+                one.wait_for_successor(front)
+        stack.wait_until_serving()
     rows.enter(f"{strike} while {phase}", took)
 
 
@@ -163,17 +172,16 @@ def test_everything_is_restarted_in_turn_under_load(
 
         with ThreadPoolExecutor(len(wishes)) as pool:
             jobs = [pool.submit(draw, number) for number in range(len(wishes))]
-            for _ in range(times):
-                for one in (*dits, *encoders):
-                    began = time.monotonic()
-                    process = one.service.process
+            try:
+                for one in times * (*dits, *encoders):
+                    began, front = time.monotonic(), one.service
                     one.hit(signal.SIGTERM)
-                    assert process.wait(PATIENCE_SECONDS) == 0
-                    while one.service.process is process:
-                        time.sleep(0.01)
-                    one.wait_until_serving()
+                    assert front.process.wait(PATIENCE_SECONDS) == 0
+                    one.wait_for_successor(front)
                     took.append(time.monotonic() - began)
-            over.set()
+                    assert not any(job.done() for job in jobs)  # all still draw
+            finally:
+                over.set()
             for job, sha256 in zip(jobs, alone, strict=True):
                 assert set(job.result()) == {sha256}
     rows.enter("each of 2 DiT services and 2 encoders drained and restarted, 8 clients", took)

@@ -1,5 +1,7 @@
 """Who is let in, who is turned away, and what is promised to those inside."""
 
+import asyncio
+
 import pytest
 
 from zimage_core.errors import DeadlineTooShort, Overloaded
@@ -37,13 +39,13 @@ def test_a_place_is_given_back_when_its_call_fails() -> None:
 def test_a_long_request_comes_in_and_keeps_others_out_until_it_is_far_enough() -> None:
     admission = _admission(seconds=100)
     with admission.place() as long, admission.place() as next_one:
-        long.expect(Cost(500.0, 1))
-        with pytest.raises(Overloaded, match="200 seconds of work, 100 may wait") as refusal:
-            next_one.expect(Cost(200.0, 1))
+        long.expect(Cost(500.0, 1, turns=50))
+        with pytest.raises(Overloaded, match="500 seconds of work, 100 may wait") as refusal:
+            next_one.expect(Cost(200.0, 1, turns=50))
         assert refusal.value.retry_after == 30
         with pytest.raises(Overloaded, match="500 seconds"):
             next_one.expect(Cost(None, 1))  # whose work may be long, too
-        next_one.expect(Cost(90.0, 1))  # which is done before the long one
+        next_one.expect(Cost(400.0, 1, turns=5))  # which is done before the long one
         long.done(0.9)
         next_one.expect(Cost(200.0, 1))
 
@@ -62,11 +64,11 @@ def test_what_calls_hold_is_bounded_until_it_is_read() -> None:
 def test_a_deadline_that_cannot_be_met_is_told_at_once() -> None:
     admission = _admission()
     with admission.place() as first, admission.place() as second:
-        first.expect(Cost(10.0, 1), time_left=10.5)
+        first.expect(Cost(10.0, 1, turns=50), time_left=10.5)
         with pytest.raises(DeadlineTooShort) as refusal:
-            second.expect(Cost(2.0, 1), time_left=3.9)  # both take turns: 2 and 2
+            second.expect(Cost(2.0, 1, turns=10), time_left=3.9)  # ten turns each: 2 and 2
         assert refusal.value.reason == "DEADLINE_UNREACHABLE"
-        second.expect(Cost(2.0, 1), time_left=4.1)
+        second.expect(Cost(2.0, 1, turns=10), time_left=4.1)
         with admission.place() as unknown:
             unknown.expect(Cost(None, 1), time_left=0.1)
             with pytest.raises(DeadlineTooShort):
@@ -76,15 +78,15 @@ def test_a_deadline_that_cannot_be_met_is_told_at_once() -> None:
 def test_what_is_promised_follows_what_is_left_and_whose_it_is() -> None:
     admission = _admission()
     with admission.place() as mine, admission.place() as other, admission.place() as idle:
-        mine.expect(Cost(8.0, 1))
-        other.expect(Cost(8.0, 1))
+        mine.expect(Cost(8.0, 1, turns=8))
+        other.expect(Cost(8.0, 1, turns=8))
         assert mine.expected_seconds == other.expected_seconds == 16
         mine.done(0.75)
         assert (mine.expected_seconds, other.expected_seconds) == (4, 10)
-        idle.expect(Cost(100.0, 1, Share(priority=BACKGROUND)))
+        idle.expect(Cost(100.0, 1, share=Share(priority=BACKGROUND)))
         assert mine.expected_seconds == 4 + 4 / 4  # a quarter of the time beside it
         with admission.place() as urgent:
-            urgent.expect(Cost(8.0, 1, Share(priority=INTERACTIVE)))
+            urgent.expect(Cost(8.0, 1, share=Share(priority=INTERACTIVE)))
             assert urgent.expected_seconds == 8 + 8 / 4 + 8 / 16
 
 
@@ -98,3 +100,27 @@ def test_durations_are_guessed_from_pieces_as_large() -> None:
     for _ in range(30):
         durations.learn(1000, 10_000, 10.0)
     assert durations.expected(1000, 10_000) == pytest.approx(10, rel=0.01)
+
+
+async def test_items_of_streams_wait_and_leave_room_for_others() -> None:
+    admission = _admission(waiting=3)
+    order: list[int] = []
+    go_on = asyncio.Event()
+
+    async def item(number: int) -> None:
+        async with admission.turn(100):
+            order.append(number)
+            await go_on.wait()
+
+    items = [asyncio.create_task(item(number)) for number in range(5)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    with admission.place(), admission.place():  # half of the places are theirs
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert order == [0, 1]
+    go_on.set()
+    await asyncio.gather(*items)
+    assert order == [0, 1, 2, 3, 4]
+    with admission.place() as place:
+        place.expect(Cost(None, 10_000))  # nothing is held any more

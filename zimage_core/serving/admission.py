@@ -36,6 +36,8 @@ class Cost:
     """Of the device; None where nobody knows yet."""
     bytes: int
     """That it holds until its caller has read the answer."""
+    turns: int = 1
+    """In how many pieces its work is done, so that others come in between."""
     share: Share = COMMON
 
 
@@ -63,6 +65,11 @@ class Place:
         """Of the device, that its work still takes; 0 where nobody knows."""
         return (self.cost.seconds or 0.0) * self.left_to_do
 
+    def seconds_in(self, turns: float) -> float:
+        """Of its work, while somebody else has so many turns."""
+        left = self.cost.turns * self.left_to_do
+        return self.seconds * min(1.0, turns / left) if left else 0.0
+
     @property
     def calls_before(self) -> int:
         """That came before it and are not done."""
@@ -87,6 +94,8 @@ class Admission:
         self._working: list[Place] = []
         self._holding: set[Place] = set()
         self._left = asyncio.Event()
+        self._line = asyncio.Lock()
+        """Of those who wait for a turn."""
         metrics.QUEUE_CALLS.set_function(lambda: len(self._working))
         metrics.QUEUE_SECONDS.set_function(lambda: sum(place.seconds for place in self._working))
         metrics.QUEUE_BYTES.set_function(lambda: self._bytes)
@@ -97,23 +106,43 @@ class Admission:
         """A place until the block ends; or Overloaded."""
         if self._is_full:
             raise self._full("calls", len(self._working) - 1, self._limits.waiting)
-        place = Place(self)
-        self._working.append(place)
-        self._holding.add(place)
+        place = self._come_in()
         try:
             yield place
         finally:
-            place.leave()
-            self._holding.discard(place)
+            self._go(place)
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[Place]:
-        """A place as soon as there is one: for items of streams, whose senders wait as well."""
-        while self._is_full:
-            self._left.clear()
-            await self._left.wait()
-        with self.place() as place:
-            yield place
+    async def turn(self, held_bytes: int) -> AsyncIterator[None]:
+        """A place as soon as there is one: for items of streams, whose senders wait as well, in the
+        order of their coming. They leave half of the places to those who do not wait."""
+        async with self._line:
+            while self._has_no_turn(held_bytes):
+                self._left.clear()
+                await self._left.wait()
+            place = self._come_in()
+        try:
+            place.cost = Cost(None, held_bytes)
+            yield
+        finally:
+            self._go(place)
+
+    def _come_in(self) -> Place:
+        place = Place(self)
+        self._working.append(place)
+        self._holding.add(place)
+        return place
+
+    def _go(self, place: Place) -> None:
+        place.leave()
+        self._holding.discard(place)
+        self._left.set()
+
+    def _has_no_turn(self, held_bytes: int) -> bool:
+        held = self._bytes
+        return len(self._working) > self._limits.waiting // 2 or (
+            held > 0 and held + held_bytes > self._limits.bytes // 2
+        )
 
     def judge(self, place: Place, cost: Cost, time_left: float | None) -> None:
         """Raises what speaks against taking the call in."""
@@ -135,18 +164,20 @@ class Admission:
             )
 
     def expected_seconds(self, place: Place, cost: Cost) -> float | None:
-        """All in one line take turns, so that a shorter call is done before a longer one; lines
+        """All in one line take turns, one piece each, so that who has fewer is done before; lines
         share the time by their weights."""
         if cost.seconds is None:
             return None
-        own = cost.seconds * place.left_to_do
-        lines: defaultdict[Share, list[float]] = defaultdict(list)
+        turns = cost.turns * place.left_to_do
+        lines: defaultdict[Share, list[Place]] = defaultdict(list)
         for other in self._working:
             if other is not place:
-                lines[other.cost.share].append(other.seconds)
-        own += sum(min(seconds, own) for seconds in lines.pop(cost.share, []))
+                lines[other.cost.share].append(other)
+        own = cost.seconds * place.left_to_do
+        own += sum(other.seconds_in(turns) for other in lines.pop(cost.share, []))
         return own + sum(
-            min(sum(line), own * share.weight / cost.share.weight) for share, line in lines.items()
+            min(sum(other.seconds for other in line), own * share.weight / cost.share.weight)
+            for share, line in lines.items()
         )
 
     def calls_before(self, place: Place) -> int:

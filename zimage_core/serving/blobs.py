@@ -1,37 +1,45 @@
 """The blob service, wherever a service keeps blobs."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import closing
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import grpc.aio
 
 from zimage_core.errors import InvalidRequest
-from zimage_core.store.blobs import Blobs, Incoming
+from zimage_core.store.blobs import Blobs
+from zimage_core.store.incoming import Incoming
 from zimage_core.wire.limits import CHUNK_BYTES, DIGESTS_PER_FIND
 from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
 
+_THREADS = 4
+_SILENT_SECONDS = 60.0
+"""Longest wait for a client's next message: a silent one would hold up a drain."""
+
+T = TypeVar("T")
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
-    """Disks are waited for in threads."""
+    """Disks are waited for in threads of its own: those of pictures are not kept waiting."""
 
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="blobs")
 
     async def Find(  # noqa: N802 - gRPC's name
         self, request: blob_pb2.FindRequest, context: _Context
     ) -> blob_pb2.FindResponse:
         """What is there."""
-        if len(request.sha256) > DIGESTS_PER_FIND:
-            raise _refusal(
-                "sha256", len(request.sha256), f"{DIGESTS_PER_FIND} at most", "DIGEST_COUNT"
-            )
+        count = len(request.sha256)
+        if count > DIGESTS_PER_FIND:
+            allowed = f"{DIGESTS_PER_FIND} at most"
+            raise InvalidRequest.given("sha256", f"{count} digests", allowed, "DIGEST_COUNT")
+        every = await self._in_thread(lambda: [self._blobs.find(one) for one in request.sha256])
         answer = blob_pb2.FindResponse()
-        for sha256 in request.sha256:
-            found = await asyncio.to_thread(self._blobs.find, sha256)
+        for sha256, found in zip(request.sha256, every, strict=True):
             answer.found.add(
                 sha256=sha256, complete=found.complete, stored_bytes=found.stored_bytes
             )
@@ -41,50 +49,77 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
         self, request_iterator: AsyncIterator[blob_pb2.PutRequest], context: _Context
     ) -> AsyncIterator[blob_pb2.PutResponse]:
         """Takes a blob in, from where it ended."""
-        first = await anext(request_iterator, None)
+        first = await _next(request_iterator)
         if first is None or first.WhichOneof("payload") != "start":
-            raise _refusal("PutRequest", "no start in the first", "start, then chunks", "GRAMMAR")
+            raise _wrong_order("PutRequest", "no start in the first", "start, then chunks")
         start = first.start
-        found = await asyncio.to_thread(self._blobs.find, start.sha256)
-        if not found.complete:
-            incoming = await asyncio.to_thread(self._blobs.receive, start.sha256, start.size_bytes)
-            with closing(incoming):
+        async with self._receiving(start) as incoming:
+            if incoming is not None:
                 if incoming.stored_bytes < start.size_bytes:
                     yield blob_pb2.PutResponse(stored_bytes=incoming.stored_bytes)
-                    await _gather(incoming, request_iterator)
-                await asyncio.to_thread(incoming.finish)
+                    async for chunk in _chunks(request_iterator):
+                        await self._in_thread(lambda chunk=chunk: incoming.add(chunk))  # type: ignore[misc]
+                await self._in_thread(lambda: self._blobs.complete(start.sha256, incoming))
         yield blob_pb2.PutResponse(stored_bytes=start.size_bytes, complete=True)
 
     async def Get(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[blob_pb2.GetRequest], context: _Context
     ) -> AsyncIterator[blob_pb2.GetResponse]:
         """Hands a blob out, from an offset on."""
-        request = await anext(request_iterator, None)
-        if request is None:
-            raise _refusal("GetRequest", "none", "one", "GRAMMAR")
-        size = (await asyncio.to_thread(self._blobs.find, request.sha256)).stored_bytes
-        with closing(await asyncio.to_thread(self._blobs.open, request.sha256)) as file:
+        request, second = await _next(request_iterator), await _next(request_iterator)
+        if request is None or second is not None:
+            given = "a second one" if request else "none"
+            raise _wrong_order("GetRequest", given, "one, then the end")
+        file = await self._in_thread(lambda: self._blobs.open(request.sha256))
+        try:
+            size = await self._in_thread(lambda: file.seek(0, 2))
             if not 0 <= request.offset <= size:
-                raise _refusal("offset", request.offset, f"0 to {size}", "OFFSET")
-            await asyncio.to_thread(file.seek, request.offset)
+                raise InvalidRequest.given("offset", request.offset, f"0 to {size}", "OFFSET")
+            await self._in_thread(lambda: file.seek(request.offset))
             is_first = True
-            while (chunk := await asyncio.to_thread(file.read, CHUNK_BYTES)) or is_first:
+            while (chunk := await self._in_thread(lambda: file.read(CHUNK_BYTES))) or is_first:
                 yield blob_pb2.GetResponse(size_bytes=size, chunk=chunk)
                 is_first = False
+        finally:
+            self._threads.submit(file.close)
+
+    @asynccontextmanager
+    async def _receiving(self, start: blob_pb2.PutStart) -> AsyncGenerator[Incoming | None, None]:
+        """Closed in any case, also when the caller goes while a thread still opens it."""
+        opening = self._threads.submit(self._blobs.receive, start.sha256, start.size_bytes)
+        try:
+            yield await asyncio.shield(asyncio.wrap_future(opening))
+        finally:
+            opening.add_done_callback(lambda _done: self._threads.submit(_close, opening))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
-async def _gather(incoming: Incoming, requests: AsyncIterator[blob_pb2.PutRequest]) -> None:
-    async for request in requests:
+def _close(opening: Any) -> None:
+    if not opening.exception() and (incoming := opening.result()):
+        incoming.close()
+
+
+async def _next(requests: AsyncIterator[T]) -> T | None:
+    try:
+        async with asyncio.timeout(_SILENT_SECONDS):
+            return await anext(requests, None)
+    except TimeoutError:
+        given = f"nothing for {_SILENT_SECONDS:g} s"
+        raise _wrong_order("messages", given, "the next, or the end") from None
+
+
+async def _chunks(requests: AsyncIterator[blob_pb2.PutRequest]) -> AsyncIterator[bytes]:
+    while (request := await _next(requests)) is not None:
         if request.WhichOneof("payload") != "chunk":
-            raise _refusal("PutRequest", "a second start", "chunks", "GRAMMAR")
-        if len(request.chunk) > CHUNK_BYTES:
-            raise _refusal("chunk", len(request.chunk), f"{CHUNK_BYTES} bytes", "CHUNK_SIZE")
-        await asyncio.to_thread(incoming.add, request.chunk)
+            raise _wrong_order("PutRequest", "no chunk after the start", "chunks")
+        size = len(request.chunk)
+        if size > CHUNK_BYTES:
+            allowed = f"{CHUNK_BYTES} at most"
+            raise InvalidRequest.given("chunk", f"{size} bytes", allowed, "CHUNK_SIZE")
+        yield request.chunk
 
 
-def _refusal(field: str, given: object, allowed: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{field}: {given} given, allowed is {allowed}",
-        reason=reason,
-        fields={"field": field, "given": str(given), "allowed": allowed},
-    )
+def _wrong_order(field: str, given: str, allowed: str) -> InvalidRequest:
+    return InvalidRequest.given(field, given, allowed, "GRAMMAR")

@@ -5,23 +5,18 @@ and is what its digest says, it moves to the shelf. What no name points at goes 
 when there is no room.
 """
 
-import fcntl
-import hashlib
 import json
 import logging
-import os
 import re
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import platformdirs
-
-from zimage_core.errors import InvalidRequest, NotFound, Overloaded, Unavailable
-from zimage_core.store.shelf import Shelf
+from zimage_core.errors import InvalidRequest, NotFound, Overloaded
+from zimage_core.store.incoming import Incoming
+from zimage_core.store.shelf import Entry, Shelf, on_disk
 
 _log = logging.getLogger(__name__)
 
@@ -45,16 +40,18 @@ class Found:
 class Blobs:
     """Those of one store. All of it may wait for disks and networks: call it from threads."""
 
-    def __init__(self, url: str, quota_bytes: int, keep_seconds: float) -> None:
-        """What no name points at is kept for so long after it was last used."""
+    def __init__(self, url: str, scratch: Path, quota_bytes: int, keep_seconds: float) -> None:
+        """What comes in for a store that is no folder of this machine is gathered in `scratch`.
+        What no name points at is kept for so long after it was last used."""
         self._shelf = Shelf(url)
         self._quota = quota_bytes
         self._keep_seconds = keep_seconds
-        # On the same disk, so that what is whole is only renamed.
-        beside = self._shelf.folder or platformdirs.user_cache_path("zimage")
-        self._gathering = beside / "incoming"
-        self._lock = threading.Lock()
+        # On the same disk where possible, so that what is whole is only renamed.
+        self._gathering = (self._shelf.folder or scratch) / "incoming"
         self._incoming: dict[str, Incoming] = {}
+        self._registry = threading.Lock()
+        """For the line above; held for no disk and no network."""
+        self._making_room = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._looked_at = float("-inf")
 
@@ -63,46 +60,55 @@ class Blobs:
         size = self._shelf.size(_key(sha256))
         if size is not None:
             return Found(complete=True, stored_bytes=size)
-        parts = self._gathering.glob(f"{sha256}.*")
-        return Found(complete=False, stored_bytes=max((p.stat().st_size for p in parts), default=0))
+        return Found(complete=False, stored_bytes=_size(self._gathering / sha256))
 
     def open(self, sha256: str) -> BinaryIO:
         """A blob for reading; raises NotFound."""
         key = _key(sha256)
         try:
             file = self._shelf.open(key)
-            self._shelf.touch(key)
         except FileNotFoundError:
-            raise NotFound(
-                f"there is no blob {sha256}", reason="BLOB_NOT_FOUND", fields={"sha256": sha256}
-            ) from None
+            raise _missing(sha256) from None
+        self._shelf.touch(key)
         return file
 
-    def receive(self, sha256: str, size_bytes: int) -> "Incoming":
-        """Goes on with a blob that is not there yet, in the place of whoever did so before. Raises
-        Overloaded where there is no room."""
+    def receive(self, sha256: str, size_bytes: int) -> Incoming | None:
+        """Goes on with a blob, in the place of whoever did so before; None for one that is there.
+        Raises Overloaded where there is no room, Unavailable while it is being completed."""
         key = _key(sha256)
         if size_bytes < 0:
-            raise _invalid("start.size_bytes", size_bytes, "0 or more", "BLOB_SIZE")
-        with self._lock:
-            if before := self._incoming.pop(sha256, None):
-                before.close()
+            raise InvalidRequest.given("start.size_bytes", size_bytes, "0 or more", "BLOB_SIZE")
+        if (there := self._shelf.size(key)) is not None:
+            if there != size_bytes:
+                raise InvalidRequest.given("start.size_bytes", size_bytes, f"{there}", "BLOB_SIZE")
+            self._shelf.touch(key)
+            return None
+        with self._registry:
+            before = self._incoming.get(sha256)
+        if before and not before.is_finishing:
+            before.close()
+        with self._making_room:
             self._make_room(sha256, size_bytes)
-            self._gathering.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for other in self._gathering.glob(f"{sha256}.*"):
-                if other.name != f"{sha256}.{size_bytes}":  # one of both sizes was a lie
-                    other.unlink(missing_ok=True)
-            path = self._gathering / f"{sha256}.{size_bytes}"
-            incoming = Incoming(path, sha256, size_bytes, lambda: self._arrived(path, key))
-            self._incoming[sha256] = incoming
-            return incoming
+            with on_disk():
+                self._gathering.mkdir(parents=True, exist_ok=True, mode=0o700)
+            incoming = Incoming(self._gathering / sha256, size_bytes, self._gone)
+            with self._registry:
+                self._incoming[sha256] = incoming
+        return incoming
+
+    def complete(self, sha256: str, incoming: Incoming) -> None:
+        """Lets everybody see a blob that is whole; raises InvalidRequest for one that is not."""
+        incoming.finish(lambda path: self._shelf.take(path, _key(sha256)))
+        self._sizes[sha256] = incoming.size_bytes
 
     def point(self, kind: str, name: str, sha256: str) -> None:
         """Lets a name point at a blob, which stays as long as it does; raises NotFound."""
         key = _name_key(kind, name)
-        if self._shelf.size(_key(sha256)) is None:
-            raise NotFound(f"there is no blob {sha256}", reason="BLOB_NOT_FOUND")
+        self._shelf.touch(_key(sha256))  # so that no sweep takes it meanwhile
         self._shelf.write(key, json.dumps({"sha256": sha256}).encode())
+        if self._shelf.size(_key(sha256)) is None:
+            self._shelf.remove(key)
+            raise _missing(sha256)
 
     def pointed_at(self, kind: str, name: str) -> str:
         """The digest of the blob that a name points at; raises NotFound."""
@@ -113,123 +119,125 @@ class Blobs:
 
     def names(self, kind: str) -> list[str]:
         """All of a kind."""
-        _checked(kind)
-        return sorted(
-            entry.key.rpartition("/")[2] for entry in self._shelf.entries(f"{_NAMES}/{kind}")
-        )
+        folder = f"{_NAMES}/{_checked(kind)}"
+        return sorted(entry.key.rpartition("/")[2] for entry in self._shelf.entries(folder))
 
     def forget(self, kind: str, name: str) -> None:
         """Takes a name away; its blob goes when nothing else points at it and it is old."""
         self._shelf.remove(_name_key(kind, name))
 
     def sweep(self, wanted_bytes: int = 0) -> None:
-        """Removes what no name points at and nobody used for long; of what was not used of late as
-        much more as is wanted, the oldest first."""
-        now = time.time()
-        kept = {
-            json.loads(self._shelf.read(entry.key) or b"{}").get("sha256")
-            for entry in self._shelf.entries(_NAMES)
-        }
+        """Removes what no name points at and nobody used for long; if so many bytes are wanted that
+        there is no room, of what was not used of late as much more, the oldest first."""
         entries = sorted(self._shelf.entries(_BLOBS), key=lambda entry: entry.modified)
-        self._sizes = {entry.key.rpartition("/")[2]: entry.size_bytes for entry in entries}
+        kept = self._pointed_at()
+        self._sizes = {_last(entry.key): entry.size_bytes for entry in entries}
         self._looked_at = time.monotonic()
-        for entry in entries:
-            sha256, age = entry.key.rpartition("/")[2], now - entry.modified
-            is_wanted = self._used_bytes + wanted_bytes > self._quota and age > _IN_USE_SECONDS
-            if sha256 not in kept and (age > self._keep_seconds or is_wanted):
-                self._shelf.remove(entry.key)
-                del self._sizes[sha256]
-                _log.info("blob %s went, unused for %.0f s", sha256, age)
-        for part in self._gathering.glob("*.*"):
-            is_under_way = part.name.partition(".")[0] in self._incoming
-            if not is_under_way and now - part.stat().st_mtime > self._keep_seconds:
-                part.unlink(missing_ok=True)
+        now = time.time()
+        loose = [entry for entry in entries if _last(entry.key) not in kept]
+        for part in self._loose_parts():
+            if now - part.modified > self._keep_seconds:
+                (self._gathering / part.key).unlink(missing_ok=True)
+        old = [entry for entry in loose if now - entry.modified > self._keep_seconds]
+        unused = [entry for entry in loose if now - entry.modified > _IN_USE_SECONDS]
+        for entry in old:
+            self._remove(entry)
+        too_much = self._used_bytes + wanted_bytes - self._quota
+        if too_much <= 0 or sum(entry.size_bytes for entry in unused) < too_much:
+            return  # there is room, or all that could go would not make it
+        for entry in unused:
+            if self._used_bytes + wanted_bytes > self._quota:
+                self._remove(entry)
+
+    def _pointed_at(self) -> set[str]:
+        """Raises ValueError for a name that nobody can read: then nothing may go."""
+        kept = set()
+        for entry in self._shelf.entries(_NAMES):
+            data = self._shelf.read(entry.key)
+            if data is not None:  # else it was taken away just now
+                kept.add(str(json.loads(data)["sha256"]))
+        return kept
+
+    def _remove(self, entry: Entry) -> None:
+        sha256 = _last(entry.key)
+        if sha256 in self._sizes:
+            self._shelf.remove(entry.key)
+            del self._sizes[sha256]
+            _log.info("blob %s went: nothing points at it", sha256)
+
+    def _make_room(self, sha256: str, size_bytes: int) -> None:
+        if size_bytes > self._quota:
+            raise self._full(size_bytes)
+        wanted = size_bytes - _size(self._gathering / sha256)
+        is_short = self._used_bytes + wanted > self._quota
+        if is_short or time.monotonic() - self._looked_at > _LOOK_SECONDS:
+            try:
+                self.sweep(wanted)
+            except (ValueError, KeyError, TypeError):
+                _log.exception("the store has a name that cannot be read: nothing goes")
+        if self._used_bytes + wanted > self._quota:
+            raise self._full(size_bytes)
+
+    def _full(self, size_bytes: int) -> Overloaded:
+        return Overloaded(
+            f"there is no room for a blob of {size_bytes} bytes: {self._used_bytes} of "
+            f"{self._quota} are taken",
+            reason="STORE_FULL",
+            fields={"given": str(size_bytes), "allowed": str(self._quota)},
+        )
 
     @property
     def _used_bytes(self) -> int:
-        coming = (one.size_bytes for one in self._incoming.values())
-        return sum(self._sizes.values()) + sum(coming)
+        """On the shelf, of what lies half, and what those under way will need."""
+        with self._registry:
+            coming = sum(one.size_bytes for one in self._incoming.values())
+        return sum(self._sizes.values()) + coming + sum(p.size_bytes for p in self._loose_parts())
 
-    def _make_room(self, sha256: str, size_bytes: int) -> None:
-        if time.monotonic() - self._looked_at > _LOOK_SECONDS:
-            self.sweep()
-        if self._used_bytes + size_bytes > self._quota:
-            self.sweep(size_bytes)
-        if self._used_bytes + size_bytes > self._quota:
-            raise Overloaded(
-                f"there is no room for a blob of {size_bytes} bytes: {self._used_bytes} of "
-                f"{self._quota} are taken",
-                reason="STORE_FULL",
-                fields={"given": str(size_bytes), "allowed": str(self._quota), "sha256": sha256},
-            )
+    def _loose_parts(self) -> list[Entry]:
+        """Beginnings that no call goes on with."""
+        if not self._gathering.is_dir():
+            return []
+        with self._registry:
+            names = [p.name for p in self._gathering.iterdir() if p.name not in self._incoming]
+        return [
+            Entry(name, _size(self._gathering / name), _modified(self._gathering / name))
+            for name in names
+        ]
 
-    def _arrived(self, path: Path, key: str) -> None:
-        sha256, _, size = path.name.partition(".")
-        if path.exists():  # else a call that was thought dead has done it
-            self._shelf.take(path, key)
-        with self._lock:
-            self._incoming.pop(sha256, None)
-            self._sizes[sha256] = int(size)
+    def _gone(self, incoming: Incoming) -> None:
+        with self._registry:
+            for sha256, one in list(self._incoming.items()):
+                if one is incoming:
+                    del self._incoming[sha256]
 
 
-class Incoming:
-    """A blob on its way in."""
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
-    def __init__(
-        self, path: Path, sha256: str, size_bytes: int, arrived: Callable[[], None]
-    ) -> None:
-        self._path = path
-        self._sha256 = sha256
-        self.size_bytes = size_bytes
-        self._arrived = arrived
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by `close`
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another process that shares the folder has it
-            self._file.close()
-            raise Unavailable(
-                f"blob {sha256} comes in elsewhere", reason="BLOB_BUSY", retry_after=1.0
-            ) from None
 
-    @property
-    def stored_bytes(self) -> int:
-        """How many are there."""
-        return self._file.tell()
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
-    def add(self, chunk: bytes) -> None:
-        """The next bytes."""
-        try:
-            if self.stored_bytes + len(chunk) > self.size_bytes:
-                given = self.stored_bytes + len(chunk)
-                raise _invalid("chunk", f"{given} bytes", f"{self.size_bytes}", "BLOB_SIZE")
-            self._file.write(chunk)
-        except ValueError:  # the file was closed
-            what = f"another call puts blob {self._sha256} now"
-            raise Unavailable(what, reason="BLOB_BUSY", retry_after=1.0) from None
 
-    def finish(self) -> None:
-        """Moves the blob to the shelf; raises InvalidRequest where it is not what was said."""
-        if self.stored_bytes < self.size_bytes:
-            given = f"the end after {self.stored_bytes} bytes"
-            raise _invalid("chunk", given, f"{self.size_bytes} bytes", "BLOB_INCOMPLETE")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-        with open(self._path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self._sha256:
-            self._path.unlink()
-            raise _invalid("start.sha256", self._sha256, f"the digest {found}", "BLOB_DIGEST")
-        self._arrived()
+def _last(key: str) -> str:
+    return key.rpartition("/")[2]
 
-    def close(self) -> None:
-        """What came stays for the next call."""
-        self._file.close()
+
+def _missing(sha256: str) -> NotFound:
+    return NotFound(
+        f"there is no blob {sha256}", reason="BLOB_NOT_FOUND", fields={"sha256": sha256}
+    )
 
 
 def _key(sha256: str) -> str:
     if not _SHA256.fullmatch(sha256):
-        raise _invalid("sha256", sha256[:100], "64 hexadecimal digits", "DIGEST")
+        raise InvalidRequest.given("sha256", sha256[:100], "64 hexadecimal digits", "DIGEST")
     return f"{_BLOBS}/{sha256[:2]}/{sha256}"
 
 
@@ -240,13 +248,5 @@ def _name_key(kind: str, name: str) -> str:
 def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
         allowed = "letters, digits, '.', '_', '-', 128 at most, a letter or digit first"
-        raise _invalid("name", name[:200], allowed, "NAME")
+        raise InvalidRequest.given("name", name[:200], allowed, "NAME")
     return name
-
-
-def _invalid(field: str, given: object, allowed: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{field}: {given} given, allowed is {allowed}",
-        reason=reason,
-        fields={"field": field, "given": str(given), "allowed": allowed},
-    )

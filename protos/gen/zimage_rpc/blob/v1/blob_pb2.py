@@ -22,30 +22,31 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from zimage_rpc.types.v1 import types_pb2 as zimage__rpc_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dzimage_rpc/blob/v1/blob.proto\x12\x12zimage_rpc.blob.v1\x1a\x1fzimage_rpc/types/v1/types.proto\"\x1d\n\x0b\x46indRequest\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"8\n\x0c\x46indResponse\x12(\n\x05\x66ound\x18\x01 \x03(\x0b\x32\x19.zimage_rpc.blob.v1.Found\"?\n\x05\x46ound\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\x12\x14\n\x0cstored_bytes\x18\x03 \x01(\x03\"V\n\nPutRequest\x12,\n\x05start\x18\x01 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.DigestH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07payload\"5\n\x0bPutResponse\x12\x14\n\x0cstored_bytes\x18\x01 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\",\n\nGetRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"0\n\x0bGetResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x03\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x32\xf0\x01\n\x0b\x42lobService\x12I\n\x04\x46ind\x12\x1f.zimage_rpc.blob.v1.FindRequest\x1a .zimage_rpc.blob.v1.FindResponse\x12J\n\x03Put\x12\x1e.zimage_rpc.blob.v1.PutRequest\x1a\x1f.zimage_rpc.blob.v1.PutResponse(\x01\x30\x01\x12J\n\x03Get\x12\x1e.zimage_rpc.blob.v1.GetRequest\x1a\x1f.zimage_rpc.blob.v1.GetResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dzimage_rpc/blob/v1/blob.proto\x12\x12zimage_rpc.blob.v1\"\x1d\n\x0b\x46indRequest\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"8\n\x0c\x46indResponse\x12(\n\x05\x66ound\x18\x01 \x03(\x0b\x32\x19.zimage_rpc.blob.v1.Found\"?\n\x05\x46ound\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\x12\x14\n\x0cstored_bytes\x18\x03 \x01(\x03\"W\n\nPutRequest\x12-\n\x05start\x18\x01 \x01(\x0b\x32\x1c.zimage_rpc.blob.v1.PutStartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07payload\".\n\x08PutStart\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"5\n\x0bPutResponse\x12\x14\n\x0cstored_bytes\x18\x01 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\",\n\nGetRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"0\n\x0bGetResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x03\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x32\xf0\x01\n\x0b\x42lobService\x12I\n\x04\x46ind\x12\x1f.zimage_rpc.blob.v1.FindRequest\x1a .zimage_rpc.blob.v1.FindResponse\x12J\n\x03Put\x12\x1e.zimage_rpc.blob.v1.PutRequest\x1a\x1f.zimage_rpc.blob.v1.PutResponse(\x01\x30\x01\x12J\n\x03Get\x12\x1e.zimage_rpc.blob.v1.GetRequest\x1a\x1f.zimage_rpc.blob.v1.GetResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'zimage_rpc.blob.v1.blob_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINDREQUEST']._serialized_start=86
-  _globals['_FINDREQUEST']._serialized_end=115
-  _globals['_FINDRESPONSE']._serialized_start=117
-  _globals['_FINDRESPONSE']._serialized_end=173
-  _globals['_FOUND']._serialized_start=175
-  _globals['_FOUND']._serialized_end=238
-  _globals['_PUTREQUEST']._serialized_start=240
-  _globals['_PUTREQUEST']._serialized_end=326
-  _globals['_PUTRESPONSE']._serialized_start=328
-  _globals['_PUTRESPONSE']._serialized_end=381
-  _globals['_GETREQUEST']._serialized_start=383
-  _globals['_GETREQUEST']._serialized_end=427
-  _globals['_GETRESPONSE']._serialized_start=429
-  _globals['_GETRESPONSE']._serialized_end=477
-  _globals['_BLOBSERVICE']._serialized_start=480
-  _globals['_BLOBSERVICE']._serialized_end=720
+  _globals['_FINDREQUEST']._serialized_start=53
+  _globals['_FINDREQUEST']._serialized_end=82
+  _globals['_FINDRESPONSE']._serialized_start=84
+  _globals['_FINDRESPONSE']._serialized_end=140
+  _globals['_FOUND']._serialized_start=142
+  _globals['_FOUND']._serialized_end=205
+  _globals['_PUTREQUEST']._serialized_start=207
+  _globals['_PUTREQUEST']._serialized_end=294
+  _globals['_PUTSTART']._serialized_start=296
+  _globals['_PUTSTART']._serialized_end=342
+  _globals['_PUTRESPONSE']._serialized_start=344
+  _globals['_PUTRESPONSE']._serialized_end=397
+  _globals['_GETREQUEST']._serialized_start=399
+  _globals['_GETREQUEST']._serialized_end=443
+  _globals['_GETRESPONSE']._serialized_start=445
+  _globals['_GETRESPONSE']._serialized_end=493
+  _globals['_BLOBSERVICE']._serialized_start=496
+  _globals['_BLOBSERVICE']._serialized_end=736
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,6 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from zimage_rpc.types.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -108,13 +107,13 @@ class PutRequest(_message.Message):
     chunk: _builtins.bytes
     """Its next bytes, 1 MiB at most."""
     @_builtins.property
-    def start(self) -> _types_pb2.Digest:
-        """Which blob; the first message, and only that. Its size is needed."""
+    def start(self) -> Global___PutStart:
+        """Which blob; the first message, and only that."""
 
     def __init__(
         self,
         *,
-        start: _types_pb2.Digest | None = ...,
+        start: Global___PutStart | None = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "payload", b"payload", "start", b"start"]  # noqa: Y015
@@ -126,6 +125,32 @@ class PutRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___PutRequest: _TypeAlias = PutRequest  # noqa: Y015
+
+@_typing.final
+class PutStart(_message.Message):
+    """Which blob is put."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """Its SHA-256 in hexadecimal."""
+    size_bytes: _builtins.int
+    """Its size."""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutStart: _TypeAlias = PutStart  # noqa: Y015
 
 @_typing.final
 class PutResponse(_message.Message):

@@ -66,8 +66,8 @@ class BlobServiceServicer:
     def Put(self, request_iterator, context):
         """Takes a blob in. The client sends its digest and waits for the first answer, which says how many of its bytes are
         there already; then it sends the rest in order and half-closes. The last answer says that the blob is there, whole and
-        verified. After a break the same call goes on where the bytes ended. Of two puts of one blob the later goes on, the
-        other is refused.
+        verified. After a break the same call goes on where the bytes ended. Of two puts of one blob in one process the later
+        goes on and the other is refused; where another process has begun, the later waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,8 +38,8 @@ class BlobServiceStub:
     Put: _grpc.StreamStreamMultiCallable[_blob_pb2.PutRequest, _blob_pb2.PutResponse]
     """Takes a blob in. The client sends its digest and waits for the first answer, which says how many of its bytes are
     there already; then it sends the rest in order and half-closes. The last answer says that the blob is there, whole and
-    verified. After a break the same call goes on where the bytes ended. Of two puts of one blob the later goes on, the
-    other is refused.
+    verified. After a break the same call goes on where the bytes ended. Of two puts of one blob in one process the later
+    goes on and the other is refused; where another process has begun, the later waits.
     """
     Get: _grpc.StreamStreamMultiCallable[_blob_pb2.GetRequest, _blob_pb2.GetResponse]
     """Hands a blob out. The client sends one message and half-closes."""
@@ -54,8 +54,8 @@ class BlobServiceAsyncStub(BlobServiceStub):
     Put: _aio.StreamStreamMultiCallable[_blob_pb2.PutRequest, _blob_pb2.PutResponse]  # type: ignore[assignment]
     """Takes a blob in. The client sends its digest and waits for the first answer, which says how many of its bytes are
     there already; then it sends the rest in order and half-closes. The last answer says that the blob is there, whole and
-    verified. After a break the same call goes on where the bytes ended. Of two puts of one blob the later goes on, the
-    other is refused.
+    verified. After a break the same call goes on where the bytes ended. Of two puts of one blob in one process the later
+    goes on and the other is refused; where another process has begun, the later waits.
     """
     Get: _aio.StreamStreamMultiCallable[_blob_pb2.GetRequest, _blob_pb2.GetResponse]  # type: ignore[assignment]
     """Hands a blob out. The client sends one message and half-closes."""
@@ -79,8 +79,8 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_blob_pb2.PutResponse], _abc.AsyncIterator[_blob_pb2.PutResponse]]:
         """Takes a blob in. The client sends its digest and waits for the first answer, which says how many of its bytes are
         there already; then it sends the rest in order and half-closes. The last answer says that the blob is there, whole and
-        verified. After a break the same call goes on where the bytes ended. Of two puts of one blob the later goes on, the
-        other is refused.
+        verified. After a break the same call goes on where the bytes ended. Of two puts of one blob in one process the later
+        goes on and the other is refused; where another process has begun, the later waits.
         """
 
     @_abc_1.abstractmethod
