@@ -15,6 +15,8 @@ _MARKS = "<!-- faults -->", "<!-- end of faults -->"
 class Rows:
     """What was done, how often, and the seconds until the client had what it wanted."""
 
+    times: int
+    """How often each fault is done."""
     found: dict[str, list[float]] = field(default_factory=dict)
 
     def enter(self, what: str, seconds: list[float]) -> None:
@@ -24,7 +26,7 @@ class Rows:
 
 @pytest.fixture(scope="session")
 def rows(request: pytest.FixtureRequest) -> Iterator[Rows]:
-    found = Rows()
+    found = Rows(request.config.getoption("--times"))
     yield found
     if request.config.getoption("--write-table") and not request.session.testsfailed:
         before, _, rest = _TABLE.read_text().partition(_MARKS[0])
@@ -40,9 +42,3 @@ def rows(request: pytest.FixtureRequest) -> Iterator[Rows]:
 def _row(what: str, took: list[float]) -> str:
     median, longest = statistics.median(took), max(took)
     return f"| {what} | {len(took)} | nothing | {median:.1f} | {longest:.1f} |"
-
-
-@pytest.fixture
-def times(pytestconfig: pytest.Config) -> int:
-    count: int = pytestconfig.getoption("--times")
-    return count

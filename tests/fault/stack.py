@@ -5,7 +5,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,10 +22,10 @@ SHORT_WATCHDOG = {
 class Supervised:
     """A service at one address, started again whenever it ends."""
 
-    def __init__(self, module: str, address: str, *flags: str) -> None:
+    def __init__(self, module: str, address: str, *flags: str, **environment: str) -> None:
         self.address = address
-        self._run: Callable[[], object] = lambda: running(
-            module, *flags, listen=address, **SHORT_WATCHDOG
+        self._run: Callable[[], AbstractContextManager[Service]] = lambda: running(
+            module, *flags, listen=address, **environment
         )
         self._service: Service | None = None
         self._changed = threading.Condition()
@@ -69,7 +69,7 @@ class Supervised:
 
     def _keep(self) -> None:
         while not self._is_over:
-            with self._run() as service:  # type: ignore[attr-defined]
+            with self._run() as service:
                 with self._changed:
                     self._service = service
                     self._changed.notify_all()
@@ -90,7 +90,8 @@ def supervised(
         closing.callback(shutil.rmtree, folder, ignore_errors=True)
 
         def start(module: str, name: str, *flags: str) -> Supervised:
-            one = Supervised(module, f"unix:{folder}/{name}", "--model", str(model), *flags)
+            at = f"unix:{folder}/{name}"
+            one = Supervised(module, at, "--model", str(model), *flags, **SHORT_WATCHDOG)
             closing.callback(one.close)
             return one
 

@@ -37,11 +37,11 @@ def dit(model_folder: Path, disk: Path) -> Iterator[Service]:
 
 
 def test_a_blob_that_finds_no_room_goes_on_when_there_is_some(
-    dit: Service, disk: Path, tmp_path: Path, times: int, rows: Rows
+    dit: Service, disk: Path, tmp_path: Path, rows: Rows
 ) -> None:
     took = []
     with Client(dit.address) as client:
-        for number in range(times):
+        for number in range(rows.times):
             data = os.urandom(3 * MIB)
             (tmp_path / "blob").write_bytes(data)
             (disk / "other").write_bytes(bytes(2 * MIB))

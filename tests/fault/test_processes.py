@@ -97,10 +97,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_a_request_outlives_what_makes_it(
-    stack: Stack, expected: list[str], strike: str, phase: str, times: int, rows: Rows
+    stack: Stack, expected: list[str], strike: str, phase: str, rows: Rows
 ) -> None:
     took = []
-    for _ in range(times):
+    for _ in range(rows.times):
         pictures, struck = {}, 0.0
         fronts = {one: one.service for one in (stack.dit, stack.encoder)}
         with Client(stack.dit.address) as client:
@@ -121,16 +121,14 @@ def test_a_request_outlives_what_makes_it(
     rows.enter(f"{strike} while {phase}", took)
 
 
-def test_a_client_that_dies_leaves_nothing_behind(
-    stack: Stack, times: int, rows: Rows, tmp_path: Path
-) -> None:
+def test_a_client_that_dies_leaves_nothing_behind(stack: Stack, rows: Rows, tmp_path: Path) -> None:
     program = (
         "import sys; from zimage_client import Client, Progress\n"
         f"for event in Client({stack.dit.address!r}).stream('x', steps=1000, count=8):\n"
         "    if isinstance(event, Progress) and event.step: print(event.step, flush=True)"
     )
     took = []
-    for _ in range(times):
+    for _ in range(rows.times):
         stack.wait_until_serving()
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
             assert process.stdout
@@ -151,9 +149,7 @@ def _accepted(client: Client) -> Iterator[Accepted]:
     events.close()
 
 
-def test_everything_is_restarted_in_turn_under_load(
-    model_folder: Path, times: int, rows: Rows
-) -> None:
+def test_everything_is_restarted_in_turn_under_load(model_folder: Path, rows: Rows) -> None:
     """Two DiT services, two encoders, eight clients: no request fails, no picture differs."""
     wishes = [Options(seed=seed, steps=8, packing="solo") for seed in range(8)]
     took = []
@@ -173,7 +169,7 @@ def test_everything_is_restarted_in_turn_under_load(
         with ThreadPoolExecutor(len(wishes)) as pool:
             jobs = [pool.submit(draw, number) for number in range(len(wishes))]
             try:
-                for one in times * (*dits, *encoders):
+                for one in rows.times * (*dits, *encoders):
                     began, front = time.monotonic(), one.service
                     one.hit(signal.SIGTERM)
                     assert front.process.wait(PATIENCE_SECONDS) == 0
