@@ -55,7 +55,6 @@ def test_a_large_blob_over_a_connection_that_breaks_five_times(
         client.get_blob(sha256, tmp_path / "back")
     with open(tmp_path / "back", "rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    assert os.listdir(tmp_path) != []
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
 
 
@@ -67,7 +66,7 @@ def test_a_blob_goes_on_where_it_ended_in_either_direction(
     data = (tmp_path / "file").read_bytes()
     incoming = store / "incoming"
     incoming.mkdir(exist_ok=True)
-    (incoming / f"{sha256}.{size}").write_bytes(data[: 2 * MIB])
+    (incoming / sha256).write_bytes(data[: 2 * MIB])
     with relaying(dit.address) as relay, Client(relay.address) as client:
         assert client.find_blobs([sha256]) == set()
         client.put_blob(tmp_path / "file")
