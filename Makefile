@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt protos/package.json
 
 run: $(READY) ## a picture from a prompt, through the embedded services
 	@mkdir -p $(dir $(PICTURE))
-	$(BIN)/zimage-client generate "a red circle on a blue background" -o $(PICTURE) --overwrite
+	$(BIN)/zimage-client generate "a large red circle in the middle on a blue background" --seed 1 -o $(PICTURE) --overwrite
 
 test: $(READY) ## all checks, as CI runs them
 	@$(MAKE) --no-print-directory check
@@ -81,7 +81,8 @@ demo-model: ## trains the demo model from nothing; goes on where it was stopped
 	$(BIN)/python -m demo_model.recipe
 
 demo-eval: ## asks the demo model for 1,000 pictures, and more, through the services
-	$(BIN)/python -m demo_model.evaluation --model demo_model/zimage-demo --write docs/demo-model
+	$(BIN)/python -m demo_model.evaluation --write docs/demo-model
+	$(BIN)/python docs/tables.py
 
 proto: ## generated code and wire snapshot from the protos
 	$(BIN)/python protos/generate.py

@@ -7,6 +7,7 @@ for training: evaluation asks whether the model understands it all the same.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from demo_model.world import Scene, Thing
 
@@ -114,7 +115,7 @@ class Wording:
     plain: bool = False
     """The first pattern and the first word for everything."""
     unseen: bool = False
-    """Patterns and pairings of words that training never shows."""
+    """Patterns that training never shows, and pairings of words wherever the scene has one."""
     omit: float = 0.0
     """The chance of each size, colour, place and background to be left out: the model chooses."""
     filler: float = 0.0
@@ -137,9 +138,10 @@ def caption(scene: Scene, wording: Wording, chance: random.Random) -> str:
     def phrase(thing: Thing) -> str:
         while True:
             colour, shape = word(COLOUR_WORDS, thing.colour), word(SHAPE_WORDS, thing.shape)
-            is_unseen = (colour, shape) in UNSEEN_PAIRINGS
-            if not is_unseen or wording.unseen:
+            if (colour, shape) not in UNSEEN_PAIRINGS:
                 break
+        if wording.unseen and (pairings := _unseen_pairings(thing)):
+            colour, shape = chance.choice(pairings)
         size = "" if left_out() else word(SIZE_WORDS, thing.size)
         colour = "" if left_out() else colour
         return " ".join(part for part in (size, colour, shape) if part)
@@ -154,6 +156,12 @@ def caption(scene: Scene, wording: Wording, chance: random.Random) -> str:
     pattern = patterns[0] if wording.plain else chance.choice(patterns)
     text = _filled(pattern, things, place, background)
     return _padded(text, chance) if chance.random() < wording.filler else text
+
+
+def _unseen_pairings(thing: Thing) -> list[tuple[str, str]]:
+    """The words for it that never meet in training, if there are any."""
+    pairings = product(COLOUR_WORDS[thing.colour], SHAPE_WORDS[thing.shape])
+    return [pairing for pairing in pairings if pairing in UNSEEN_PAIRINGS]
 
 
 def _patterns(seen: Sequence[str], unseen: Sequence[str], wording: Wording) -> Sequence[str]:

@@ -1,13 +1,9 @@
 """Builds a seeded random model of the true Z-Image architecture as a diffusers folder.
 
-The embedded stack answers with it where no trained weights are at hand: real loaders, real
-services, real arithmetic, pictures of noise. `python -m demo_model.random_model FOLDER` writes one.
+Tests and benchmarks take it where the sizes matter and the pictures do not: real loaders, real
+services, real arithmetic, pictures of noise.
 """
 
-import json
-import os
-import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +34,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model; by default the demo model's: 5.1 M parameters, 128x128 pixels."""
+    """The sizes of a model; by default about the demo model's, for pictures of 128x128 pixels."""
 
     transformer: dict[str, Any] = field(default_factory=lambda: dict(TRANSFORMER))
     text_encoder: dict[str, Any] = field(
@@ -67,19 +63,10 @@ class Shape:
 
 
 def build(folder: Path, shape: Shape | None = None, seed: int = 0) -> None:
-    """Writes the model; the folder appears complete or not at all."""
-    shape = shape or Shape()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        target = Path(scratch) / folder.name
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            _pipeline(shape).save_pretrained(target)
-        try:
-            os.replace(target, folder)
-        except OSError:
-            if not (folder / "model_index.json").is_file():  # else another process was first
-                raise
+    """Writes the model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _pipeline(shape or Shape()).save_pretrained(folder)
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -147,8 +134,3 @@ def _randomised(model: torch.nn.Module, spread: float) -> torch.nn.Module:
             if parameter.ndim < 2 or 1 in parameter.shape:
                 parameter.add_(torch.randn_like(parameter) * spread)
     return model.eval()
-
-
-if __name__ == "__main__":
-    build(Path(sys.argv[1]))
-    sys.stdout.write(json.dumps({"folder": sys.argv[1]}) + "\n")

@@ -5,17 +5,20 @@ python docs/tables.py --check    changes nothing; exits 1 and names what is stal
 """
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from demo_model import evaluation
 from zimage_core import errors, settings
 from zimage_core.serving import metrics
 from zimage_core.wire import limits, status
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "ARCHITECTURE.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "ARCHITECTURE.md", ROOT / "README.md"]
 ROOMS = (
     "protos/zimage_rpc",
     "zimage_core",
@@ -74,6 +77,13 @@ def metric_rows() -> Iterator[tuple[str, ...]]:
         yield f"`{name}`", labels, family.documentation
 
 
+def evaluation_rows(
+    rows: Callable[[dict[str, Any]], Iterator[tuple[str, ...]]],
+) -> Callable[[], Iterator[tuple[str, ...]]]:
+    """What the last `make demo-eval` measured."""
+    return lambda: rows(json.loads((ROOT / "docs/demo-model/evaluation.json").read_text()))
+
+
 def file_rows() -> Iterator[tuple[str, ...]]:
     """Every source file, with the first sentence of what it says of itself."""
     yield "file", "purpose"
@@ -97,6 +107,9 @@ TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
     "errors": error_rows,
     "limits": limit_rows,
     "metrics": metric_rows,
+    "demo_accuracy": evaluation_rows(evaluation.accuracy_rows),
+    "demo_steps": evaluation_rows(evaluation.steps_rows),
+    "demo_others": evaluation_rows(evaluation.other_rows),
     **{f"settings_{program}": settings_rows(program) for program in settings.PROGRAMS},
 }
 

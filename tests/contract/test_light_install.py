@@ -13,6 +13,9 @@ import zimage_client, zimage_client.cli.main
 heavy = ("torch", "numpy", "transformers", "diffusers")
 assert not [name for name in heavy if importlib.util.find_spec(name)], "not light"
 assert "site-packages" in zimage_client.__file__, "this is the checkout, not the wheel"
+from zimage_client._embedded.stack import demo_model
+assert "site-packages" in str(demo_model())
+assert (demo_model() / "vae/diffusion_pytorch_model.safetensors").stat().st_size > 1_000_000
 print("light")
 """
 

@@ -30,7 +30,6 @@ def _environment(folder: Path) -> dict[str, str]:
         **kept,
         "PATH": f"{scripts}:{kept['PATH']}",
         "XDG_RUNTIME_DIR": str(folder / "run"),
-        "XDG_CACHE_HOME": str(folder / "cache"),
         "XDG_CONFIG_HOME": str(folder / "config"),
     }
 
@@ -54,6 +53,7 @@ def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="zi-") as name:  # short, for the sockets in it
         folder = Path(name)
         (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
+        (folder / "demo_model").symlink_to(ROOT / "demo_model")
         yield folder
         _run("zimage-client down", folder)  # what a block that broke has left
 
@@ -71,8 +71,8 @@ def test_the_commands_work_as_they_stand(folder: Path) -> None:
     _run(script, folder)
     written = {path.name for path in folder.iterdir() if path.is_file()}
     assert written >= {
-        *("circle.png", "squares-0.png", "squares-1.png", "squares-2.png", "lighthouse.webp"),
-        *("served.png", "prompt.safetensors", "again.png", "lighthouse.png"),
+        *("circle.png", "squares-0.png", "squares-1.png", "squares-2.png", "heart.webp"),
+        *("served.png", "prompt.safetensors", "again.png", "cross.png"),
     }
     pixels = [read_receipt(folder / name).pixels_sha256 for name in ("served.png", "again.png")]
     assert pixels[0] == pixels[1]

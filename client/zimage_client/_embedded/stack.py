@@ -7,10 +7,8 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
-
-import platformdirs
 
 from zimage_client._client import AsyncClient
 from zimage_client._embedded import children
@@ -43,13 +41,12 @@ def addresses_in(folder: Path) -> Addresses:
 async def brief_stack(
     say: Say, *, model: Path | None = None, dit: bool = True, flags: Sequence[str] = ()
 ) -> AsyncIterator[Addresses]:
-    """A stack that lives as long as the block, with the random model unless told otherwise; `say`
+    """A stack that lives as long as the block, with the demo model unless told otherwise; `say`
     hears what goes on until it serves, both services get the flags."""
     refuse_what_cannot_work()
     with _private_folder() as folder:
-        model = model or await random_model(say)
         say("starting the embedded services")
-        async with running(folder, model, dit=dit, flags=flags):
+        async with running(folder, model or demo_model(), dit=dit, flags=flags):
             yield addresses_in(folder)
 
 
@@ -81,18 +78,9 @@ async def running(
         yield [child for child, _ in started]
 
 
-async def random_model(say: Say) -> Path:
-    """The random model of this version, built once into the user's cache."""
-    model = platformdirs.user_cache_path("zimage") / f"random-model-{version('zimage-grpc')}"
-    if not (model / "model_index.json").is_file():
-        say(f"building a random model, once, in {model}")
-        with _private_folder() as folder:
-            log = folder / "model.log"
-            arguments = "demo_model.random_model", [str(model)]
-            async with children.running(*arguments, log) as builder:
-                if await builder.process.wait():
-                    raise builder.ended()
-    return model
+def demo_model() -> Path:
+    """The small trained model that comes with this package."""
+    return Path(str(files("demo_model") / "zimage-demo"))
 
 
 def refuse_what_cannot_work() -> None:

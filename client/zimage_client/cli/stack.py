@@ -8,7 +8,7 @@ from zimage_client._embedded import warm
 from zimage_client._embedded.stack import (
     Addresses,
     brief_stack,
-    random_model,
+    demo_model,
     refuse_what_cannot_work,
 )
 from zimage_client.cli.terminal import Terminal
@@ -64,13 +64,12 @@ async def _embedded(terminal: Terminal, *, dit: bool) -> AsyncIterator[Addresses
         return
     flag = "--server" if dit else "--encoder"
     terminal.note(
-        f"no {flag} is configured: the embedded stack is used, with a random model whose pictures "
-        f"are noise; {flag} ADDR or `zimage-client up --model FOLDER` use a real one"
+        f"no {flag} is configured: the embedded demo model is used, which draws one or "
+        f"two coloured shapes; {flag} ADDR or `zimage-client up --model FOLDER` use Z-Image itself"
     )
     if not terminal.is_interactive:
         async with brief_stack(terminal.live, dit=dit) as addresses:
             yield addresses
         return
-    model = await random_model(terminal.live)
-    async with warm.used(model, terminal.live) as stack:
+    async with warm.used(demo_model(), terminal.live) as stack:
         yield stack.addresses
