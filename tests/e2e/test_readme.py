@@ -71,7 +71,7 @@ def test_the_commands_work_as_they_stand(folder: Path) -> None:
     _run(script, folder)
     written = {path.name for path in folder.iterdir() if path.is_file()}
     assert written >= {
-        *("circle.png", "squares-0.png", "squares-1.png", "squares-2.png", "heart.webp"),
+        *("circle.png", "stars-0.png", "stars-1.png", "stars-2.png", "heart.webp"),
         *("served.png", "prompt.safetensors", "again.png", "cross.png"),
     }
     pixels = [read_receipt(folder / name).pixels_sha256 for name in ("served.png", "again.png")]
