@@ -55,9 +55,6 @@ class Seen:
     thing: Thing
     x: float
     y: float
-    radius: float
-    overlap: float
-    """With its best shape: 1 is that very shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +163,13 @@ def _seen(levels: Floats, background: Floats, piece: Piece) -> Seen:
     core = _core(piece)
     if not core.any():  # debris
         y, x = (float(where.mean()) for where in np.nonzero(piece))
-        return Seen(Thing("", "", ""), x, y, 0.0, 0.0)
+        return Seen(Thing("", "", ""), x, y)
     colour, cover = _painted(levels, background, piece)
     overlap, fitted = max(_fits(cover), key=lambda fit: fit[0])
     size = next((name for name, top in _SIZE_BORDERS.items() if fitted.radius < top), "large")
     shape = fitted.shape if overlap > _LEAST_OVERLAP else ""
     thing = Thing(shape, _uniform_colour_name(levels[core], colour), size)
-    return Seen(thing, fitted.x, fitted.y, fitted.radius, overlap)
+    return Seen(thing, fitted.x, fitted.y)
 
 
 def _painted(levels: Floats, background: Floats, piece: Piece) -> tuple[Floats, Mask]:

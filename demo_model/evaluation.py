@@ -1,7 +1,7 @@
 """`make demo-eval`: whether the model draws what it is asked for, asked through the services.
 
-Prompts are about a thing whose shape was never trained in its colour. The checker looks at each
-picture; figures and a sheet of pictures come out.
+Prompts are about a thing whose shape was never trained in its colour, but for those that leave the
+colour open. The checker looks at each picture; figures and a sheet of pictures come out.
 """
 
 import argparse

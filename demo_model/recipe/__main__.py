@@ -50,7 +50,9 @@ class Recipe:
         if not (folder / "config.json").exists():
             training = AutoencoderTraining(self._device)
             stage.run(training)
-            training.save(folder)
+            scratch = folder.with_suffix(".new")
+            training.save(scratch)
+            scratch.rename(folder)
         return AutoencoderKL.from_pretrained(folder).to(self._device)
 
     def networks(self) -> Any:

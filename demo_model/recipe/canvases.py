@@ -3,7 +3,7 @@ that tell the loss where to look."""
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch.nn.functional import max_pool2d
 
 from demo_model import drawing, world
 from demo_model.drawing import Mask, Placed
-from demo_model.world import Scene
 
 NOTHING, UNKNOWN = len(world.SHAPES), -100
 """Labels of a place without a thing, and of one whose thing has no name."""
@@ -35,8 +34,6 @@ class Batch:
     """[B, 1, H, W]: how much each pixel counts; 1 on average."""
     labels: Tensor
     """[B, H / 8, W / 8]: the shape at each latent, NOTHING or UNKNOWN."""
-    scenes: tuple[Scene, ...] = ()
-    """What the pictures show, if they show scenes."""
 
 
 def closeups(count: int, chance: random.Random) -> Batch:
@@ -47,13 +44,13 @@ def closeups(count: int, chance: random.Random) -> Batch:
 def scenes(count: int, chance: random.Random) -> Batch:
     """Pictures as the model will draw them."""
     size = chance.choice(world.CANVASES) if chance.random() < 0.25 else world.CANVASES[0]
-    shown = tuple(world.any_scene(chance, held_out=False) for _ in range(count))
+    shown = [world.any_scene(chance, held_out=False) for _ in range(count)]
     drawn = []
     for scene in shown:
         placed = drawing.placed(scene, size, chance)
         layers = [(thing, drawing.mask(thing, size)) for thing in placed]
         drawn.append(Canvas(layers, drawing.jittered(scene.background, chance)))
-    return replace(batch(drawn), scenes=shown)
+    return batch(drawn)
 
 
 @dataclass(frozen=True, slots=True)

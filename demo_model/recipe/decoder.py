@@ -81,7 +81,7 @@ class Sampler:
     def _batch(self, chance: random.Random) -> Sampled:
         size = chance.choice(world.CANVASES) if chance.random() < 0.25 else world.CANVASES[0]
         scenes = [world.any_scene(chance, held_out=False) for _ in range(_AT_ONCE)]
-        latents = self.latents(
+        latents = self._latents(
             [captions.caption(s, TRAINING, chance) for s in scenes], size, chance
         )
         drawn = (self._autoencoder.decode(latents).sample / 2 + 0.5).clamp(0, 1) * 255
@@ -90,7 +90,7 @@ class Sampler:
         meant = {row: canvas for row, pair in pairs if (canvas := _meant(*pair))}
         return Sampled(latents[list(meant)].half().cpu(), list(meant.values()))
 
-    def latents(self, texts: list[str], size: tuple[int, int], chance: random.Random) -> Tensor:
+    def _latents(self, texts: list[str], size: tuple[int, int], chance: random.Random) -> Tensor:
         """What becomes of noise under these captions."""
         ids, is_text = (
             part.to(self._device) for part in tokens.padded(tokens.encode(self._tokenizer, texts))

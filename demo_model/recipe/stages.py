@@ -52,7 +52,7 @@ class Stage:
             if kept["steps"] != self.steps:
                 raise SystemExit(
                     f"{checkpoint} is of a run of {kept['steps']} steps, not {self.steps}; "
-                    "remove it to begin anew"
+                    "remove it, and all that was made after it, to begin anew"
                 )
             training.load(kept["training"])
             _log.info("%s goes on at step %s of %s", self.name, first, self.steps)

@@ -37,11 +37,11 @@ def dit(encoder: Service) -> Iterator[Service]:
 @pytest.mark.parametrize(
     ("kind", "count", "least"),
     [
-        (MEASURE, 150, 0.86),
-        ("wide", 30, 0.8),
-        ("tall", 30, 0.8),
-        ("unseen wording", 30, 0.75),
-        ("filler around", 30, 0.6),
+        (MEASURE, 150, 0.95),
+        ("wide", 30, 0.87),
+        ("tall", 30, 0.87),
+        ("unseen wording", 30, 0.85),
+        ("filler around", 30, 0.9),
     ],
 )
 async def test_pictures_show_what_their_prompts_say(
