@@ -48,13 +48,15 @@ class Transfers:
                         call = _calls.put_blob(
                             channel, start, file, replay.within(None), self._metadata
                         )
+                        is_complete = False
                         async with aclosing(call) as answers:
                             async for answer in answers:
-                                if answer.complete:
-                                    return start.sha256
+                                is_complete |= answer.complete
                                 if answer.stored_bytes > most:
                                     most = answer.stored_bytes
                                     replay.advanced()
+                        if is_complete:
+                            return start.sha256
                         raise malformed("it ended before the blob was there")
                 except ZImageError as error:
                     pause = replay.pause_after(error)

@@ -59,7 +59,7 @@ def _paused(one: Supervised, seconds: float) -> None:
 
 PHASES: dict[str, Callable[[Event], bool]] = {
     "encoding": lambda event: isinstance(event, Progress) and event.stage == "encoding",
-    "denoising": lambda event: isinstance(event, Progress) and event.step == 10,
+    "denoising": lambda event: isinstance(event, Progress) and event.step >= 5,
     "between two pictures": lambda event: isinstance(event, Picture),
     "decoding": lambda event: isinstance(event, Progress) and event.stage == "decoding",
 }

@@ -56,7 +56,8 @@ def dits(
         encoder = Supervised("encoder_service", free_address(), *common)
         closing.callback(encoder.close)
         flags = *common, "--encoder", encoder.address, "--store", store
-        both = [Supervised("dit_service", free_address(), *flags) for _ in range(2)]
+        patient = {"ZIMAGE_DIT__WATCHDOG__LEAST_SECONDS": "300"}
+        both = [Supervised("dit_service", free_address(), *flags, **patient) for _ in range(2)]
         for one in both:
             closing.callback(one.close)
         for one in (encoder, *both):
@@ -113,6 +114,13 @@ def expected(dits: list[Supervised]) -> str:
         return direct.generate(PROMPT, **WISH).pictures[0].pixels_sha256
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "strike" in metafunc.fixturenames:
+        is_short = metafunc.config.getoption("--times") == 1
+        every = [signal.SIGKILL] if is_short else [signal.SIGKILL, signal.SIGTERM]
+        metafunc.parametrize("strike", every)
+
+
 def test_previews_and_large_bodies_go_through(proxy: Proxy, expected: str, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(range(256)) * (12 << 12))
     with Client(proxy.address) as client:
@@ -159,7 +167,6 @@ def test_a_minute_of_silence_is_no_end(
             worker.resume()
 
 
-@pytest.mark.parametrize("strike", [signal.SIGKILL, signal.SIGTERM])
 def test_a_backend_that_goes_is_left_for_the_other(
     proxy: Proxy,
     strike: signal.Signals,

@@ -61,6 +61,8 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
                         await self._in_thread(lambda chunk=chunk: incoming.add(chunk))  # type: ignore[misc]
                 await self._in_thread(lambda: self._blobs.complete(start.sha256, incoming))
         yield blob_pb2.PutResponse(stored_bytes=start.size_bytes, complete=True)
+        async for _ in _chunks(request_iterator):
+            pass  # to its end: some proxies cut a stream that ends at one side first
 
     async def Get(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[blob_pb2.GetRequest], context: _Context

@@ -142,7 +142,7 @@ def from_failure(failure: types_pb2.Failure) -> errors.ZImageError:
 def _transport_error(code: grpc.StatusCode, message: str) -> errors.ZImageError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineTooShort("the deadline passed before the answer came")
-    if code is grpc.StatusCode.CANCELLED:
+    if code is grpc.StatusCode.CANCELLED and "RST_STREAM" not in message:  # that is a proxy's doing
         return errors.Cancelled("the call was cancelled")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return errors.Unimplemented(
