@@ -193,7 +193,7 @@ def test_what_is_urgent_steps_alone_and_what_is_not_goes_on(dit: Service) -> Non
     assert ended == ["background"]
     assert urgent.accepted.priority == "interactive"
     assert urgent.completed.usage.mean_occupancy < 1.2  # one step in sixteen is shared
-    assert 1.2 < beside.completed.usage.mean_occupancy < 1.5  # one in four
+    assert 1.1 < beside.completed.usage.mean_occupancy < 1.5  # one in four: 2 to 4 of 12
 
 
 def test_what_was_made_tells_what_will_take_how_long(dit: Service) -> None:
