@@ -171,9 +171,8 @@ def _patterns(seen: Sequence[str], unseen: Sequence[str], wording: Wording) -> S
 def _filled(pattern: str, things: Sequence[str], place: str, background: str) -> str:
     if not background:  # the words around it go, too
         for part in (
-            *(" on {b} {background} background", " against {b} {background} background"),
-            *(", {background} background", "{b} {background} background with "),
-            *("{background} background, ", "{background} background and ", "on {background}, "),
+            *(" on {b} {background} background", ", {background} background"),
+            *("{b} {background} background with ", "{background} background, "),
             " on {background}",
         ):
             pattern = pattern.replace(part, "")

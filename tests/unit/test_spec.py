@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dit_service import messages
 from dit_service.rpc.spec import Resolver
+from tests.device.full_size import CONFIG
 from zimage_core.errors import InvalidRequest
-from zimage_core.planning.flops import DitShape
 from zimage_core.settings import DitSettings
 from zimage_rpc.dit.v1 import dit_pb2
 
@@ -19,15 +19,7 @@ TURBO = messages.Model(
     name="m",
     variant="turbo",
     shift=3.0,
-    shape=DitShape(
-        dim=3840,
-        n_layers=30,
-        n_refiner_layers=2,
-        n_heads=30,
-        in_channels=16,
-        cap_feat_dim=2560,
-        patch_size=2,
-    ),
+    shape=CONFIG,
     caption_width=2560,
     max_token_count=1504,
     side_multiple_px=16,

@@ -1,4 +1,12 @@
 """What a version can do that another may not, in words that Describe lists and that stay."""
 
-DIT = ("shared_steps", "receipts", "previews", "encode_images", "decode_latents")
+DIT = (
+    "shared_steps",
+    "receipts",
+    "previews",
+    "encode_images",
+    "decode_latents",
+    "blobs",
+    "priorities",
+)
 ENCODER = ("encode_stream",)
