@@ -57,8 +57,8 @@ test-fast: ## the checks of every minute
 fuzz: ## 10,000 requests to every method that no client would send
 	$(BIN)/pytest tests/e2e/test_fuzz.py --fuzz-requests 10000
 
-fault: ## everything that can die does, 20 times each; writes docs/reliability.md
-	$(BIN)/pytest tests/fault --times 20 --write-table
+fault: ## everything that can die does, 20 times each; writes docs/reliability.md. ONLY="worker and decoding" does some
+	$(BIN)/pytest tests/fault --times 20 --write-table -k "$(ONLY)"
 
 parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E5)
 	$(BIN)/pytest tests/parity $(PARITY)
