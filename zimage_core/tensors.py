@@ -21,6 +21,11 @@ class TensorData:
         """The digest of the elements alone."""
         return hashlib.sha256(self.data).hexdigest()
 
+    @property
+    def media_type(self) -> str:
+        """What the elements are."""
+        return f"application/x-tensor; type={self.element_type}"
+
 
 def byte_count(element_type: str, shape: tuple[int, ...]) -> int:
     """How many bytes a tensor of this type and shape has."""

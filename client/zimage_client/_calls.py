@@ -1,7 +1,7 @@
 """The calls themselves: messages out, messages or plain data back, errors always our own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from zimage_core.errors import Cancelled
 from zimage_core.files import chunks as file_chunks
 from zimage_core.tensors import TensorData
 from zimage_core.wire import status
+from zimage_core.wire.limits import CHUNK_BYTES
 from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -126,19 +127,40 @@ async def describe_encoder(
 async def generate(
     channel: grpc.aio.Channel,
     spec: dit_pb2.GenerateSpec,
+    named: Mapping[str, bytes],
     timeout: float | None,
     metadata: Metadata,
 ) -> AsyncGenerator[dit_pb2.GenerateResponse, None]:
-    """One try of a request; leaving it early cancels it on the server."""
+    """One try of a request; leaving it early cancels it on the server. What the spec only names is
+    sent if the service needs it."""
     stub = dit_pb2_grpc.DitServiceStub(channel)
-    request = dit_pb2.GenerateRequest(spec=spec)
-    call = stub.Generate(iter([request]), timeout=timeout, metadata=metadata)
+    needed: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+
+    async def messages() -> AsyncIterator[dit_pb2.GenerateRequest]:
+        yield dit_pb2.GenerateRequest(spec=spec)
+        for sha256 in await needed if named else ():
+            data = named[sha256]
+            for at in range(0, len(data), CHUNK_BYTES):
+                chunk = dit_pb2.BlobChunk(sha256=sha256, data=data[at : at + CHUNK_BYTES])
+                yield dit_pb2.GenerateRequest(chunk=chunk)
+
+    call = stub.Generate(messages(), timeout=timeout, metadata=metadata)
     try:
         with _typed_errors():
             async for response in call:
+                if not needed.done() and response.WhichOneof("event") != "accepted":
+                    needed.set_result(_needed(response, named))
                 yield response
     finally:
+        needed.cancel()
         call.cancel()  # without effect on a call that has ended
+
+
+def _needed(response: dit_pb2.GenerateResponse, named: Mapping[str, bytes]) -> list[str]:
+    digests = [digest.sha256 for digest in response.need.digests]
+    if strange := set(digests) - named.keys():
+        raise _reading.malformed(f"it asks for {', '.join(strange)}, which was not named")
+    return digests
 
 
 async def find_blobs(

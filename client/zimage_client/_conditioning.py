@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import InvalidRequest
 from zimage_core.wire import embeddings
+from zimage_core.wire.limits import INLINE_BYTES
 from zimage_rpc.types.v1 import types_pb2
 
 Condition = str | Prompt | Embedding
@@ -20,6 +21,13 @@ class Conditioning:
     positive: Prompt | Embedding
     negative: Prompt | Embedding | None
     """None leaves it to the server, which takes the empty prompt."""
+
+    @property
+    def named(self) -> dict[str, bytes]:
+        """What the messages only name, by its digests."""
+        sides = (self.positive, self.negative)
+        given = [side for side in sides if isinstance(side, Embedding) and _is_large(side)]
+        return {side.tensor.sha256: side.tensor.data for side in given}
 
     async def encoded(
         self,
@@ -45,12 +53,13 @@ def conditioning(positive: Condition, negative: Condition | None) -> Conditionin
 
 
 def message(side: Prompt | Embedding) -> types_pb2.Conditioning:
-    """The message of one side."""
+    """The message of one side; it only names the elements of a large embedding."""
     if isinstance(side, Prompt):
         segment = types_pb2.Segment(prompt=prompt_message(side))
     else:
         with _sayable("embedding"):
-            segment = types_pb2.Segment(embedding=embeddings.embedding_to_wire(side))
+            named = _is_large(side)
+            segment = types_pb2.Segment(embedding=embeddings.embedding_to_wire(side, named=named))
     return types_pb2.Conditioning(segments=[segment])
 
 
@@ -69,6 +78,10 @@ def prompt_message(prompt: Prompt) -> types_pb2.Prompt:
             ) from None
     with _sayable("prompt"):
         return embeddings.prompt_to_wire(prompt)
+
+
+def _is_large(embedding: Embedding) -> bool:
+    return len(embedding.tensor.data) > INLINE_BYTES
 
 
 @contextmanager

@@ -75,7 +75,11 @@ class Generation:
         assembly, completed = Assembly(), None
         with self._channels.dit.one_try() as channel:
             responses = _calls.generate(
-                channel, self._request(), self._replay.within(None), self._metadata
+                channel,
+                self._request(),
+                self._conditioning.named,
+                self._replay.within(None),
+                self._metadata,
             )
             async with aclosing(responses):
                 async for response in responses:

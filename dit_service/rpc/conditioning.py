@@ -2,7 +2,7 @@
 embeddings are checked."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dit_service import messages
@@ -47,7 +47,7 @@ class Side:
         """Of the embedding; a guess, until there is one."""
         if isinstance(self.content, Prompt):
             return self.token_count * width * _BYTES_PER_VALUE
-        return len(self.content.embedding.tensor.data)
+        return self.content.digest.size_bytes
 
 
 class Conditioner:
@@ -76,18 +76,28 @@ class Conditioner:
             self._refuse_prompt(segment.prompt, field)
             return Side(field, embeddings.prompt_from_wire(segment.prompt))
         if kind == "embedding":
-            embedding = embeddings.embedding_from_wire(segment.embedding, field=field)
-            return Side(field, self.pin.check(embedding, model, field))
+            named = embeddings.named_digest(segment.embedding)
+            embedding = embeddings.embedding_from_wire(
+                segment.embedding, field=field, may_be_named=True
+            )
+            return Side(field, self.pin.check(embedding, model, field, named))
         allowed = "a prompt or an embedding"
         raise InvalidRequest.given(field, kind or "nothing", allowed, "SEGMENT_CONTENT")
 
-    async def resolve(self, sides: Sequence[Side], model: messages.Model) -> list[CheckedEmbedding]:
-        """The sides as embeddings; those that are prompts are encoded in one call."""
+    async def resolve(
+        self, sides: Sequence[Side], model: messages.Model, sent: Mapping[str, bytes]
+    ) -> list[CheckedEmbedding]:
+        """The sides as embeddings; those that are prompts are encoded in one call, those that lack
+        their elements get them from what was sent."""
         texts = [side for side in sides if isinstance(side.content, Prompt)]
         encoded = iter(await self._encode(texts, model))
-        return [
-            next(encoded) if isinstance(side.content, Prompt) else side.content for side in sides
-        ]
+
+        def whole(content: Prompt | CheckedEmbedding) -> CheckedEmbedding:
+            if isinstance(content, Prompt):
+                return next(encoded)
+            return content.filled(sent[content.digest.sha256]) if content.is_hollow else content
+
+        return [whole(side.content) for side in sides]
 
     async def _encode(self, sides: list[Side], model: messages.Model) -> list[CheckedEmbedding]:
         if not sides:

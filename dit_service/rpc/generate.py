@@ -1,6 +1,5 @@
 """The DiT service on the wire: a request comes in, its events go out."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -15,14 +14,14 @@ from dit_service.rpc.conversions import Conversions
 from dit_service.rpc.costs import Costs
 from dit_service.rpc.request import Request
 from dit_service.rpc.spec import Resolver
-from zimage_core.errors import InvalidRequest
+from dit_service.rpc.uploads import Uploads
 from zimage_core.serving.admission import Admission, Limits
 from zimage_core.serving.batches import answers_to
+from zimage_core.serving.blobs import BlobServicer
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import DitSettings
 from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
 
-_SPEC_SECONDS = 30.0  # a silent caller would hold up a drain
 _CONVERSIONS_AT_ONCE = 2  # one unpacks its file while the other has the device
 
 T = TypeVar("T", bound=Message)
@@ -34,8 +33,15 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class DitServicer(dit_pb2_grpc.DitServiceServicer):
     """Takes requests in, has them conditioned, hands them to the worker, answers with events."""
 
-    def __init__(self, worker: Worker, settings: DitSettings, conditioner: Conditioner) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        settings: DitSettings,
+        conditioner: Conditioner,
+        blobs: BlobServicer,
+    ) -> None:
         self._worker = worker
+        self._blobs = blobs
         self._settings = settings
         self._conditioner = conditioner
         self._admission = Admission(
@@ -54,15 +60,17 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         self, request_iterator: AsyncIterator[dit_pb2.GenerateRequest], context: _Context
     ) -> AsyncIterator[dit_pb2.GenerateResponse]:
         """From the spec to the last event; cancelling it ends the work at the next step."""
-        spec = await _only_spec(request_iterator)
+        uploads = Uploads(request_iterator, self._blobs)
+        spec = await uploads.spec()
         model = self._worker.loaded(messages.Model)
         resolved = Resolver(model, self._settings).resolve(spec)
         request = Request(resolved, self._conditioner, model, self._costs)
         with self._admission.place() as place:
             place.expect(request.cost, context.time_remaining())
-            async with aclosing(request.answers(self._worker, place)) as answers:
+            async with aclosing(request.answers(self._worker, place, uploads)) as answers:
                 async for answer in answers:
                     yield answer
+        await uploads.end()
 
     async def EncodeImages(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[dit_pb2.EncodeImagesRequest], context: _Context
@@ -90,26 +98,3 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         async with aclosing(answers_to(items, in_turn, _CONVERSIONS_AT_ONCE)) as answers:
             async for one in answers:
                 yield one
-
-
-async def _only_spec(requests: AsyncIterator[dit_pb2.GenerateRequest]) -> dit_pb2.GenerateSpec:
-    """The spec: the first message, and nothing but the end of the client's stream after it."""
-    try:
-        async with asyncio.timeout(_SPEC_SECONDS):
-            first, second = await anext(requests, None), await anext(requests, None)
-    except TimeoutError:
-        raise _refusal(f"no end of them within {_SPEC_SECONDS:g} s") from None
-    if first is None or first.WhichOneof("payload") != "spec":
-        raise _refusal("no spec in the first")
-    if second is not None:
-        raise _refusal("a second one")
-    return first.spec
-
-
-def _refusal(given: str) -> InvalidRequest:
-    allowed = "one with the spec, then the end"
-    return InvalidRequest(
-        f"messages of Generate: {given}; allowed is {allowed}",
-        reason="ONE_SPEC",
-        fields={"field": "GenerateRequest", "given": given, "allowed": allowed},
-    )

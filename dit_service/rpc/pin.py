@@ -1,13 +1,14 @@
 """Which embeddings this model takes: those of the encoder that it belongs to."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dit_service import messages
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding
 from zimage_core.errors import InvalidRequest, NotReady
 from zimage_core.settings import DitSettings
 from zimage_core.wire import embeddings
+from zimage_core.wire.tensors import digest
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.types.v1 import types_pb2
 
@@ -21,16 +22,18 @@ class CheckedEmbedding:
     embedding: Embedding
     identity_verified: bool
     """Whether its encoder is surely the right one."""
+    digest: types_pb2.Digest
+    """The name of its elements."""
 
     @property
-    def digest(self) -> types_pb2.Digest:
-        """Its name by content."""
-        tensor = self.embedding.tensor
-        return types_pb2.Digest(
-            sha256=tensor.sha256,
-            size_bytes=len(tensor.data),
-            media_type=f"application/x-tensor; type={tensor.element_type}",
-        )
+    def is_hollow(self) -> bool:
+        """Whether its elements are missing still."""
+        return len(self.embedding.tensor.data) < self.digest.size_bytes
+
+    def filled(self, data: bytes) -> "CheckedEmbedding":
+        """The same with its elements."""
+        tensor = replace(self.embedding.tensor, data=data)
+        return replace(self, embedding=replace(self.embedding, tensor=tensor))
 
     def provenance(self) -> dit_pb2.ConditioningProvenance:
         """Where it came from, as Completed tells it."""
@@ -55,8 +58,15 @@ class EncoderPin:
         """The identity insisted on at the usual hidden layer; empty when there is none."""
         return self._at(DEFAULT_HIDDEN_LAYER, model)
 
-    def check(self, embedding: Embedding, model: messages.Model, field: str) -> CheckedEmbedding:
-        """Raises InvalidRequest for what no model of this kind takes, NotReady for a stranger's."""
+    def check(
+        self,
+        embedding: Embedding,
+        model: messages.Model,
+        field: str,
+        named: types_pb2.Digest | None = None,
+    ) -> CheckedEmbedding:
+        """Raises InvalidRequest for what no model of this kind takes, NotReady for a stranger's.
+        Of an embedding whose elements are missing still, the name is given."""
         tokens, width = embedding.tensor.shape
         if width != model.caption_width:
             raise _mismatch(field, "width", width, f"{model.caption_width} for this model")
@@ -78,7 +88,7 @@ class EncoderPin:
             )
         if not pinned:
             self._warn_once(embedding)
-        return CheckedEmbedding(embedding, identity_verified=bool(pinned))
+        return CheckedEmbedding(embedding, bool(pinned), named or digest(embedding.tensor))
 
     def _at(self, hidden_layer: int, model: messages.Model) -> str:
         if model.encoder_identities:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 
 from google.protobuf.duration_pb2 import Duration
@@ -15,6 +15,7 @@ from dit_service.rpc.conditioning import Conditioner, Side
 from dit_service.rpc.costs import Costs
 from dit_service.rpc.pin import CheckedEmbedding
 from dit_service.rpc.spec import Resolved
+from dit_service.rpc.uploads import Uploads
 from zimage_core import tracing
 from zimage_core.embeddings import Prompt
 from zimage_core.errors import InvalidRequest
@@ -74,11 +75,11 @@ class Request:
         """What it is expected to take."""
         return self._costs.of(self._resolved, self._sides, self._model, self._share)
 
-    async def answers(self, worker: Worker, place: Place) -> _Answers:
+    async def answers(self, worker: Worker, place: Place, uploads: Uploads) -> _Answers:
         """Every answer, in the order of the grammar. The work waits for no reader, and gives its
         place up when it is done: a slow reader keeps nobody out."""
         self._tell(self._accepted(place))
-        making = asyncio.create_task(self._make(worker, place))
+        making = asyncio.create_task(self._make(worker, place, uploads))
         making.add_done_callback(lambda _making: self._told.put_nowait(None))
         try:
             while (answer := await self._told.get()) is not None:
@@ -88,11 +89,12 @@ class Request:
             making.cancel()
             await asyncio.gather(making, return_exceptions=True)
 
-    async def _make(self, worker: Worker, place: Place) -> None:
+    async def _make(self, worker: Worker, place: Place, uploads: Uploads) -> None:
         try:
+            sent = await uploads.gather(self._named(), self._tell_need)
             if any(isinstance(side.content, Prompt) for side in self._sides):
                 self._tell(_progress(place, dit_pb2.Progress.STAGE_ENCODING))
-            checked = await self._conditioner.resolve(self._sides, self._model)
+            checked = await self._conditioner.resolve(self._sides, self._model, sent)
             self._enter_provenance(checked)
             self._completed.usage.encode_time.CopyFrom(self._since_arrival())
             self._stage_began = time.monotonic()
@@ -104,6 +106,14 @@ class Request:
             place.leave()
         self._tell(dit_pb2.GenerateResponse(completed=self._completed))
         _count(self._completed)
+
+    def _named(self) -> list[types_pb2.Digest]:
+        """What the spec only names."""
+        given = [side.content for side in self._sides if not isinstance(side.content, Prompt)]
+        return [checked.digest for checked in given if checked.is_hollow]
+
+    def _tell_need(self, digests: Iterable[types_pb2.Digest]) -> None:
+        self._tell(dit_pb2.GenerateResponse(need=dit_pb2.Need(digests=digests)))
 
     def _tell(self, answer: dit_pb2.GenerateResponse) -> None:
         answer.sequence = next(self._numbers)

@@ -26,9 +26,10 @@ def service(settings: DitSettings) -> Service:
     blobs = Blobs(*settings.store_at, settings.store_quota_bytes, settings.store_keep_seconds)
 
     def register(server: grpc.aio.Server, worker: Worker) -> None:
-        servicer = DitServicer(worker, settings, Conditioner(settings, encoder))
+        keeper = BlobServicer(blobs)
+        servicer = DitServicer(worker, settings, Conditioner(settings, encoder), keeper)
         dit_pb2_grpc.add_DitServiceServicer_to_server(servicer, server)
-        blob_pb2_grpc.add_BlobServiceServicer_to_server(BlobServicer(blobs), server)
+        blob_pb2_grpc.add_BlobServiceServicer_to_server(keeper, server)
 
     return Service(
         name=dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name,

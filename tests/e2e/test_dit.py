@@ -288,7 +288,7 @@ def test_one_spec_is_wanted_and_no_more(dit: Service, specs: int) -> None:
     request = dit_pb2.GenerateRequest(spec=dit_pb2.GenerateSpec())
     with pytest.raises(InvalidRequest) as refusal:
         _answers(dit, *[request] * specs)
-    assert refusal.value.reason == "ONE_SPEC"
+    assert refusal.value.reason == "GRAMMAR"
 
 
 def test_unknown_fields_are_refused(dit: Service) -> None:

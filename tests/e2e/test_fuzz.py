@@ -3,6 +3,7 @@
 `make fuzz` asks 10,000 times; CI 500 times.
 """
 
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def _png() -> bytes:
     return file.getvalue()
 
 
-def _embedding() -> types_pb2.PromptEmbedding:
+def _embedding(*, named: bool = False) -> types_pb2.PromptEmbedding:
     return embeddings.embedding_to_wire(
         Embedding(
             tensor=TensorData("float32", (2, WIDTH), bytes(8 * WIDTH)),
@@ -50,7 +51,8 @@ def _embedding() -> types_pb2.PromptEmbedding:
             numerics=Numerics("float32", "float32", "test", "cpu"),
             token_count=2,
             token_ids_sha256="",
-        )
+        ),
+        named=named,
     )
 
 
@@ -79,12 +81,18 @@ def _spec(**content: Message) -> dit_pb2.GenerateRequest:
 PROMPT = types_pb2.Prompt(text="a red circle", system="s", thinking="t")
 LATENTS = tensors.to_wire(TensorData("float32", (16, 4, 4), bytes(4 * 16 * 16)))
 SHA256 = "0123456789abcdef" * 4
+ZEROS = hashlib.sha256(bytes(8 * WIDTH)).hexdigest()
 METHODS: dict[str, list[Message]] = {
     f"{_ENCODER}/Describe": [encoder_pb2.DescribeRequest()],
     f"{_ENCODER}/Encode": [encoder_pb2.EncodeRequest(prompts=[PROMPT, PROMPT])],
     f"{_ENCODER}/EncodeStream": [encoder_pb2.EncodeStreamRequest(item_id=1, prompt=PROMPT)],
     f"{_DIT}/Describe": [dit_pb2.DescribeRequest()],
-    f"{_DIT}/Generate": [_spec(embedding=_embedding()), _spec(prompt=PROMPT)],
+    f"{_DIT}/Generate": [
+        _spec(embedding=_embedding()),
+        _spec(embedding=_embedding(named=True)),
+        dit_pb2.GenerateRequest(chunk=dit_pb2.BlobChunk(sha256=ZEROS, data=bytes(8 * WIDTH))),
+        _spec(prompt=PROMPT),
+    ],
     f"{_DIT}/EncodeImages": [dit_pb2.EncodeImagesRequest(item_id=1, image=_png())],
     f"{_DIT}/DecodeLatents": [dit_pb2.DecodeLatentsRequest(item_id=1, latents=LATENTS)],
     f"{_BLOBS}/Find": [blob_pb2.FindRequest(sha256=[SHA256])],

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from dit_service.rpc.conditioning import Conditioner
@@ -10,8 +11,10 @@ from dit_service.rpc.generate import DitServicer
 from tests.unit.test_spec import SETTINGS, TURBO
 from zimage_core.embeddings import Embedding, Numerics, Recipe
 from zimage_core.errors import Overloaded
+from zimage_core.serving.blobs import BlobServicer
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import Watchdog
+from zimage_core.store.blobs import Blobs
 from zimage_core.tensors import TensorData
 from zimage_core.wire import embeddings
 from zimage_rpc.dit.v1 import dit_pb2
@@ -27,7 +30,7 @@ EMBEDDING = Embedding(
 
 
 @asynccontextmanager
-async def _front() -> AsyncIterator[DitServicer]:
+async def _front(store: Path) -> AsyncIterator[DitServicer]:
     """A front that lets one request in at a time; its worker makes pictures at once."""
     ready = asyncio.Event()
     worker = Worker(
@@ -37,7 +40,8 @@ async def _front() -> AsyncIterator[DitServicer]:
     settings = SETTINGS.model_copy(update={"max_queue_length": 0})
     try:
         await ready.wait()
-        yield DitServicer(worker, settings, Conditioner(settings, encoder=None))
+        blobs = BlobServicer(Blobs(str(store), store, 1 << 20, keep_seconds=1000.0))
+        yield DitServicer(worker, settings, Conditioner(settings, encoder=None), blobs)
     finally:
         supervision.cancel()
         await asyncio.gather(supervision, return_exceptions=True)
@@ -63,8 +67,8 @@ class _Patient:
         return None
 
 
-async def test_a_slow_reader_keeps_nobody_out_and_gets_everything() -> None:
-    async with _front() as front, _call(front) as slow:
+async def test_a_slow_reader_keeps_nobody_out_and_gets_everything(tmp_path: Path) -> None:
+    async with _front(tmp_path) as front, _call(front) as slow:
         first = await anext(slow)
         assert first.WhichOneof("event") == "accepted"
         while True:
@@ -79,8 +83,8 @@ async def test_a_slow_reader_keeps_nobody_out_and_gets_everything() -> None:
         assert len(rest[-1].completed.artifacts) == 2
 
 
-async def test_leaving_before_the_work_began_gives_the_place_back() -> None:
-    async with _front() as front:
+async def test_leaving_before_the_work_began_gives_the_place_back(tmp_path: Path) -> None:
+    async with _front(tmp_path) as front:
         for _ in range(3):
             async with _call(front) as left:
                 await anext(left)

@@ -1,6 +1,7 @@
 """The blob service, wherever a service keeps blobs."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -8,11 +9,13 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from zimage_core.errors import InvalidRequest
+from zimage_core.errors import InvalidRequest, NotFound, Unavailable, ZImageError
 from zimage_core.store.blobs import Blobs
 from zimage_core.store.incoming import Incoming
 from zimage_core.wire.limits import CHUNK_BYTES, DIGESTS_PER_FIND
 from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
+
+_log = logging.getLogger(__name__)
 
 _THREADS = 4
 _SILENT_SECONDS = 60.0
@@ -84,6 +87,30 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
                 is_first = False
         finally:
             self._threads.submit(file.close)
+
+    async def load(self, sha256: str, size_bytes: int) -> bytes | None:
+        """A small blob, whole; None where it is not there or the store does not answer."""
+
+        def read() -> bytes:
+            with self._blobs.open(sha256) as file:
+                return file.read(size_bytes + 1)
+
+        try:
+            data = await self._in_thread(read)
+        except (NotFound, Unavailable):
+            return None
+        return data if len(data) == size_bytes else None
+
+    def keep(self, sha256: str, data: bytes) -> None:
+        """Puts a small blob on the shelf, soon and if there is room: nobody waits for it."""
+
+        def write() -> None:
+            try:
+                self._blobs.keep(sha256, data)
+            except ZImageError as error:
+                _log.info("blob %s is not kept: %s", sha256, error.message)
+
+        self._threads.submit(write)
 
     @asynccontextmanager
     async def _receiving(self, start: blob_pb2.PutStart) -> AsyncGenerator[Incoming | None, None]:

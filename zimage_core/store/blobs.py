@@ -10,10 +10,12 @@ import logging
 import re
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from zimage_core import digests
 from zimage_core.errors import InvalidRequest, NotFound, Overloaded
 from zimage_core.store.incoming import Incoming
 from zimage_core.store.shelf import Entry, Shelf, on_disk
@@ -21,7 +23,6 @@ from zimage_core.store.shelf import Entry, Shelf, on_disk
 _log = logging.getLogger(__name__)
 
 _BLOBS, _NAMES = "blobs", "names"
-_SHA256 = re.compile("[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _IN_USE_SECONDS = 600.0
 """What came or was read so lately may be about to get a name."""
@@ -100,6 +101,14 @@ class Blobs:
         """Lets everybody see a blob that is whole; raises InvalidRequest for one that is not."""
         incoming.finish(lambda path: self._shelf.take(path, _key(sha256)))
         self._sizes[sha256] = incoming.size_bytes
+
+    def keep(self, sha256: str, data: bytes) -> None:
+        """A small blob that is here already; raises what `receive` and `complete` raise."""
+        incoming = self.receive(sha256, len(data))
+        if incoming is not None:
+            with closing(incoming):
+                incoming.add(data[incoming.stored_bytes :])
+                self.complete(sha256, incoming)
 
     def point(self, kind: str, name: str, sha256: str) -> None:
         """Lets a name point at a blob, which stays as long as it does; raises NotFound."""
@@ -236,8 +245,7 @@ def _missing(sha256: str) -> NotFound:
 
 
 def _key(sha256: str) -> str:
-    if not _SHA256.fullmatch(sha256):
-        raise InvalidRequest.given("sha256", sha256[:100], "64 hexadecimal digits", "DIGEST")
+    digests.check(sha256, "sha256")
     return f"{_BLOBS}/{sha256[:2]}/{sha256}"
 
 

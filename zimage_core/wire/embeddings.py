@@ -34,10 +34,11 @@ def prompt_from_wire(message: types_pb2.Prompt) -> Prompt:
     )
 
 
-def embedding_to_wire(embedding: Embedding) -> types_pb2.PromptEmbedding:
-    """The message of an embedding."""
+def embedding_to_wire(embedding: Embedding, *, named: bool = False) -> types_pb2.PromptEmbedding:
+    """The message of an embedding; of a named one it holds only the digest of the elements."""
+    to_wire = tensors.named_to_wire if named else tensors.to_wire
     return types_pb2.PromptEmbedding(
-        tensors={_TENSOR: tensors.to_wire(embedding.tensor)},
+        tensors={_TENSOR: to_wire(embedding.tensor)},
         identity=types_pb2.EncoderIdentity(sha256=embedding.identity),
         recipe=recipe_to_wire(embedding.recipe),
         numerics=numerics_to_wire(embedding.numerics),
@@ -46,11 +47,21 @@ def embedding_to_wire(embedding: Embedding) -> types_pb2.PromptEmbedding:
     )
 
 
-def embedding_from_wire(message: types_pb2.PromptEmbedding, *, field: str) -> Embedding:
-    """The embedding of a message; raises InvalidRequest unless it is one [tokens, width] tensor."""
+def named_digest(message: types_pb2.PromptEmbedding) -> types_pb2.Digest | None:
+    """The name of the elements where the message does not hold them."""
+    tensor = message.tensors.get(_TENSOR)
+    return tensor.digest if tensor and tensor.HasField("digest") else None
+
+
+def embedding_from_wire(
+    message: types_pb2.PromptEmbedding, *, field: str, may_be_named: bool = False
+) -> Embedding:
+    """The embedding of a message; raises InvalidRequest unless it is one [tokens, width] tensor.
+    The elements of one that may be named can be missing still."""
     if set(message.tensors) != {_TENSOR}:
         raise _invalid(f"{field}.tensors", f"{sorted(message.tensors)}", f"exactly {_TENSOR!r}")
-    tensor = tensors.from_wire(message.tensors[_TENSOR], field=f"{field}.tensors[{_TENSOR!r}]")
+    from_wire = tensors.named_from_wire if may_be_named else tensors.from_wire
+    tensor = from_wire(message.tensors[_TENSOR], field=f"{field}.tensors[{_TENSOR!r}]")
     if len(tensor.shape) != 2 or tensor.shape[0] != message.token_count:
         raise _invalid(
             f"{field}.tensors[{_TENSOR!r}].shape",

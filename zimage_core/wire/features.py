@@ -8,5 +8,6 @@ DIT = (
     "decode_latents",
     "blobs",
     "priorities",
+    "named_embeddings",
 )
 ENCODER = ("encode_stream",)

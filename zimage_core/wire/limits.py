@@ -9,6 +9,10 @@ ENVELOPE_BYTES = 1024
 CHUNK_BYTES = 1 << 20
 """The largest piece of a file on the wire."""
 
+INLINE_BYTES = 64 << 10
+"""Elements of an embedding up to here go with the request: they fit the window of a connection that
+is fresh. Larger ones go where they are needed, for the same round trip, and only once."""
+
 PROMPTS_PER_ENCODE = 32
 """The most prompts in one Encode."""
 
@@ -72,5 +76,5 @@ CHANNEL_OPTIONS = (
     ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES),  # larger calls would silently not be retried
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 )

@@ -1,5 +1,8 @@
 """The tensor codec: messages to plain tensors and back."""
 
+from dataclasses import replace
+
+from zimage_core import digests
 from zimage_core.errors import InvalidRequest
 from zimage_core.tensors import TensorData, byte_count
 from zimage_rpc.types.v1 import types_pb2
@@ -39,8 +42,44 @@ def to_wire(tensor: TensorData) -> types_pb2.Tensor:
     )
 
 
+def named_to_wire(tensor: TensorData) -> types_pb2.Tensor:
+    """The message of a tensor without its elements, which are sent where they are needed."""
+    return types_pb2.Tensor(
+        element_type=_TO_WIRE[tensor.element_type], shape=tensor.shape, digest=digest(tensor)
+    )
+
+
+def digest(tensor: TensorData) -> types_pb2.Digest:
+    """The name of its elements."""
+    return types_pb2.Digest(
+        sha256=tensor.sha256, size_bytes=len(tensor.data), media_type=tensor.media_type
+    )
+
+
 def from_wire(message: types_pb2.Tensor, *, field: str) -> TensorData:
     """The tensor of a message; raises InvalidRequest unless type, shape and length agree."""
+    if message.HasField("digest"):
+        raise InvalidRequest.given(f"{field}.digest", "one", "the elements themselves", "TENSOR")
+    hollow, expected = _hollow(message, field)
+    data = message.data  # every look at it would copy it
+    _refuse_length(f"{field}.data", len(data), expected, hollow)
+    return replace(hollow, data=data)
+
+
+def named_from_wire(message: types_pb2.Tensor, *, field: str) -> TensorData:
+    """The tensor of a message that may name its elements: then they are missing still."""
+    if not message.HasField("digest"):
+        return from_wire(message, field=field)
+    if message.data:
+        raise InvalidRequest.given(f"{field}.data", "some", "none beside a digest", "TENSOR")
+    digests.check(message.digest.sha256, f"{field}.digest.sha256")
+    hollow, expected = _hollow(message, field)
+    _refuse_length(f"{field}.digest.size_bytes", message.digest.size_bytes, expected, hollow)
+    return hollow
+
+
+def _hollow(message: types_pb2.Tensor, field: str) -> tuple[TensorData, int]:
+    """The tensor without its elements, and how many bytes they have."""
     name = element_type_from_wire(message.element_type, field=f"{field}.element_type")
     if len(message.shape) > _MOST_DIMENSIONS or not all(
         0 <= size <= _LARGEST_SIZE for size in message.shape
@@ -51,16 +90,15 @@ def from_wire(message: types_pb2.Tensor, *, field: str) -> TensorData:
             reason="TENSOR_SHAPE",
             fields={"field": f"{field}.shape", "allowed": allowed},
         )
-    shape, data = tuple(message.shape), message.data  # every look at `data` would copy it
-    expected = byte_count(name, shape)
-    if len(data) != expected:
+    shape = tuple(message.shape)
+    return TensorData(name, shape, b""), byte_count(name, shape)
+
+
+def _refuse_length(field: str, given: int, expected: int, tensor: TensorData) -> None:
+    if given != expected:
         raise InvalidRequest(
-            f"{field}.data: {len(data)} bytes given, {expected} needed for {name} {list(shape)}",
+            f"{field}: {given} bytes given, {expected} needed for {tensor.element_type} "
+            f"{list(tensor.shape)}",
             reason="TENSOR_LENGTH",
-            fields={
-                "field": f"{field}.data",
-                "given": str(len(data)),
-                "allowed": str(expected),
-            },
+            fields={"field": field, "given": str(given), "allowed": str(expected)},
         )
-    return TensorData(name, shape, data)

@@ -29,24 +29,56 @@ class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> Global___GenerateSpec:
-        """What to make; the first and only message."""
+        """What to make; the first message, and only that."""
+
+    @_builtins.property
+    def chunk(self) -> Global___BlobChunk:
+        """A piece of what the server needs."""
 
     def __init__(
         self,
         *,
         spec: Global___GenerateSpec | None = ...,
+        chunk: Global___BlobChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "payload", b"payload", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["spec"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["spec", "chunk"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class BlobChunk(_message.Message):
+    """A piece of a blob that the server needs. Blobs come in the order of need, their pieces in order and without gaps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """The blob's SHA-256 in hexadecimal."""
+    data: _builtins.bytes
+    """Its next bytes, 1 MiB at most."""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlobChunk: _TypeAlias = BlobChunk  # noqa: Y015
 
 @_typing.final
 class GenerateSpec(_message.Message):
@@ -401,6 +433,7 @@ class GenerateResponse(_message.Message):
     ARTIFACT_CHUNK_FIELD_NUMBER: _builtins.int
     COMPLETED_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
+    NEED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1 for the first message of a call, then one more each."""
     @_builtins.property
@@ -427,6 +460,10 @@ class GenerateResponse(_message.Message):
     def preview(self) -> Global___Preview:
         """A picture of how it goes on."""
 
+    @_builtins.property
+    def need(self) -> Global___Need:
+        """What the spec names and the server lacks; at most once, right after accepted."""
+
     def __init__(
         self,
         *,
@@ -437,16 +474,41 @@ class GenerateResponse(_message.Message):
         artifact_chunk: Global___ArtifactChunk | None = ...,
         completed: Global___Completed | None = ...,
         preview: Global___Preview | None = ...,
+        need: Global___Need | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "artifact_chunk", b"artifact_chunk", "completed", b"completed", "event", b"event", "event_time", b"event_time", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "artifact_chunk", b"artifact_chunk", "completed", b"completed", "event", b"event", "event_time", b"event_time", "need", b"need", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "artifact_chunk", b"artifact_chunk", "completed", b"completed", "event", b"event", "event_time", b"event_time", "preview", b"preview", "progress", b"progress", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "artifact_chunk", b"artifact_chunk", "completed", b"completed", "event", b"event", "event_time", b"event_time", "need", b"need", "preview", b"preview", "progress", b"progress", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "progress", "artifact_chunk", "completed", "preview"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "progress", "artifact_chunk", "completed", "preview", "need"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class Need(_message.Message):
+    """What the server lacks. What it was sent it keeps for a while."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Digest]:
+        """The blobs, each once."""
+
+    def __init__(
+        self,
+        *,
+        digests: _abc.Iterable[_types_pb2.Digest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Need: _TypeAlias = Need  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):

@@ -62,9 +62,10 @@ class DitServiceServicer:
     """
 
     def Generate(self, request_iterator, context):
-        """Makes pictures. The client sends one message, the spec, and half-closes; the events of the answer follow the grammar
-        accepted (progress | preview | artifact_chunk)* completed
-        and then OK. There is exactly one final event. Errors are statuses, never events.
+        """Makes pictures. The client sends the spec and half-closes; the events of the answer follow the grammar
+        accepted need? (progress | preview | artifact_chunk)* completed
+        and then OK. There is exactly one final event. Errors are statuses, never events. A client whose spec names something
+        by its digest waits for the event after accepted: if that is need, it sends what is needed; then it half-closes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,9 +34,10 @@ class DitServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DitServiceAsyncStub: ...
     Generate: _grpc.StreamStreamMultiCallable[_dit_pb2.GenerateRequest, _dit_pb2.GenerateResponse]
-    """Makes pictures. The client sends one message, the spec, and half-closes; the events of the answer follow the grammar
-      accepted (progress | preview | artifact_chunk)* completed
-    and then OK. There is exactly one final event. Errors are statuses, never events.
+    """Makes pictures. The client sends the spec and half-closes; the events of the answer follow the grammar
+      accepted need? (progress | preview | artifact_chunk)* completed
+    and then OK. There is exactly one final event. Errors are statuses, never events. A client whose spec names something
+    by its digest waits for the event after accepted: if that is need, it sends what is needed; then it half-closes.
     """
     EncodeImages: _grpc.StreamStreamMultiCallable[_dit_pb2.EncodeImagesRequest, _dit_pb2.EncodeImagesResponse]
     """Turns pictures into latents as they come, each for itself: one that fails leaves the others alone. Answers come when
@@ -53,9 +54,10 @@ class DitServiceAsyncStub(DitServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.StreamStreamMultiCallable[_dit_pb2.GenerateRequest, _dit_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Makes pictures. The client sends one message, the spec, and half-closes; the events of the answer follow the grammar
-      accepted (progress | preview | artifact_chunk)* completed
-    and then OK. There is exactly one final event. Errors are statuses, never events.
+    """Makes pictures. The client sends the spec and half-closes; the events of the answer follow the grammar
+      accepted need? (progress | preview | artifact_chunk)* completed
+    and then OK. There is exactly one final event. Errors are statuses, never events. A client whose spec names something
+    by its digest waits for the event after accepted: if that is need, it sends what is needed; then it half-closes.
     """
     EncodeImages: _aio.StreamStreamMultiCallable[_dit_pb2.EncodeImagesRequest, _dit_pb2.EncodeImagesResponse]  # type: ignore[assignment]
     """Turns pictures into latents as they come, each for itself: one that fails leaves the others alone. Answers come when
@@ -75,9 +77,10 @@ class DitServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_dit_pb2.GenerateRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_dit_pb2.GenerateResponse], _abc.AsyncIterator[_dit_pb2.GenerateResponse]]:
-        """Makes pictures. The client sends one message, the spec, and half-closes; the events of the answer follow the grammar
-          accepted (progress | preview | artifact_chunk)* completed
-        and then OK. There is exactly one final event. Errors are statuses, never events.
+        """Makes pictures. The client sends the spec and half-closes; the events of the answer follow the grammar
+          accepted need? (progress | preview | artifact_chunk)* completed
+        and then OK. There is exactly one final event. Errors are statuses, never events. A client whose spec names something
+        by its digest waits for the event after accepted: if that is need, it sends what is needed; then it half-closes.
         """
 
     @_abc_1.abstractmethod

@@ -101,13 +101,14 @@ Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
-    """A dense tensor. The length of data must be the product of shape times the element's size."""
+    """A dense tensor. The elements have as many bytes as the product of shape times the element's size."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ELEMENT_TYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     element_type: Global___ElementType.ValueType
     """The type of each element."""
     data: _builtins.bytes
@@ -116,16 +117,21 @@ class Tensor(_message.Message):
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The size of each dimension, outermost first; none is negative."""
 
+    @_builtins.property
+    def digest(self) -> Global___Digest:
+        """Stands for the elements where they may come later, as those of an embedding for Generate may. Excludes data."""
+
     def __init__(
         self,
         *,
         element_type: Global___ElementType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         data: _builtins.bytes = ...,
+        digest: Global___Digest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "element_type", b"element_type", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "digest", b"digest", "element_type", b"element_type", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

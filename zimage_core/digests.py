@@ -1,0 +1,13 @@
+"""What names some bytes by their content: their SHA-256 in lower-case hexadecimal."""
+
+import re
+
+from zimage_core.errors import InvalidRequest
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def check(sha256: str, field: str) -> None:
+    """Raises InvalidRequest unless it is one."""
+    if not _SHA256.fullmatch(sha256):
+        raise InvalidRequest.given(field, sha256[:100], "64 hexadecimal digits", "DIGEST")
