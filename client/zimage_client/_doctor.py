@@ -4,26 +4,38 @@ gRPC tells of a connection that fails only that it failed; so the links below it
 """
 
 import asyncio
+import os
 import socket
 import ssl
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from zimage_client._channel import Place
 from zimage_client._client import AsyncClient
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_core.errors import Forbidden, Unauthenticated, Unimplemented, ZImageError
+from zimage_core.planning.drift import least_cosine
 from zimage_core.tls import Tls
 
 _CONNECT_SECONDS = 3.0
 _ROUND_TRIPS = 9
 _SOON_DAYS = 14
+_SAMPLE_BYTES = (1 << 20, 16 << 20)
+_SAMPLE_SECONDS = 60.0
+_LONG_ENOUGH_SECONDS = 0.5
+"""A sample that takes so long needs no larger one after it."""
+_LONG_EMBEDDING_BYTES = 512 * 2560 * 2
+"""Of the real model, in bfloat16."""
+_PROBE = "a red circle on a blue background, and beside it a small green square under a yellow star"
+_SAME_COSINE, _NEAR_COSINE = 0.999, 0.995
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """How HTTP/2 begins: this text and empty settings."""
 _FRAME_BYTES = 9
@@ -113,6 +125,53 @@ async def chain(client: AsyncClient) -> AsyncIterator[Finding]:
         return
     took = time.monotonic() - began
     yield Finding("picture", "ok", f"one step at {side}x{side} pixels in {took:.2f} s")
+
+
+async def bandwidth(client: AsyncClient) -> Finding:
+    """How fast files go to the DiT service and back. What is sent stays there as a blob, until the
+    service sweeps what nobody uses."""
+    with TemporaryDirectory(prefix="zimage-") as folder:
+        there, back = Path(folder, "there"), Path(folder, "back")
+        for size in _SAMPLE_BYTES:
+            await asyncio.to_thread(there.write_bytes, os.urandom(size))
+            began = time.monotonic()
+            try:
+                sha256 = await client.put_blob(there, timeout=_SAMPLE_SECONDS)
+                sent = time.monotonic()
+                await client.get_blob(sha256, back, timeout=_SAMPLE_SECONDS)
+            except ZImageError as error:
+                return Finding("bandwidth", "note", f"not measured: {error.message}")
+            took = time.monotonic() - began
+            up, down = (size / seconds / 1e6 for seconds in (sent - began, began + took - sent))
+            if took > _LONG_ENOUGH_SECONDS:
+                break
+    embedding_seconds = _LONG_EMBEDDING_BYTES / 1e6 / up
+    said = f"{up:.1f} MB/s there, {down:.1f} MB/s back"
+    if embedding_seconds < 1:
+        return Finding("bandwidth", "ok", said)
+    advice = (
+        f"the embedding of a long prompt takes {embedding_seconds:.0f} s to send: let the DiT "
+        "service have an encoder, and send prompts as text"
+    )
+    return Finding("bandwidth", "note", said, advice)
+
+
+async def drift(encoders: Sequence[AsyncClient]) -> Finding:
+    """Whether replicas of an encoder say the same of a prompt."""
+    try:
+        first, *others = [await encoder.encode(_PROBE) for encoder in encoders]
+    except ZImageError as error:
+        return Finding("drift", "wrong", error.message, _advice(error))
+    engines = {f"{one.numerics.device} {one.numerics.compute_type}" for one in (first, *others)}
+    if {one.tensor.shape for one in others} != {first.tensor.shape}:
+        said = "their embeddings have different shapes"
+        return Finding("drift", "wrong", said, "let all replicas run the same model")
+    cosine = min(least_cosine(first.tensor, other.tensor) for other in others)
+    said = f"cosine {cosine:.5f} over {len(encoders)} replicas ({', '.join(sorted(engines))})"
+    if cosine >= _SAME_COSINE:
+        return Finding("drift", "ok", said)
+    advice = "pictures depend on who encodes: let all replicas run the same model in the same type"
+    return Finding("drift", "note" if cosine >= _NEAR_COSINE else "wrong", said, advice)
 
 
 async def _socket(path: str) -> Finding:

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
 from zimage_core.errors import InvalidRequest, NotFound
+from zimage_core.serving import metrics
 from zimage_core.serving.blobs import BlobServicer
 from zimage_core.wire import embeddings
 from zimage_core.wire.limits import CHUNK_BYTES
@@ -42,6 +43,7 @@ class Uploads:
         gathered, missing = {}, {}
         for name in named:
             data = await self._blobs.load(name.sha256, name.size_bytes)
+            metrics.DIT_NAMED.labels("store" if data else "client").inc()
             if data is None:
                 missing[name.sha256] = name
             else:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.e2e.services import PATIENCE_SECONDS, Service, answer, running, typed
 from zimage_client import AsyncClient, Embedding, Prompt, ZImageError
+from zimage_client.cli.main import main as command
 from zimage_core.errors import DeviceLost, InvalidRequest, Overloaded, Unavailable
 from zimage_core.wire import embeddings, request_id
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -326,6 +327,23 @@ def test_a_hung_worker_is_killed(model_folder: Path) -> None:
             _encode(service, _request("never"))
         service.wait_for_line("hung")
         worker.wait(PATIENCE_SECONDS)
+
+
+def test_doctor_compares_replicas(
+    service: Service, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--model", str(model_folder), "--dtype", "bfloat16"
+    with running("encoder_service", *flags) as other:
+        other.wait_until("SERVING")
+        for beside, least in ((service, 0.999), (other, 0.95)):
+            addresses = f"{service.address},{beside.address}"
+            command(["doctor", "--json", "--encoder", addresses])
+            lines = map(json.loads, capsys.readouterr().out.splitlines())
+            [drift] = [found for found in lines if found["check"] == "drift"]
+            cosine = float(drift["said"].split()[1])
+            assert cosine >= least
+            assert (drift["verdict"] == "ok") == (cosine >= 0.999)
+        assert cosine < 1
 
 
 def test_no_worker_outlives_its_front(service: Service) -> None:

@@ -72,6 +72,7 @@ def test_the_numbers_count_what_was_done(services: tuple[Service, Service]) -> N
     assert grown(after, before, "zimage_rpc_bytes_total", generate, "out") > 1000
     assert after["zimage_worker_ready", frozenset()] == 1
     assert after["zimage_worker_starts_total", frozenset()] == 1
+    assert after["zimage_worker_memory_bytes", frozenset(["host"])] > 100e6  # torch alone is more
     assert grown(encoded, encoded_before, "zimage_encoder_prompts_total") == 1
     assert grown(encoded, encoded_before, "zimage_encoder_tokens_total") > 3
     assert after["process_resident_memory_bytes", frozenset()] > 0
@@ -80,5 +81,6 @@ def test_the_numbers_count_what_was_done(services: tuple[Service, Service]) -> N
 def test_no_number_speaks_of_prompts_or_people(services: tuple[Service, Service]) -> None:
     _, dit = services
     labels = {name for metric in metrics.ALL for name in metric._labelnames}
-    assert labels == {"method", "code", "reason", "direction", "work", "stage"}
+    known = {"method", "code", "reason", "direction", "work", "stage", "kind", "source"}
+    assert labels == known
     assert "circle" not in _page(dit)

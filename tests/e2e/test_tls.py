@@ -240,7 +240,7 @@ def test_doctor_finds_nothing_wrong(
     code, found = _examined(capsys, dit.address, *own, "--tls-key", str(certs / "user.key"))
     assert code == 0
     assert {check: finding["verdict"] for check, finding in found.items()} == dict.fromkeys(
-        ("name", "port", "TLS", "version", "model", "round trip", "picture"), "ok"
+        ("name", "port", "TLS", "version", "model", "round trip", "bandwidth", "picture"), "ok"
     )
     assert found["TLS"]["said"].startswith("TLSv1.3, a certificate for dit, 127.0.0.1, 36")
 

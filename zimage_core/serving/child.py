@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from zimage_core.errors import Cancelled, InternalError, Overloaded, ZImageError
-from zimage_core.serving import logs, pipe
+from zimage_core.serving import logs, memory, pipe
 from zimage_core.wire import request_id
 
 _log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Port:
 
     def ready(self, description: object) -> None:
         """Says that calls can be served from now on."""
+        self._send(pipe.Alive(memory.held()))
         self._send(pipe.Ready(description))
 
     def emit(self, call: int, payload: object) -> None:
@@ -146,7 +147,7 @@ class Port:
     def _beat(self, seconds: float) -> None:
         pause = threading.Event()
         while not pause.wait(seconds):
-            self._send(pipe.Alive())
+            self._send(pipe.Alive(memory.held()))
 
 
 def is_sticky(error: BaseException) -> bool:

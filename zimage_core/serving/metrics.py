@@ -1,5 +1,7 @@
 """Every number that services show to Prometheus: its name, its labels, its meaning."""
 
+from collections.abc import Mapping
+
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
@@ -32,6 +34,11 @@ WORKER_CALLS = Gauge("zimage_worker_calls", "calls that the worker has, running 
 WORKER_SECONDS = Counter(
     "zimage_worker_busy_seconds_total", "seconds that the worker spent on a kind of work", ["work"]
 )
+WORKER_MEMORY = Gauge(
+    "zimage_worker_memory_bytes",
+    "what the worker's process holds: host, device (tensors), device_reserved (for tensors)",
+    ["kind"],
+)
 
 QUEUE_CALLS = Gauge("zimage_queue_calls", "calls inside, worked on or waiting")
 QUEUE_SECONDS = Gauge("zimage_queue_seconds", "seconds that their work is expected to take")
@@ -53,6 +60,11 @@ DIT_STEP_REQUESTS = Histogram(
 DIT_FORWARDS = Counter("zimage_dit_forwards_total", "samples through the transformer")
 DIT_PICTURES = Counter("zimage_dit_pictures_total", "pictures made")
 DIT_PIXELS = Counter("zimage_dit_pixels_total", "pixels of pictures made")
+DIT_NAMED = Counter(
+    "zimage_dit_named_blobs_total",
+    "what requests only named; the source is store, or client where it had to be sent",
+    ["source"],
+)
 
 ENCODER_PROMPTS = Counter("zimage_encoder_prompts_total", "prompts encoded")
 ENCODER_TOKENS = Counter("zimage_encoder_tokens_total", "tokens of prompts encoded")
@@ -63,6 +75,12 @@ ENCODER_BATCH_PROMPTS = Histogram(
 ALL: tuple[MetricWrapperBase, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, MetricWrapperBase)
 )
+
+
+def enter_memory(held: Mapping[str, int]) -> None:
+    """What a worker says that its process holds."""
+    for kind, count in held.items():
+        WORKER_MEMORY.labels(kind).set(count)
 
 
 def page() -> bytes:

@@ -106,3 +106,6 @@ class Idle:
 @dataclass(frozen=True, slots=True)
 class Alive:
     """Worker to front: a sign of life, sent by a thread of its own."""
+
+    memory: dict[str, int]
+    """What the process holds, in bytes."""

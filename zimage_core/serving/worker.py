@@ -137,6 +137,8 @@ class Worker:
                     await asyncio.to_thread(process.join, 1)
                     _log.error("worker %s died with exit code %s", process.pid, process.exitcode)
                     return
+                case pipe.Alive(memory):
+                    metrics.enter_memory(memory)
                 case pipe.Event() | pipe.Finished():
                     self._deliver(message)
                 case pipe.Working(_, expected):

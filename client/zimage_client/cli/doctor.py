@@ -3,11 +3,12 @@
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 
 from zimage_client import AsyncClient
 from zimage_client._channel import place
-from zimage_client._doctor import Finding, chain, service
+from zimage_client._doctor import Finding, bandwidth, chain, drift, service
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.settings import ClientSettings
@@ -48,6 +49,15 @@ async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Findin
                 describe = client.describe if is_dit else client.describe_encoder
                 async for finding in service(at, describe, known):
                     yield address, finding
+                if is_dit:
+                    yield address, await bandwidth(client)
+    encoders = settings.encoder.split(",")
+    if len(encoders) > 1:
+        async with AsyncExitStack() as closing:
+            clients = [AsyncClient(encoder=one, **credentials) for one in encoders]
+            for client in clients:
+                await closing.enter_async_context(client)
+            yield settings.encoder, await drift(clients)
     if settings.server:
         async with AsyncClient(settings.server, settings.encoder, **credentials) as client:
             async for finding in chain(client):
