@@ -5,7 +5,7 @@ input is the end of the namespaces and of all that runs in them, however the tes
 library alone.
 
 Reads JSON objects, one a line, and answers each with "done". The first is `Wire` with its two
-`Side`s; later ones set the share of packets that gets lost, as {"loss": 1.0}.
+`Side`s; later ones change its `loss` or its `bytes_per_second`, as {"loss": 1.0}.
 """
 
 import fcntl
@@ -55,6 +55,8 @@ class Wire(TypedDict):
     queue_length: int
     """Packets under way, each way; what comes when it is full gets lost."""
     loss: float
+    """The share of packets that gets lost."""
+    bytes_per_second: float
 
 
 class Direction:
@@ -63,8 +65,8 @@ class Direction:
     def __init__(self, source: int, target: int, wire: Wire) -> None:
         self.source = source
         self._target = target
-        self._delay_seconds = wire["delay_seconds"]
-        self._queue_length = wire["queue_length"]
+        self._wire = wire
+        self._is_free_at = 0.0
         self._under_way: deque[tuple[float, bytes]] = deque()
 
     @property
@@ -72,15 +74,18 @@ class Direction:
         """When the next packet is at the other end."""
         return self._under_way[0][0] if self._under_way else float("inf")
 
-    def take_in(self, loss: float) -> None:
+    def take_in(self) -> None:
         """Takes what the kernel sends."""
+        wire = self._wire
         for _ in range(_PACKETS_AT_ONCE):
             try:
                 packet = os.read(self.source, _MOST_BYTES)
             except BlockingIOError:
                 return
-            if len(self._under_way) < self._queue_length and random.random() >= loss:
-                self._under_way.append((time.monotonic() + self._delay_seconds, packet))
+            if len(self._under_way) < wire["queue_length"] and random.random() >= wire["loss"]:
+                begins = max(time.monotonic(), self._is_free_at)
+                self._is_free_at = begins + len(packet) / wire["bytes_per_second"]
+                self._under_way.append((self._is_free_at + wire["delay_seconds"], packet))
 
     def hand_out(self) -> None:
         """Hands the kernel what has been under way for long enough."""
@@ -101,10 +106,10 @@ def main() -> None:
             devices.append(closing.enter_context(_device(side)))
         left, right = devices
         _answer()
-        _carry([Direction(left, right, wire), Direction(right, left, wire)], wire["loss"])
+        _carry([Direction(left, right, wire), Direction(right, left, wire)], wire)
 
 
-def _carry(directions: list[Direction], loss: float) -> None:
+def _carry(directions: list[Direction], wire: Wire) -> None:
     with selectors.DefaultSelector() as selector:
         selector.register(sys.stdin, selectors.EVENT_READ)
         for direction in directions:
@@ -116,9 +121,9 @@ def _carry(directions: list[Direction], loss: float) -> None:
             patience = None if next_arrival == float("inf") else next_arrival - time.monotonic()
             for key, _ in selector.select(patience):
                 if key.data is not None:
-                    key.data.take_in(loss)
+                    key.data.take_in()
                 elif line := os.read(sys.stdin.fileno(), _MOST_BYTES):
-                    loss = json.loads(line)["loss"]
+                    wire |= json.loads(line)
                     _answer()
                 else:
                     return

@@ -16,6 +16,7 @@ from tests.e2e import link
 DELAY_SECONDS = 0.02
 """One way."""
 
+_BYTES_PER_SECOND = 125e6
 _QUEUE_LENGTH = 1000
 _PREFIX_LENGTH = 24
 
@@ -75,6 +76,7 @@ def network(
         delay_seconds=DELAY_SECONDS,
         queue_length=_QUEUE_LENGTH,
         loss=0.0,
+        bytes_per_second=_BYTES_PER_SECOND,
     )
     with subprocess.Popen(
         [sys.executable, str(Path(link.__file__))],

@@ -1,11 +1,25 @@
-"""A relay of bytes that counts them and cuts connections."""
+"""A relay of bytes that counts them, and cuts, half-closes and stalls connections."""
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _PIECE_BYTES = 1 << 16
+
+
+class _Connection:
+    """A client and the service."""
+
+    def __init__(self, client: asyncio.StreamWriter, service: asyncio.StreamWriter) -> None:
+        self.client = client
+        self.service = service
+        self.moves = asyncio.Event()
+        self.moves.set()
+
+    def cut(self) -> None:
+        for side in (self.client, self.service):
+            side.transport.abort()
 
 
 class Relay:
@@ -13,7 +27,7 @@ class Relay:
 
     def __init__(self, target: str) -> None:
         self._target = target
-        self._open: set[asyncio.StreamWriter] = set()
+        self._open: list[_Connection] = []
         self.sent_bytes = 0
         """By clients, over all connections."""
         self._cuts: list[int] = []
@@ -24,7 +38,20 @@ class Relay:
         """Cuts all connections whenever clients have sent so much in all."""
         self._cuts = sorted(sent_bytes)
 
+    def cut(self) -> None:
+        """Cuts all connections now."""
+        self._loop.call_soon_threadsafe(self._cut)
+
+    def half_close(self) -> None:
+        """The service hears of all connections that their clients have nothing more to say."""
+        self._each(lambda connection: connection.service.write_eof())
+
+    def stall(self) -> None:
+        """Nothing passes on the connections of now any more, and nobody is told."""
+        self._each(lambda connection: connection.moves.clear())
+
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
+        self._loop = asyncio.get_running_loop()
         server = await asyncio.start_server(self._meet, "127.0.0.1", 0)
         host, port = server.sockets[0].getsockname()
         self.address = f"{host}:{port}"
@@ -36,13 +63,20 @@ class Relay:
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = self._target.removeprefix("unix:")
         theirs, ours = await asyncio.open_unix_connection(path)
-        self._open |= {writer, ours}
+        connection = _Connection(writer, ours)
+        self._open.append(connection)
         await asyncio.gather(
-            self._pass(reader, ours, counts=True), self._pass(theirs, writer, counts=False)
+            self._pass(reader, ours, connection, counts=True),
+            self._pass(theirs, writer, connection, counts=False),
         )
 
     async def _pass(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, counts: bool
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        connection: _Connection,
+        *,
+        counts: bool,
     ) -> None:
         try:
             while piece := await source.read(_PIECE_BYTES):
@@ -53,6 +87,7 @@ class Relay:
                         self.cut_count += 1
                         self._cut()
                         return
+                await connection.moves.wait()
                 sink.write(piece)
                 await sink.drain()
         except OSError:
@@ -60,9 +95,15 @@ class Relay:
         finally:
             sink.close()
 
+    def _each(self, strike: Callable[[_Connection], None]) -> None:
+        for connection in self._open:
+            self._loop.call_soon_threadsafe(strike, connection)
+
     def _cut(self) -> None:
         while self._open:
-            self._open.pop().transport.abort()
+            connection = self._open.pop()
+            connection.cut()
+            connection.moves.set()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Port:
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[pipe.Submit] = queue.SimpleQueue()
         self._live: set[int] = set()
+        self._is_loaded = False
         self._announced: tuple[pipe.Working, float] | None = None
         threading.Thread(target=self._receive, name="pipe", daemon=True).start()
         threading.Thread(target=self._beat, args=[beat_seconds], name="beat", daemon=True).start()
@@ -55,7 +56,8 @@ class Port:
 
     def ready(self, description: object) -> None:
         """Says that calls can be served from now on."""
-        self._send(pipe.Alive(memory.held()))
+        self._is_loaded = True
+        self._show_life()
         self._send(pipe.Ready(description))
 
     def emit(self, call: int, payload: object) -> None:
@@ -147,7 +149,11 @@ class Port:
     def _beat(self, seconds: float) -> None:
         pause = threading.Event()
         while not pause.wait(seconds):
-            self._send(pipe.Alive(memory.held()))
+            self._show_life()
+
+    def _show_life(self) -> None:
+        """Half-imported libraries are not asked for their memory."""
+        self._send(pipe.Alive(memory.held() if self._is_loaded else {}))
 
 
 def is_sticky(error: BaseException) -> bool:
