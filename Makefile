@@ -60,6 +60,9 @@ fuzz: ## 10,000 requests to every method that no client would send
 fault: ## everything that can die does, 20 times each; writes docs/reliability.md. ONLY="worker and decoding" does some
 	$(BIN)/pytest tests/fault --times 20 --write-table -k "$(ONLY)"
 
+soak: ## everything at once for MINUTES=10: nothing grows
+	$(BIN)/pytest tests/soak -s --minutes $(or $(MINUTES),10)
+
 parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E5)
 	$(BIN)/pytest tests/parity $(PARITY)
 
@@ -99,4 +102,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast fuzz fault parity bench-encoder bench-dit bench-engine demo-model demo-eval proto proto-check docs clean
+.PHONY: help setup run test check test-fast fuzz fault soak parity bench-encoder bench-dit bench-engine demo-model demo-eval proto proto-check docs clean

@@ -1,10 +1,12 @@
 """The synchronous client: the asynchronous one, on an event loop in a thread of its own."""
 
 import asyncio
+import atexit
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
@@ -35,8 +37,8 @@ class Client:
         self, server: str = "", encoder: str = "", **credentials: Unpack[Credentials]
     ) -> None:
         self._client = AsyncClient(server, encoder, **credentials)
-        self._loop = _LoopThread(self._client)
-        self._closing = weakref.finalize(self, self._loop.stop)  # also at the interpreter's exit
+        self._work = _Work(self._client)
+        self._closing = weakref.finalize(self, self._work.close)  # also at the interpreter's exit
 
     def __enter__(self) -> Self:
         return self
@@ -50,11 +52,11 @@ class Client:
 
     def generate(self, prompt: Condition, **options: Unpack[Options]) -> Generated:
         """Makes pictures; returns when all of them are there."""
-        return self._loop.run(self._client.generate(prompt, **options))
+        return self._work.run(self._client.generate(prompt, **options))
 
     def stream(self, prompt: Condition, **options: Unpack[Options]) -> Generator[Event, None, None]:
         """Makes pictures and tells how it goes on; leaving the loop early cancels the request."""
-        return _iterate(self, self._loop, self._client.stream(prompt, **options))
+        return _iterate(self, self._work, self._client.stream(prompt, **options))
 
     @overload
     def encode(
@@ -74,21 +76,21 @@ class Client:
         """Encodes one prompt, or several together, in order; waits for an encoder that loads,
         unless `retry` is False."""
         if isinstance(prompt, str | Prompt):
-            return self._loop.run(self._client.encode(prompt, timeout=timeout, retry=retry))
-        return self._loop.run(self._client.encode(prompt, timeout=timeout, retry=retry))
+            return self._work.run(self._client.encode(prompt, timeout=timeout, retry=retry))
+        return self._work.run(self._client.encode(prompt, timeout=timeout, retry=retry))
 
     def encode_stream(
         self, prompts: Many[str | Prompt], *, timeout: float | None = None
     ) -> Answers[Embedding]:
         """Encodes any number of prompts, each for itself, as AsyncClient's does. The iterable is
         read in the client's own thread."""
-        return _iterate(self, self._loop, self._client.encode_stream(prompts, timeout=timeout))
+        return _iterate(self, self._work, self._client.encode_stream(prompts, timeout=timeout))
 
     def encode_images(
         self, files: Many[bytes], *, timeout: float | None = None
     ) -> Answers[TensorData]:
         """Turns pictures into latents, each for itself, as AsyncClient's does."""
-        return _iterate(self, self._loop, self._client.encode_images(files, timeout=timeout))
+        return _iterate(self, self._work, self._client.encode_images(files, timeout=timeout))
 
     def decode_latents(
         self,
@@ -102,50 +104,94 @@ class Client:
         images = self._client.decode_latents(
             latents, format=format, quality=quality, timeout=timeout
         )
-        return _iterate(self, self._loop, images)
+        return _iterate(self, self._work, images)
 
     def put_blob(self, file: str | Path, *, timeout: float | None = None) -> str:
         """Sends a file to the DiT service's store, as AsyncClient's does."""
-        return self._loop.run(self._client.put_blob(file, timeout=timeout))
+        return self._work.run(self._client.put_blob(file, timeout=timeout))
 
     def get_blob(self, sha256: str, file: str | Path, *, timeout: float | None = None) -> None:
         """Writes a blob to a file, as AsyncClient's does."""
-        self._loop.run(self._client.get_blob(sha256, file, timeout=timeout))
+        self._work.run(self._client.get_blob(sha256, file, timeout=timeout))
 
     def find_blobs(
         self, digests: Iterable[str], *, timeout: float | None = _calls.DESCRIBE_SECONDS
     ) -> set[str]:
         """Those of the blobs that the DiT service has."""
-        return self._loop.run(self._client.find_blobs(digests, timeout=timeout))
+        return self._work.run(self._client.find_blobs(digests, timeout=timeout))
 
     def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""
-        return self._loop.run(self._client.describe(timeout=timeout))
+        return self._work.run(self._client.describe(timeout=timeout))
 
     def describe_encoder(
         self, *, timeout: float | None = _calls.DESCRIBE_SECONDS
     ) -> EncoderDescription:
         """What the encoder service is and can do; answered while it loads, too."""
-        return self._loop.run(self._client.describe_encoder(timeout=timeout))
+        return self._work.run(self._client.describe_encoder(timeout=timeout))
 
 
-class _LoopThread:
-    """An event loop that runs in the background until it is stopped."""
+class _Background:
+    """The event loop of all clients of this process, in a thread of its own. There is one for all,
+    because gRPC holds on to every loop that it has ever met."""
 
-    def __init__(self, client: AsyncClient) -> None:
+    _lock = threading.Lock()
+    _one: "_Background | None" = None
+
+    def __init__(self) -> None:
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         self._thread = threading.Thread(
-            target=asyncio.run, args=[_serve(client, started)], name="zimage-client", daemon=True
+            target=asyncio.run, args=[_serve(started)], name="zimage-client", daemon=True
         )
         self._thread.start()
-        self._loop, self._stopping = started.result()
+        self.loop, self._over = started.result()
+        atexit.register(self._stop)
+
+    @classmethod
+    def shared(cls) -> "_Background":
+        """The one of this process; the child of a fork has one of its own."""
+        with cls._lock:
+            if cls._one is None or not cls._one.is_alive:
+                cls._one = cls()
+            return cls._one
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether work can be given to it."""
+        return self._thread.is_alive()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is its own thread, where garbage may be collected as anywhere."""
+        return threading.current_thread() is self._thread
+
+    def _stop(self) -> None:
+        if self.is_alive:
+            self.loop.call_soon_threadsafe(self._over.set)
+            self._thread.join()
+
+
+async def _serve(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]") -> None:
+    over = asyncio.Event()
+    started.set_result((asyncio.get_running_loop(), over))
+    await over.wait()
+
+
+class _Work:
+    """What one client does in the background."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._background = _Background.shared()
+        self._running: set[Future[Any]] = set()
+        self._lock = threading.Lock()
+        self._is_closed = False
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Waits for the work's result; being interrupted meanwhile cancels the work."""
-        if not self.is_alive:
-            work.close()
+        future = self._begun(work)
+        if future is None:
             raise Cancelled("the client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except CancelledError:
@@ -153,50 +199,48 @@ class _LoopThread:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._running.discard(future)
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Does the last work of something that is given up, whoever does that and when."""
-        if not self.is_alive:
-            work.close()
-        elif self._is_here():
-            asyncio.run_coroutine_threadsafe(work, self._loop)
-        else:
-            self.run(work)
+        future = self._begun(work)
+        if future is not None:
+            future.add_done_callback(self._running.discard)
+            if not self._background.is_here:
+                with suppress(CancelledError):  # the client was closed meanwhile
+                    future.result()
 
-    def stop(self) -> None:
-        """Ends the loop and waits for its end."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        if not self._is_here():
-            self._thread.join()
+    def close(self) -> None:
+        """Ends the connections and whatever runs over them."""
+        with self._lock:
+            is_first, self._is_closed = not self._is_closed, True
+        if is_first and self._background.is_alive:
+            for future in list(self._running):
+                future.cancel()
+            closing = asyncio.run_coroutine_threadsafe(self._client.aclose(), self._background.loop)
+            if not self._background.is_here:
+                closing.result()
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether work can still be given."""
-        return self._thread.is_alive() and not self._stopping.is_set()
-
-    def _is_here(self) -> bool:
-        """Whether this is the loop's own thread, where garbage may be collected as anywhere."""
-        return threading.current_thread() is self._thread
-
-
-async def _serve(
-    client: AsyncClient, started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]"
-) -> None:
-    stopping = asyncio.Event()
-    started.set_result((asyncio.get_running_loop(), stopping))
-    await stopping.wait()
-    await client.aclose()
+    def _begun(self, work: Coroutine[Any, Any, T]) -> Future[T] | None:
+        with self._lock:
+            if self._is_closed or not self._background.is_alive:
+                work.close()
+                return None
+            future = asyncio.run_coroutine_threadsafe(work, self._background.loop)
+            self._running.add(future)
+            return future
 
 
 def _iterate(
-    owner: Client, loop: _LoopThread, events: AsyncGenerator[T, None]
+    owner: Client, work: _Work, events: AsyncGenerator[T, None]
 ) -> Generator[T, None, None]:
-    """The events; holds the client, which ends its loop when nobody does."""
+    """The events; holds the client, which is closed when nobody does."""
     try:
-        while (event := loop.run(_next(events))) is not None:
+        while (event := work.run(_next(events))) is not None:
             yield event
     finally:
-        loop.finish(_close(events))
+        work.finish(_close(events))
 
 
 async def _next(events: AsyncGenerator[T, None]) -> T | None:

@@ -1,12 +1,14 @@
 """Our services as the processes they are, for tests that talk to them over real sockets."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +69,15 @@ class Service:
         children = psutil.Process(self.process.pid).children()
         [worker] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         return worker
+
+    def metrics_page(self) -> str:
+        """What Prometheus reads of it."""
+        found = re.search(r"probes on (\S+?:\d+)", self.wait_for_line("probes on"))
+        assert found
+        with urllib.request.urlopen(f"http://{found[1]}/metrics", timeout=10) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            page: str = answer.read().decode()
+        return page
 
     def wait_for_exit(self) -> int:
         """The exit code, once there is one."""

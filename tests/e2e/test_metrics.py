@@ -1,7 +1,5 @@
 """What Prometheus reads of running services."""
 
-import re
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,19 +25,10 @@ def services(model_folder: Path) -> Iterator[tuple[Service, Service]]:
         yield encoder, dit
 
 
-def _page(service: Service) -> str:
-    found = re.search(r"probes on (\S+?:\d+)", service.wait_for_line("probes on"))
-    assert found
-    with urllib.request.urlopen(f"http://{found[1]}/metrics", timeout=10) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-        page: str = answer.read().decode()
-    return page
-
-
 def _values(service: Service) -> Values:
     return {
         (sample.name, frozenset(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(_page(service))
+        for family in text_string_to_metric_families(service.metrics_page())
         for sample in family.samples
     }
 
@@ -83,4 +72,4 @@ def test_no_number_speaks_of_prompts_or_people(services: tuple[Service, Service]
     labels = {name for metric in metrics.ALL for name in metric._labelnames}
     known = {"method", "code", "reason", "direction", "work", "stage", "kind", "source"}
     assert labels == known
-    assert "circle" not in _page(dit)
+    assert "circle" not in dit.metrics_page()

@@ -2,13 +2,17 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from math import inf, nan
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.fakes import services
@@ -695,11 +699,28 @@ class TestSynchronous:
             client.generate("x")
         assert caught.value.field == "width_px"
 
-    def test_a_client_that_is_forgotten_ends_its_thread(self) -> None:
-        def threads() -> list[str]:
-            return [one.name for one in threading.enumerate() if one.name == "zimage-client"]
+    def test_clients_that_are_forgotten_leave_nothing_behind(self) -> None:
+        here = psutil.Process()
+        with services.serving_aside(FakeDit()) as addresses:
+            Client(addresses.server).describe()
+            threads, files = here.num_threads(), here.num_fds()
+            clients = [Client(addresses.server) for _ in range(20)]
+            for client in clients:
+                client.describe()
+            assert here.num_threads() == threads
+            del client, clients
+            until = time.monotonic() + 10
+            while here.num_fds() > files:
+                assert time.monotonic() < until
+                time.sleep(0.01)
 
-        client = Client("localhost:1")
-        assert len(threads()) == 1
-        del client
-        assert threads() == []
+    def test_the_child_of_a_fork_has_clients_of_its_own(self) -> None:
+        program = (
+            "import os, sys; from zimage_client import Client\n"
+            "Client(sys.argv[1]).close()\n"
+            "pid = os.fork()\n"
+            "if pid: sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+            "Client(sys.argv[1]).close()\n"
+        )
+        command = [sys.executable, "-c", program, "localhost:1"]
+        subprocess.run(command, check=True, timeout=30)

@@ -26,6 +26,7 @@ RPC_BYTES = Counter(
     ["method", "direction"],
 )
 
+TASKS = Gauge("zimage_tasks", "tasks in the event loop of the service's front")
 WORKER_READY = Gauge("zimage_worker_ready", "1 while the model is loaded and calls are served")
 WORKER_STARTS = Counter(
     "zimage_worker_starts_total", "worker processes started, the first included"

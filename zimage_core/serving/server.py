@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from zimage_core.errors import InvalidSettings
-from zimage_core.serving import probes
+from zimage_core.serving import metrics, probes
 from zimage_core.serving.access import Access
 from zimage_core.serving.interceptors import Around
 from zimage_core.serving.readiness import Readiness
@@ -79,6 +79,8 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
         await server.start()
         how = _protection(settings)
         _log.info("%s listens on %s, %s", service.name, _spoken(settings.listen, port), how)
+        loop = asyncio.get_running_loop()
+        metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
         supervision = asyncio.create_task(worker.supervise())
         try:
             with _stop_signals() as stop:
