@@ -1,11 +1,19 @@
 """What client, gRPC and services add to a picture (C7).
 
-The walk from a prompt to PNG bytes through both services, against the same work in one process.
+The walk from a prompt to PNG bytes through both services, over Unix sockets and guarded by mutual
+TLS and tokens, against the same work in one process.
 """
 
 import argparse
 import asyncio
+import secrets
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +27,9 @@ from dit_service.engine.heap import prepare_heap
 from dit_service.model import loading
 from encoder_service.model.loading import load as load_encoder
 from encoder_service.prompt import Tokenizer
-from zimage_client import Client
+from zimage_client import Client, Tls, Unavailable
 from zimage_client._embedded.stack import brief_stack
+from zimage_client.cli.main import main as command
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Prompt
 from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.pictures import files as picture_files
@@ -31,6 +40,8 @@ PROMPT = Prompt("a red circle on a blue background")
 SIDE_PX = 128
 SEED = 1
 TOKEN_LIMIT = 512
+TOKEN = secrets.token_hex(16)
+_STARTING_SECONDS = 60
 
 
 class OneProcess:
@@ -71,46 +82,105 @@ class OneProcess:
         return picture_files.encode(rgb, (SIDE_PX, SIDE_PX), "png", picture_files.DEFAULT_QUALITY)
 
 
+@contextmanager
+def guarded(folder: Path, model: Path) -> Iterator[Client]:
+    """A client of services over TCP on this machine, with mutual TLS and tokens on both ways."""
+    encoder_at, dit_at = _free_address(), _free_address()
+    assert command(["certs", "encoder,127.0.0.1", "dit,127.0.0.1", "user", "-o", str(folder)]) == 0
+    word = folder / "word"
+    word.write_text(TOKEN)
+    tokens = folder / "tokens.toml"
+    tokens.write_text(
+        f'[[token]]\nname = "all"\ntoken = "{TOKEN}"\nroles = ["generate", "encode"]\n'
+        'project = "bench"\n'
+    )
+
+    def flags(name: str, listen: str) -> list[str]:
+        own = {
+            "--tls-cert": folder / f"{name}.pem",
+            "--tls-key": folder / f"{name}.key",
+            "--tls-client-ca": folder / "ca.pem",
+            "--tokens": tokens,
+            "--model": model,
+            "--listen": listen,
+        }
+        return ["--isolated", "--probes", "", *(str(part) for pair in own.items() for part in pair)]
+
+    towards = ["--encoder", encoder_at, "--tls-ca", str(folder / "ca.pem")]
+    with ExitStack() as closing:
+        for module, name, at, more in (
+            ("encoder_service", "encoder", encoder_at, []),
+            ("dit_service", "dit", dit_at, [*towards, "--encoder-token-file", str(word)]),
+        ):
+            started = [sys.executable, "-m", module, *flags(name, at), *more]
+            process = subprocess.Popen(started, stderr=subprocess.DEVNULL)
+            closing.callback(process.wait)
+            closing.callback(process.terminate)
+        tls = Tls(folder / "ca.pem", folder / "user.pem", folder / "user.key")
+        client = closing.enter_context(Client(dit_at, tls=tls, token=TOKEN))
+        _wait_for(client)
+        yield client
+
+
+def _free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def _wait_for(client: Client) -> None:
+    for _ in range(_STARTING_SECONDS):
+        try:
+            client.generate(PROMPT, steps=1)
+        except Unavailable:
+            time.sleep(1)
+        else:
+            return
+    raise SystemExit("the services with TLS do not start")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the figures")
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
     prepare_heap()  # as the service's worker does, before the first tensor
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        build(folder)
-        alone = OneProcess(folder)
-        stack = brief_stack(lambda _line: None)
-        with asyncio.Runner() as runner:
-            addresses = runner.run(stack.__aenter__())
-            # Not inside the loop: another thread than the first has a heap of its own, and slower.
-            result = measure(alone, addresses.server, arguments.rounds)
-            runner.run(stack.__aexit__(None, None, None))
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as closing:
+        model = Path(scratch) / "model"
+        build(model)
+        alone = OneProcess(model)
+        runner = closing.enter_context(asyncio.Runner())
+        stack: Any = brief_stack(lambda _line: None, model=model)
+        addresses = runner.run(stack.__aenter__())
+        closing.callback(lambda: runner.run(stack.__aexit__(None, None, None)))
+        plain = closing.enter_context(Client(addresses.server))
+        secured = closing.enter_context(guarded(Path(scratch), model))
+        # Not inside the loop: another thread than the first has a heap of its own, and slower.
+        result = measure(alone, plain, secured, arguments.rounds)
     print(result)
     if arguments.write:
         print(write_results("overhead", result))
 
 
-def measure(alone: OneProcess, server: str, rounds: int) -> dict[str, Any]:
-    with Client(server) as client:
+def measure(alone: OneProcess, plain: Client, secured: Client, rounds: int) -> dict[str, Any]:
+    def picture(client: Client) -> bytes:
+        made = client.generate(PROMPT, width=SIDE_PX, height=SIDE_PX, seed=SEED, packing="solo")
+        return made.pictures[0].data
 
-        def served() -> bytes:
-            made = client.generate(PROMPT, width=SIDE_PX, height=SIDE_PX, seed=SEED)
-            return made.pictures[0].data
-
-        pixels = {
-            picture_files.decode(made, "").pixels_sha256 for made in (served(), alone.picture())
-        }
-        assert len(pixels) == 1, "not the same work"
-        timings = compare(rounds, served=served, alone=alone.picture)
-    added = timings.ratio("served", "alone") - 1
+    runs: dict[str, Callable[[], bytes]] = {
+        "alone": alone.picture,
+        "served": lambda: picture(plain),
+        "guarded": lambda: picture(secured),
+    }
+    pixels = {picture_files.decode(run(), "").pixels_sha256 for run in runs.values()}
+    assert len(pixels) == 1, "not the same work"
+    timings = compare(rounds, **runs)
     return {
         "row": "C7",
         "machine": machine("torch", "grpcio"),
-        "served_seconds": round(timings.median("served"), 4),
-        "alone_seconds": round(timings.median("alone"), 4),
-        "added_share": round(added, 4),
+        **{f"{name}_seconds": round(timings.median(name), 4) for name in runs},
+        "added_share": round(timings.ratio("served", "alone") - 1, 4),
+        "guarded_added_share": round(timings.ratio("guarded", "alone") - 1, 4),
         "target": 0.05,
     }
 

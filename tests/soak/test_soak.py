@@ -22,6 +22,7 @@ from zimage_client import Client, Embedding, InvalidRequest, NotFound, Options, 
 
 pytestmark = pytest.mark.timeout(0)
 
+DEMO_MODEL = Path(__file__).parents[2] / "demo_model" / "zimage-demo"
 GROWTH = 1.02
 SIDES = (64, 96, 128)
 WORDS = ("red", "green", "blue", "circle", "square", "star", "large", "small", "on", "a", "grey")
@@ -30,10 +31,8 @@ Sample = dict[str, dict[str, float]]
 
 
 @pytest.fixture(scope="module")
-def services(
-    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Service]]:
-    model = "--model", str(model_folder)
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Service]]:
+    model = "--model", str(DEMO_MODEL)  # whose tokenizer, as the real one, knows where words end
     store = "--store", str(tmp_path_factory.mktemp("store"))
     with (
         running("encoder_service", *model) as encoder,

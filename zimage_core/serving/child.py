@@ -19,6 +19,12 @@ _log = logging.getLogger(__name__)
 
 _ANNOUNCE_SECONDS = 1.0
 
+_KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+_KERNELS = "128"
+"""How many kernels PyTorch and oneDNN keep, each made for one shape. In bfloat16 on a CPU one takes
+half a megabyte, and every number of tokens is another shape: the usual 1,024 grew an encoder of
+1 MB to 1.2 GB. A forward needs about ten."""
+
 
 class Port:
     """What a worker's engine knows of the world outside its process."""
@@ -178,6 +184,8 @@ def run(front: socket.socket, entry: str, settings: object, beat_seconds: float)
     """The process's first function; `entry` is resolved here: the front never imports it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front drains first, then hangs up
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, _KERNELS)  # before the entry's module imports torch
     logs.configure()
     port = Port(front, beat_seconds)
     module, _, function = entry.partition(":")
