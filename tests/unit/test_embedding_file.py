@@ -123,9 +123,10 @@ def test_a_negative_beside_it_is_read(tmp_path: Path) -> None:
 
 def test_a_sidecar_that_is_no_json_is_named(tmp_path: Path) -> None:
     save_file({"embeddings": torch.zeros(2, 5)}, tmp_path / "old.safetensors")
-    (tmp_path / "old.json").write_text("{")
-    with pytest.raises(InvalidRequest, match=r"old\.json"):
-        embedding_file.read(tmp_path / "old.safetensors")
+    for content in ("{", "[" * 100_000, " " * (17 << 20)):
+        (tmp_path / "old.json").write_text(content)
+        with pytest.raises(InvalidRequest, match=r"old\.json"):
+            embedding_file.read(tmp_path / "old.safetensors")
 
 
 def test_a_file_of_ours_needs_no_sidecar(tmp_path: Path) -> None:

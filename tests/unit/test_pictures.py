@@ -4,11 +4,14 @@ import io
 import math
 import struct
 import zlib
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from zimage_core.errors import InvalidRequest
+from zimage_core.errors import InvalidRequest, ZImageError
 from zimage_core.pictures import files
 from zimage_core.wire import receipts
 
@@ -63,6 +66,23 @@ def test_what_is_no_picture_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(InvalidRequest, match=r"out\.png") as refusal:
         files.decode(data, "out.png")
     assert refusal.value.reason == "PICTURE"
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    file_format=st.sampled_from(list(files.MEDIA_TYPES)),
+    position=st.integers(0, 100_000),
+    byte=st.integers(0, 255),
+    cut=st.integers(0, 10_000),
+)
+def test_no_damage_makes_anything_but_a_typed_error(
+    file_format: str, position: int, byte: int, cut: int
+) -> None:
+    data = bytearray(files.encode(RGB, SIZE, file_format, 95, "{}"))
+    data[position % len(data)] = byte
+    for read in (files.decode, lambda data, name: files.decode_for_model(data, name, 64)):
+        with suppress(ZImageError):
+            read(bytes(data[: cut or None]), "x")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """Safetensors files read without a tensor library, whole and broken."""
 
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
 
-from zimage_core.errors import InvalidModel
+from zimage_core.errors import InvalidModel, ZImageError
 from zimage_core.formats import weights
 
 TENSORS = {
@@ -77,6 +82,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match=r"gone\.safetensors") as refusal:
         weights.files(tmp_path)
     assert refusal.value.reason == "FILE_MISSING"
+    for outside in ("../gone.safetensors", "/etc/passwd", "a/b.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(InvalidModel) as refusal:
+            weights.files(tmp_path)
+        assert refusal.value.reason == "FILE_OUTSIDE"
     index.write_text("{}")
     with pytest.raises(InvalidModel, match="weight_map"):
         weights.files(tmp_path)
@@ -96,6 +106,10 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         (_entry(data_offsets=[0]), None, b"12345678"),
         (_entry(shape=[3]), None, b"12345678"),
         (_entry(shape="two"), None, b"12345678"),
+        (_entry(shape=[-1, -2]), None, b"12345678"),
+        (_entry(shape=[2**62, 0]), None, b""),
+        (_entry(shape=[1] * 9), None, b"1234"),
+        (b'{"x":' + b"[" * 100_000, None, b""),
         (_entry(dtype="F31"), None, b"12345678"),
         ({"x": None}, None, b""),
     ],
@@ -107,6 +121,19 @@ def test_broken_files_are_refused(
     with pytest.raises(InvalidModel) as refusal:
         list(weights.read_file(path))
     assert refusal.value.fields["path"] == str(path)
+
+
+@settings(deadline=None, max_examples=300)
+@given(position=st.integers(0, 10_000), byte=st.integers(0, 255), cut=st.integers(0, 10_000))
+def test_no_damage_makes_anything_but_a_typed_error(position: int, byte: int, cut: int) -> None:
+    data = bytearray(save(TENSORS))
+    data[position % len(data)] = byte
+    with NamedTemporaryFile(suffix=".safetensors") as file, suppress(ZImageError):
+        file.write(data[: cut or None])
+        file.flush()
+        for _, weight in weights.read_file(Path(file.name)):
+            size = weights.ELEMENT_BYTES[weight.element_type]
+            assert len(weight.data) == math.prod(weight.shape) * size
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567"])

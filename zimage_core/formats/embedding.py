@@ -28,6 +28,7 @@ _KEY = "zimage"
 _ELEMENT_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HEADER_NAMES = {name: short for short, name in _ELEMENT_TYPES.items()}
 _LARGEST_FILE_BYTES = 64 << 20  # twice both embeddings of 1504 tokens of 2560 in float32
+_LARGEST_SIDECAR_BYTES = 16 << 20
 _PICKLES = (b"PK\x03\x04", b"\x80")
 _CONVERSION = """\
   import torch; from safetensors.torch import save_file; e = torch.load({old!r}, weights_only=True)
@@ -242,10 +243,12 @@ def _sidecar(path: Path) -> dict[str, Any]:
     """What lies beside the file, empty when nothing does."""
     beside = path.with_suffix(".json")
     try:
+        if beside.stat().st_size > _LARGEST_SIDECAR_BYTES:
+            raise _broken(str(beside), "it is larger than any description")
         content = json.loads(beside.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _broken(str(beside), f"it is no JSON ({error})") from None
     return content if isinstance(content, dict) else {}
 

@@ -22,7 +22,7 @@ def parse_json_object(path: Path, data: bytes) -> dict[str, Any]:
     """The object in a part of a file."""
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidModel.at(path, f"no readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidModel.at(path, "a JSON object was expected")

@@ -25,6 +25,7 @@ _SCALES = (".weight_scale", ".weight_scale_2", ".scale_weight", ".input_scale", 
 
 _SUFFIX = ".safetensors"
 _INDEX = _SUFFIX + ".index.json"
+_MOST_DIMENSIONS, _LARGEST_SIZE = 8, 2**48
 _LONGEST_HEADER = 100_000_000
 """What the format's own library accepts."""
 
@@ -46,7 +47,7 @@ def files(folder: Path, stem: str = "*") -> tuple[Path, ...]:
     indexes = sorted(folder.glob(stem + _INDEX))
     if indexes:
         names = sorted(set(_weight_map(indexes[0]).values()))
-        paths = tuple(folder / str(name) for name in names)
+        paths = tuple(_beside(indexes[0], str(name)) for name in names)
     else:
         paths = tuple(sorted(folder.glob(stem + _SUFFIX)))
     if not paths:
@@ -102,6 +103,8 @@ def _weight(path: Path, name: str, entry: Any, elements: memoryview) -> Weight:
     try:
         element_type, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
+        if len(shape) > _MOST_DIMENSIONS or not all(0 <= size < _LARGEST_SIZE for size in shape):
+            raise ValueError
         expected = math.prod(shape) * ELEMENT_BYTES[element_type]
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidModel.at(path, f"{name}: malformed or unknown entry {entry}") from error
@@ -112,6 +115,13 @@ def _weight(path: Path, name: str, entry: Any, elements: memoryview) -> Weight:
             path, f"{name}: {end - begin} bytes, but {expected} expected for {entry}"
         )
     return Weight(element_type, shape, elements[begin:end])
+
+
+def _beside(index: Path, name: str) -> Path:
+    if Path(name).name != name:
+        what = f"it names {name!r}, which is no file beside it"
+        raise InvalidModel.at(index, what, "FILE_OUTSIDE")
+    return index.with_name(name)
 
 
 def _weight_map(index: Path) -> Mapping[str, Any]:
