@@ -103,9 +103,17 @@ class Request:
                 async for event in events:
                     await self._retell(event, place)
         finally:
+            access.charge(self._device_seconds(place))
             place.leave()
         self._tell(dit_pb2.GenerateResponse(completed=self._completed))
         _count(self._completed)
+
+    def _device_seconds(self, place: Place) -> float:
+        """What it took; of one that ended early, what that much was expected to take."""
+        usage = self._completed.usage
+        if usage.HasField("denoise_time"):
+            return (usage.denoise_time.ToNanoseconds() + usage.decode_time.ToNanoseconds()) / 1e9
+        return (place.cost.seconds or 0.0) * (1 - place.left_to_do)
 
     def _named(self) -> list[types_pb2.Digest]:
         """What the spec only names."""

@@ -23,7 +23,7 @@ from zimage_core.embeddings import (
 )
 from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
 from zimage_core.planning.durations import Durations
-from zimage_core.serving import metrics
+from zimage_core.serving import access, metrics
 from zimage_core.serving.admission import Admission, Cost, Limits
 from zimage_core.serving.batches import batched
 from zimage_core.serving.worker import Worker
@@ -135,6 +135,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         assert isinstance(encoded, messages.Encoded)
         tokens = sum(map(len, call.token_ids))
         self._encoding.learn(tokens, tokens, encoded.seconds)
+        access.charge(encoded.seconds)
         metrics.ENCODER_PROMPTS.inc(len(call.token_ids))
         metrics.ENCODER_TOKENS.inc(tokens)
         metrics.ENCODER_BATCH_PROMPTS.observe(len(call.token_ids))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.services import Service, running
-from zimage_client import AsyncClient, Client, Forbidden, InvalidSettings, Overloaded
+from zimage_client import AsyncClient, Client, Forbidden, InvalidSettings, Overloaded, Progress
 from zimage_client.cli.main import main as command
 
 ENTRY = """
@@ -16,6 +16,12 @@ token = "{name}-0123456789abcdef"
 roles = ["{role}"]
 {more}
 """
+LIMITS = {
+    "rare": "calls_per_minute = 1",
+    "poor": "device_seconds_per_hour = 0.01",
+    "hasty": "device_seconds_per_hour = 0.01",
+}
+OTHERS = {"poor": "generate", "hasty": "generate"}
 
 
 def _file(folder: Path, **roles: str) -> list[str]:
@@ -23,8 +29,7 @@ def _file(folder: Path, **roles: str) -> list[str]:
     path = folder / f"{'-'.join(roles)}.toml"
     entries = []
     for name, role in roles.items():
-        more = "calls_per_minute = 1" if name == "rare" else ""
-        entries.append(ENTRY.format(name=name, role=role, more=more))
+        entries.append(ENTRY.format(name=name, role=role, more=LIMITS.get(name, "")))
         (folder / name).write_text(f"{name}-0123456789abcdef\n")
     path.write_text("".join(entries))
     return ["--tokens", str(path)]
@@ -42,7 +47,7 @@ def dit(model_folder: Path, folder: Path) -> Iterator[Service]:
     model = ["--model", str(model_folder)]
     with running("encoder_service", *model, *_file(folder, dit="encode")) as encoder:
         flags = ["--encoder", encoder.address, "--encoder-token-file", str(folder / "dit")]
-        users = _file(folder, painter="generate", writer="encode", rare="generate")
+        users = _file(folder, painter="generate", writer="encode", rare="generate", **OTHERS)
         with running("dit_service", *model, *users, *flags) as service:
             service.wait_until("SERVING")  # health asks for no token
             yield service
@@ -84,6 +89,20 @@ def test_a_rate_is_kept(dit: Service, folder: Path) -> None:
             client.generate("x", retry=False)
     assert caught.value.reason == "RATE_LIMITED"
     assert 0 < (caught.value.retry_after or 0) <= 60
+
+
+@pytest.mark.parametrize("name", ["poor", "hasty"])
+def test_a_quota_is_kept_also_by_who_leaves_early(dit: Service, folder: Path, name: str) -> None:
+    with Client(dit.address, token=folder / "painter") as client:
+        client.generate("x", steps=4)  # so that its seconds are known
+    with Client(dit.address, token=folder / name) as client:
+        for event in client.stream("x", steps=50):
+            if name == "hasty" and isinstance(event, Progress) and event.step > 5:
+                break
+        with pytest.raises(Overloaded, match="of the device an hour") as caught:
+            for _ in range(10):  # who leaves is charged a moment later
+                client.generate("x", steps=1)
+    assert caught.value.reason == "QUOTA_SPENT"
 
 
 def test_a_token_that_changes_in_its_file_is_the_next_one_sent(dit: Service, folder: Path) -> None:

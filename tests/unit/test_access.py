@@ -18,7 +18,7 @@ from zimage_core.errors import (
     ZImageError,
 )
 from zimage_core.serving import access
-from zimage_core.serving.access import ROLES, Access, inside
+from zimage_core.serving.access import ROLES, Access, charge, inside
 from zimage_core.serving.interceptors import Around
 from zimage_core.wire import status
 from zimage_core.wire.limits import CHANNEL_OPTIONS, SERVER_OPTIONS
@@ -123,6 +123,26 @@ def test_calls_a_minute_come_back_with_time(path: Path) -> None:
     tokens.caller(GENERATE, _with(PAINTER))
     with pytest.raises(Overloaded):
         tokens.caller(GENERATE, _with(PAINTER))
+
+
+def test_device_seconds_come_back_with_time(path: Path) -> None:
+    path.write_text(
+        f'[[token]]\nname = "x"\ntoken = "{PAINTER}"\nroles = ["generate"]\n'
+        "device_seconds_per_hour = 36"
+    )
+    clock = Clock()
+    tokens = Access(path, clock)
+    with inside(tokens.caller(GENERATE, _with(PAINTER))):
+        charge(30)
+    with inside(tokens.caller(GENERATE, _with(PAINTER))):
+        charge(10)
+    with pytest.raises(Overloaded, match="36 s of the device an hour") as caught:
+        tokens.caller(GENERATE, _with(PAINTER))
+    assert caught.value.reason == "QUOTA_SPENT"
+    assert caught.value.retry_after == pytest.approx(400)
+    tokens.caller(DESCRIBE, _with(PAINTER))
+    clock.now += 401
+    tokens.caller(GENERATE, _with(PAINTER))
 
 
 def test_calls_at_once_are_counted_while_they_run(path: Path) -> None:

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
@@ -26,7 +26,7 @@ Role = Literal["generate", "encode", "train", "admin"]
 
 HEADER = "authorization"
 _SCHEME = "Bearer "
-_MINUTE = 60.0
+_MINUTE, _HOUR = 60.0, 3600.0
 
 ROLES: dict[str, Role | None] = {
     "/zimage_rpc.blob.v1.BlobService/Find": "generate",
@@ -56,6 +56,9 @@ class Token(BaseModel):
     project: str = Field(DEFAULT_PROJECT, min_length=1)
     calls_per_minute: float | None = Field(None, gt=0, description="on average; as many at once")
     calls_at_once: int | None = Field(None, ge=1)
+    device_seconds_per_hour: float | None = Field(
+        None, gt=0, description="of pictures and prompts; the call that spends the last is finished"
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -75,11 +78,25 @@ class _File(BaseModel):
 
 
 @dataclass(slots=True)
-class _Account:
-    """What a bearer has taken."""
+class _Allowance:
+    """So much of something, which comes back evenly over a time; full at first."""
 
     left: float = 0.0
     counted_at: float = float("-inf")
+
+    def at(self, now: float, most: float, pace: float) -> float:
+        """What is left of it."""
+        self.left = min(most, self.left + (now - self.counted_at) * pace)
+        self.counted_at = now
+        return self.left
+
+
+@dataclass(slots=True)
+class _Account:
+    """What a bearer may still take, and has."""
+
+    calls: _Allowance = field(default_factory=_Allowance)
+    device_seconds: _Allowance = field(default_factory=_Allowance)
     running: int = 0
 
 
@@ -99,6 +116,13 @@ def project() -> str:
     """Whose call is at hand."""
     caller = current.get()
     return caller.token.project if caller else DEFAULT_PROJECT
+
+
+def charge(device_seconds: float) -> None:
+    """Whoever's call is at hand has used the device for so long."""
+    caller = current.get()
+    if caller:
+        caller.account.device_seconds.left -= device_seconds
 
 
 @contextmanager
@@ -137,6 +161,8 @@ class Access:
                 fields={"role": role},
             )
         account = self._accounts.setdefault(token.name, _Account())
+        if role:
+            self._refuse_spent(token, account)
         self._count(token, account)
         return Caller(token, account)
 
@@ -157,15 +183,21 @@ class Access:
             raise _limited(token, f"{token.calls_at_once} calls at once", 1.0)
         if token.calls_per_minute is None:
             return
-        now, most = self._clock(), max(1.0, token.calls_per_minute)
         pace = token.calls_per_minute / _MINUTE
-        account.left = min(most, account.left + (now - account.counted_at) * pace)
-        account.counted_at = now
-        if account.left < 1:
-            raise _limited(
-                token, f"{token.calls_per_minute:g} calls a minute", (1 - account.left) / pace
-            )
-        account.left -= 1
+        left = account.calls.at(self._clock(), max(1.0, token.calls_per_minute), pace)
+        if left < 1:
+            raise _limited(token, f"{token.calls_per_minute:g} calls a minute", (1 - left) / pace)
+        account.calls.left -= 1
+
+    def _refuse_spent(self, token: Token, account: _Account) -> None:
+        """Not what a call will take counts but what others took: nobody has to guess."""
+        most = token.device_seconds_per_hour
+        if most is None:
+            return
+        left = account.device_seconds.at(self._clock(), most, most / _HOUR)
+        if left <= 0:
+            limit = f"{most:g} s of the device an hour"
+            raise _limited(token, limit, max(1.0, -left * _HOUR / most), "QUOTA_SPENT")
 
     def _refresh(self) -> None:
         now = stamp(self._path)
@@ -184,10 +216,12 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def _limited(token: Token, limit: str, retry_after: float) -> Overloaded:
+def _limited(
+    token: Token, limit: str, retry_after: float, reason: str = "RATE_LIMITED"
+) -> Overloaded:
     return Overloaded(
-        f"the token of {token.name} is good for {limit}",
-        reason="RATE_LIMITED",
+        f"the token of {token.name} is good for {limit}; there is more in {retry_after:.0f} s",
+        reason=reason,
         fields={"allowed": limit},
         retry_after=retry_after,
     )
