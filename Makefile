@@ -11,6 +11,10 @@ READY := $(VENV)/.ready
 BUF := protos/node_modules/.bin/buf
 PICTURE := out/red-circle.png
 
+# Two files of tests at a time. Most of their seconds Python loads libraries, on one core; threads of
+# theirs that wait for each other spinning would take the other's core away.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
 # Runs a layer of checks and prints its seconds.
 layer = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(( $$(date +%s) - start )) s"
 
@@ -47,8 +51,8 @@ check: ## all checks, without set-up
 	$(call layer,contract,$(BIN)/pytest tests/contract)
 	$(call layer,parity,$(MAKE) --no-print-directory parity)
 	$(call layer,device,$(BIN)/pytest tests/device)
-	$(call layer,e2e,$(BIN)/pytest tests/e2e)
-	$(call layer,fault,$(BIN)/pytest tests/fault)
+	$(call layer,e2e,$(SIDE_BY_SIDE) tests/e2e)
+	$(call layer,fault,$(SIDE_BY_SIDE) tests/fault)
 
 test-fast: ## the checks of every minute
 	$(call layer,lint,$(BIN)/ruff check .)
@@ -58,7 +62,7 @@ fuzz: ## 10,000 requests to every method that no client would send
 	$(BIN)/pytest tests/e2e/test_fuzz.py --fuzz-requests 10000
 
 fault: ## everything that can die does, 20 times each; writes docs/reliability.md. ONLY="worker and decoding" does some
-	$(BIN)/pytest tests/fault --times 20 --write-table -k "$(ONLY)"
+	$(BIN)/pytest tests/fault --times 20 --write-table $(if $(ONLY),rows -k "$(ONLY)",anew)
 
 soak: ## everything at once for MINUTES=10: nothing grows
 	$(BIN)/pytest tests/soak -s --minutes $(or $(MINUTES),10)

@@ -41,7 +41,7 @@ SIDE_PX = 128
 SEED = 1
 TOKEN_LIMIT = 512
 TOKEN = secrets.token_hex(16)
-_STARTING_SECONDS = 60
+_TRIES = 60
 
 
 class OneProcess:
@@ -129,7 +129,7 @@ def _free_address() -> str:
 
 
 def _wait_for(client: Client) -> None:
-    for _ in range(_STARTING_SECONDS):
+    for _ in range(_TRIES):
         try:
             client.generate(PROMPT, steps=1)
         except Unavailable:

@@ -20,8 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`make parity` must be able to fail: this spoils our side of the comparison on purpose."""
     parser.addoption("--move-a-weight", type=float, default=0.0, metavar="BY")
     parser.addoption("--times", type=int, default=1, help="how often each fault is done")
-    parser.addoption("--write-table", action="store_true", help="into docs/reliability.md")
-    parser.addoption("--minutes", type=float, default=10.0, help="of tests/soak")
+    parser.addoption("--write-table", choices=["anew", "rows"], help="in docs/reliability.md")
+    parser.addoption("--minutes", type=float, help="of tests/soak")
     parser.addoption("--fuzz-requests", type=int, default=500, help="for each method")
 
 

@@ -21,8 +21,14 @@ from typing import Literal
 from zimage_client._channel import Place
 from zimage_client._client import AsyncClient
 from zimage_client._description import DitDescription, EncoderDescription
-from zimage_core.errors import Forbidden, Unauthenticated, Unimplemented, ZImageError
-from zimage_core.planning.drift import least_cosine
+from zimage_core.drift import least_cosine
+from zimage_core.errors import (
+    Forbidden,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+    ZImageError,
+)
 from zimage_core.tls import Tls
 
 _CONNECT_SECONDS = 3.0
@@ -159,7 +165,9 @@ async def bandwidth(client: AsyncClient) -> Finding:
 async def drift(encoders: Sequence[AsyncClient]) -> Finding:
     """Whether replicas of an encoder say the same of a prompt."""
     try:
-        first, *others = [await encoder.encode(_PROBE) for encoder in encoders]
+        first, *others = [await encoder.encode(_PROBE, retry=False) for encoder in encoders]
+    except Unavailable as error:
+        return Finding("drift", "note", f"not measured: {error.message}", "calls wait for it")
     except ZImageError as error:
         return Finding("drift", "wrong", error.message, _advice(error))
     engines = {f"{one.numerics.device} {one.numerics.compute_type}" for one in (first, *others)}

@@ -31,7 +31,9 @@ class Generation:
     ) -> None:
         """`spec` holds all but the conditioning."""
         self._channels = channels
-        self._spec = spec
+        self._request = spec
+        self._named: dict[str, bytes] = {}
+        """What the request only names, once it names anything."""
         self._conditioning = conditioning
         self._replay = replay
         self._encoded = not channels.has_encoder
@@ -72,12 +74,14 @@ class Generation:
                 await self._is_guided(), self._encode
             )
             self._encoded = True
+        if not self._request.HasField("positive"):
+            await asyncio.to_thread(self._say_conditioning)
         assembly, completed = Assembly(), None
         with self._channels.dit.one_try() as channel:
             responses = _calls.generate(
                 channel,
-                self._request(),
-                self._conditioning.named,
+                self._request,
+                self._named,
                 self._replay.within(None),
                 self._metadata,
             )
@@ -92,13 +96,12 @@ class Generation:
             raise _reading.malformed("it ended before all pictures were there")
         yield completed
 
-    def _request(self) -> dit_pb2.GenerateSpec:
-        spec = dit_pb2.GenerateSpec()
-        spec.CopyFrom(self._spec)
-        spec.positive.CopyFrom(message(self._conditioning.positive))
+    def _say_conditioning(self) -> None:
+        """Once for all tries: large embeddings take a while to get their names."""
         if self._conditioning.negative is not None:
-            spec.negative.CopyFrom(message(self._conditioning.negative))
-        return spec
+            self._request.negative.CopyFrom(message(self._conditioning.negative))
+        self._named = self._conditioning.named
+        self._request.positive.CopyFrom(message(self._conditioning.positive))
 
     def _event(self, response: dit_pb2.GenerateResponse, assembly: Assembly) -> Event | None:
         """A message as an event; None for a part, a repetition or what this version cannot read."""
@@ -125,8 +128,8 @@ class Generation:
 
     async def _is_guided(self) -> bool:
         """Whether guidance is on, so that the negative side is needed."""
-        if self._spec.HasField("guidance_scale"):
-            return self._spec.guidance_scale > 0
+        if self._request.HasField("guidance_scale"):
+            return self._request.guidance_scale > 0
         seconds = self._replay.within(_calls.DESCRIBE_SECONDS)
         description = await self._channels.dit.first(
             lambda channel: _calls.describe_dit(channel, seconds, self._metadata)

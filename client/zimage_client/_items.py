@@ -9,6 +9,7 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
@@ -189,8 +190,14 @@ async def _each(items: Many[Item]) -> AsyncIterator[Item]:
             yield item
     else:  # it may take its time, or ask this very client for something
         coming = iter(items)
-        while True:
-            taken: Item | _End = await asyncio.to_thread(next, coming, _END)
-            if isinstance(taken, _End):
-                return
-            yield taken
+        loop = asyncio.get_running_loop()
+        # A thread of its own: those that all share may all wait for something that this one gives.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="zimage-items")
+        try:
+            while True:
+                taken: Item | _End = await loop.run_in_executor(thread, next, coming, _END)
+                if isinstance(taken, _End):
+                    return
+                yield taken
+        finally:
+            thread.shutdown(wait=False)

@@ -22,6 +22,8 @@ from zimage_core.errors import Cancelled, ZImageError
 from zimage_core.tensors import TensorData
 from zimage_core.tls import Credentials
 
+_FINISHING_SECONDS = 10.0
+
 T = TypeVar("T")
 Answers = Generator[tuple[int, T | ZImageError], None, None]
 """The number of an item, counted from 0, with what came of it."""
@@ -141,7 +143,7 @@ class _Background:
     def __init__(self) -> None:
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         self._thread = threading.Thread(
-            target=asyncio.run, args=[_serve(started)], name="zimage-client", daemon=True
+            target=_run, args=[started], name="zimage-client", daemon=True
         )
         self._thread.start()
         self.loop, self._over = started.result()
@@ -171,6 +173,15 @@ class _Background:
             self._thread.join()
 
 
+def _run(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]") -> None:
+    try:
+        asyncio.run(_serve(started))
+    except OSError as error:  # such as too many open files; who waits for it hears of it
+        if started.done():
+            raise
+        started.set_exception(error)
+
+
 async def _serve(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]") -> None:
     over = asyncio.Event()
     started.set_result((asyncio.get_running_loop(), over))
@@ -184,7 +195,6 @@ class _Work:
         self._client = client
         self._background = _Background.shared()
         self._running: set[Future[Any]] = set()
-        self._lock = threading.Lock()
         self._is_closed = False
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -208,13 +218,12 @@ class _Work:
         if future is not None:
             future.add_done_callback(self._running.discard)
             if not self._background.is_here:
-                with suppress(CancelledError):  # the client was closed meanwhile
-                    future.result()
+                with suppress(CancelledError, TimeoutError):  # the client was closed meanwhile
+                    future.result(_FINISHING_SECONDS)
 
     def close(self) -> None:
         """Ends the connections and whatever runs over them."""
-        with self._lock:
-            is_first, self._is_closed = not self._is_closed, True
+        is_first, self._is_closed = not self._is_closed, True
         if is_first and self._background.is_alive:
             for future in list(self._running):
                 future.cancel()
@@ -223,13 +232,15 @@ class _Work:
                 closing.result()
 
     def _begun(self, work: Coroutine[Any, Any, T]) -> Future[T] | None:
-        with self._lock:
-            if self._is_closed or not self._background.is_alive:
-                work.close()
-                return None
-            future = asyncio.run_coroutine_threadsafe(work, self._background.loop)
-            self._running.add(future)
-            return future
+        """Without a lock: garbage may be collected at any line, and finish other work of ours."""
+        if self._is_closed or not self._background.is_alive:
+            work.close()
+            return None
+        future = asyncio.run_coroutine_threadsafe(work, self._background.loop)
+        self._running.add(future)
+        if self._is_closed:  # it was closed meanwhile, and did not see this one
+            future.cancel()
+        return future
 
 
 def _iterate(

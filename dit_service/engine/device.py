@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.errors import InvalidSettings
-from zimage_core.tensors import TensorData
+from zimage_core.tensors import TensorData, byte_count
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """torch's types by the names that settings, files and the wire use."""
@@ -111,7 +111,10 @@ class Download:
 
 
 def to_device(data: TensorData, device: torch.device) -> Tensor:
-    """The tensor of plain data: copied once, into pinned memory where a GPU fetches it from."""
+    """The tensor of plain data: copied once, into pinned memory where a GPU fetches it from. Raises
+    ValueError unless its elements fill its shape exactly."""
+    if len(data.data) != byte_count(data.element_type, data.shape):
+        raise ValueError(f"{len(data.data)} bytes are no {data.element_type} {data.shape}")
     host = torch.empty(data.shape, dtype=TYPES[data.element_type], pin_memory=device.type == "cuda")
     ctypes.memmove(host.data_ptr(), data.data, len(data.data))
     return host.to(device, non_blocking=True)

@@ -88,7 +88,7 @@ class EncoderPin:
             )
         if not pinned:
             self._warn_once(embedding)
-        return CheckedEmbedding(embedding, bool(pinned), named or digest(embedding.tensor))
+        return CheckedEmbedding(embedding, bool(pinned), digest(embedding.tensor, named))
 
     def _at(self, hidden_layer: int, model: messages.Model) -> str:
         if model.encoder_identities:

@@ -63,6 +63,7 @@ class Request:
         self._costs = costs
         self._span = tracing.current.get()
         self._stage_began = self._arrived
+        self._work_began: float | None = None
         priority = names.name_of(spec.priority, names.PRIORITIES)
         self._share = Share(access.project(), priority)
         self._completed = dit_pb2.Completed()
@@ -102,18 +103,19 @@ class Request:
             async with aclosing(worker.call(self._work(checked))) as events:
                 async for event in events:
                     await self._retell(event, place)
+        except asyncio.CancelledError:
+            access.charge(self._seconds_until_now(place))
+            raise
         finally:
-            access.charge(self._device_seconds(place))
             place.leave()
         self._tell(dit_pb2.GenerateResponse(completed=self._completed))
         _count(self._completed)
 
-    def _device_seconds(self, place: Place) -> float:
-        """What it took; of one that ended early, what that much was expected to take."""
-        usage = self._completed.usage
-        if usage.HasField("denoise_time"):
-            return (usage.denoise_time.ToNanoseconds() + usage.decode_time.ToNanoseconds()) / 1e9
-        return (place.cost.seconds or 0.0) * (1 - place.left_to_do)
+    def _seconds_until_now(self, place: Place) -> float:
+        """What it was expected to take so far. Where nobody knows that, since its work began."""
+        if place.cost.seconds is not None:
+            return place.cost.seconds * (1 - place.left_to_do)
+        return time.monotonic() - self._work_began if self._work_began else 0.0
 
     def _named(self) -> list[types_pb2.Digest]:
         """What the spec only names."""
@@ -162,6 +164,7 @@ class Request:
         usage, step_count = self._completed.usage, len(self._resolved.sigmas) - 1
         if not usage.HasField("queue_time"):
             usage.queue_time.CopyFrom(self._since_arrival())
+            self._work_began = time.monotonic()
             self._stage_ended("queue")
         match event:
             case messages.Denoised(index, step):
@@ -181,6 +184,7 @@ class Request:
                 for chunk in await asyncio.to_thread(self._artifact, index, rgb):
                     self._tell(dit_pb2.GenerateResponse(artifact_chunk=chunk))
             case messages.Spent() as spent:
+                access.charge(spent.denoise_seconds + spent.decode_seconds)
                 self._costs.learn(self._resolved, self._sides, self._model, spent)
                 usage.forward_count = spent.forward_count
                 usage.denoise_time.CopyFrom(_duration(spent.denoise_seconds))

@@ -14,6 +14,8 @@ from zimage_rpc.types.v1 import types_pb2
 
 _SILENT_SECONDS = 30.0
 """Longest wait for the client's next message: a silent one would hold up a drain."""
+_SLOWEST_BYTES_PER_SECOND = 64 << 10
+"""Whoever sends more slowly holds a place that others could work in."""
 
 
 class Uploads:
@@ -41,7 +43,7 @@ class Uploads:
         """The blobs of these names: from the store, or else from the client, who is told of the
         need. What it sends is kept for the next time."""
         gathered, missing = {}, {}
-        for name in named:
+        for name in _once(named):
             data = await self._blobs.load(name.sha256, name.size_bytes)
             metrics.DIT_NAMED.labels("store" if data else "client").inc()
             if data is None:
@@ -50,8 +52,15 @@ class Uploads:
                 gathered[name.sha256] = data
         if missing:
             need(missing.values())
-        for sha256, name in missing.items():
-            gathered[sha256] = await self._receive(name)
+            size = sum(name.size_bytes for name in missing.values())
+            seconds = _SILENT_SECONDS + size / _SLOWEST_BYTES_PER_SECOND
+            try:
+                async with asyncio.timeout(seconds):
+                    for sha256, name in missing.items():
+                        gathered[sha256] = await self._receive(name)
+            except TimeoutError:
+                raise _refusal(f"not all of {size} bytes within {seconds:.0f} s") from None
+        for sha256 in missing:
             self._blobs.keep(sha256, gathered[sha256])
         return gathered
 
@@ -76,10 +85,11 @@ class Uploads:
             chunk = request.chunk
             if request.WhichOneof("payload") != "chunk" or chunk.sha256 != name.sha256:
                 raise _refusal(f"something else than the next piece of blob {name.sha256}")
-            if len(chunk.data) > min(CHUNK_BYTES, name.size_bytes - len(data)):
-                raise _refusal(f"a piece of {len(chunk.data)} bytes, which is too much")
+            most = min(CHUNK_BYTES, name.size_bytes - len(data))
+            if not 1 <= len(chunk.data) <= most:
+                raise _refusal(f"a piece of {len(chunk.data)} bytes where 1 to {most} are left")
             data += chunk.data
-        found = hashlib.sha256(data).hexdigest()
+        found = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
         if found != name.sha256:
             raise InvalidRequest.given(
                 "chunk.sha256", name.sha256, f"the digest {found} for what was sent", "BLOB_DIGEST"
@@ -94,6 +104,16 @@ class Uploads:
             raise _refusal(f"nothing more within {_SILENT_SECONDS:g} s, and no end") from None
         self._has_ended = request is None
         return request
+
+
+def _once(named: Sequence[types_pb2.Digest]) -> Iterable[types_pb2.Digest]:
+    """Each blob once, which can only be of one size."""
+    sizes = {name.sha256: name for name in named}
+    for name in named:
+        other = sizes[name.sha256].size_bytes
+        if name.size_bytes != other:
+            raise InvalidRequest.given("digest.size_bytes", name.size_bytes, f"{other}", "DIGEST")
+    return sizes.values()
 
 
 def _named(spec: dit_pb2.GenerateSpec) -> Iterator[types_pb2.Digest]:

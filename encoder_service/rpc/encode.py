@@ -70,6 +70,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         self._worker.loaded(messages.Encoder)
         async with aclosing(batched(request_iterator, PROMPTS_PER_ENCODE)) as batches:
             async for items in batches:
+                access.refuse_spent()
                 async with self._admission.turn(sum(item.ByteSize() for item in items)):
                     answers = await self._answers(items)
                 for answer in answers:
@@ -131,11 +132,15 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
     async def _run(
         self, call: messages.Encode, encoder: messages.Encoder
     ) -> list[types_pb2.PromptEmbedding]:
-        [encoded] = [event async for event in self._worker.call(call)]
-        assert isinstance(encoded, messages.Encoded)
         tokens = sum(map(len, call.token_ids))
-        self._encoding.learn(tokens, tokens, encoded.seconds)
+        try:
+            [encoded] = [event async for event in self._worker.call(call)]
+        except asyncio.CancelledError:
+            access.charge(self._encoding.expected(tokens, tokens) or 0.0)
+            raise
+        assert isinstance(encoded, messages.Encoded)
         access.charge(encoded.seconds)
+        self._encoding.learn(tokens, tokens, encoded.seconds)
         metrics.ENCODER_PROMPTS.inc(len(call.token_ids))
         metrics.ENCODER_TOKENS.inc(tokens)
         metrics.ENCODER_BATCH_PROMPTS.observe(len(call.token_ids))

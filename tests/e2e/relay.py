@@ -16,6 +16,11 @@ class _Connection:
         self.service = service
         self.moves = asyncio.Event()
         self.moves.set()
+        self.is_half_closed = False
+
+    def half_close(self) -> None:
+        self.is_half_closed = True
+        self.service.write_eof()
 
     def cut(self) -> None:
         for side in (self.client, self.service):
@@ -44,7 +49,7 @@ class Relay:
 
     def half_close(self) -> None:
         """The service hears of all connections that their clients have nothing more to say."""
-        self._each(lambda connection: connection.service.write_eof())
+        self._each(_Connection.half_close)
 
     def stall(self) -> None:
         """Nothing passes on the connections of now any more, and nobody is told."""
@@ -88,6 +93,8 @@ class Relay:
                         self._cut()
                         return
                 await connection.moves.wait()
+                if counts and connection.is_half_closed:
+                    continue
                 sink.write(piece)
                 await sink.drain()
         except OSError:

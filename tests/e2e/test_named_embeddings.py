@@ -1,7 +1,6 @@
 """Large embeddings go by their names: their bytes only where they are not there yet."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +127,7 @@ def test_only_what_is_needed_is_taken(dit: Service, encoded: Callable[[str], Emb
     for reason, *chunks in (
         ("BLOB_DIGEST", _chunk(tensor.sha256, bytes(size))),
         ("GRAMMAR", _chunk(tensor.sha256, bytes(size + 1))),
+        ("GRAMMAR", _chunk(tensor.sha256, b"")),
         ("GRAMMAR", _chunk(tensor.sha256, bytes(CHUNK_BYTES + 1))),
         ("GRAMMAR", _chunk(encoded("ring").tensor.sha256, tensor.data)),
         ("GRAMMAR", named),
@@ -138,9 +138,44 @@ def test_only_what_is_needed_is_taken(dit: Service, encoded: Callable[[str], Emb
         assert refusal.value.reason == reason
 
 
+def test_one_name_is_of_one_size(dit: Service, encoded: Callable[[str], Embedding]) -> None:
+    """Else a tensor would be filled with more than it holds."""
+    request, other = (_request(encoded(text), named=True) for text in ("star", "ring"))
+    tensors = [
+        one.spec.positive.segments[0].embedding.tensors["embeddings"] for one in (request, other)
+    ]
+    tensors[1].shape[0] = other.spec.positive.segments[0].embedding.token_count = 1
+    tensors[1].digest.sha256 = tensors[0].digest.sha256
+    tensors[1].digest.size_bytes = tensors[0].digest.size_bytes // tensors[0].shape[0]
+    request.spec.guidance_scale = 2.0
+    request.spec.z_image.force_guidance = True
+    for positive, negative in ((request, other), (other, request)):
+        spec = dit_pb2.GenerateSpec()
+        spec.CopyFrom(request.spec)
+        spec.positive.CopyFrom(positive.spec.positive)
+        spec.negative.CopyFrom(negative.spec.positive)
+        with pytest.raises(InvalidRequest) as refusal:
+            _answers(dit, dit_pb2.GenerateRequest(spec=spec))
+        assert refusal.value.reason == "DIGEST"
+
+
+def test_what_rots_in_the_store_is_asked_for_anew(
+    dit: Service, encoded: Callable[[str], Embedding]
+) -> None:
+    embedding = encoded("circle")
+    with Client(dit.address) as client:
+        whole = client.generate(embedding, **WISH).pictures[0].pixels_sha256
+        [store] = [Path(flag) for flag in dit.process.args if "store" in str(flag)][-1:]
+        [kept] = store.glob(f"blobs/*/{embedding.tensor.sha256}")
+        kept.write_bytes(bytes(len(embedding.tensor.data)))
+        assert client.generate(embedding, **WISH).pictures[0].pixels_sha256 == whole
+
+
 def test_a_name_must_fit(dit: Service, encoded: Callable[[str], Embedding]) -> None:
     embedding = encoded("star")
-    short = replace(embedding.tensor, data=embedding.tensor.data[1:])
+    short = _request(embedding, named=True)
+    tensors = short.spec.positive.segments[0].embedding.tensors
+    tensors["embeddings"].digest.size_bytes -= 1
     both = _request(embedding, named=True)
     tensors = both.spec.positive.segments[0].embedding.tensors
     tensors["embeddings"].data = embedding.tensor.data
@@ -148,7 +183,7 @@ def test_a_name_must_fit(dit: Service, encoded: Callable[[str], Embedding]) -> N
     tensors = strange.spec.positive.segments[0].embedding.tensors
     tensors["embeddings"].digest.sha256 = "../../etc/passwd"
     for reason, request in (
-        ("TENSOR_LENGTH", _request(replace(embedding, tensor=short), named=True)),
+        ("TENSOR_LENGTH", short),
         ("TENSOR", both),
         ("DIGEST", strange),
     ):

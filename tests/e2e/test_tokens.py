@@ -1,12 +1,21 @@
 """Tokens between real processes: on the way to the DiT service, and from there to the encoder."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.services import Service, running
-from zimage_client import AsyncClient, Client, Forbidden, InvalidSettings, Overloaded, Progress
+from tests.e2e.services import PATIENCE_SECONDS, Service, running
+from zimage_client import (
+    AsyncClient,
+    Client,
+    Forbidden,
+    InvalidRequest,
+    InvalidSettings,
+    Overloaded,
+    Progress,
+)
 from zimage_client.cli.main import main as command
 
 ENTRY = """
@@ -16,12 +25,11 @@ token = "{name}-0123456789abcdef"
 roles = ["{role}"]
 {more}
 """
+POOR = ("poor", "hasty", "first")
 LIMITS = {
     "rare": "calls_per_minute = 1",
-    "poor": "device_seconds_per_hour = 0.01",
-    "hasty": "device_seconds_per_hour = 0.01",
+    **dict.fromkeys(POOR, "device_seconds_per_hour = 0.01"),
 }
-OTHERS = {"poor": "generate", "hasty": "generate"}
 
 
 def _file(folder: Path, **roles: str) -> list[str]:
@@ -47,7 +55,13 @@ def dit(model_folder: Path, folder: Path) -> Iterator[Service]:
     model = ["--model", str(model_folder)]
     with running("encoder_service", *model, *_file(folder, dit="encode")) as encoder:
         flags = ["--encoder", encoder.address, "--encoder-token-file", str(folder / "dit")]
-        users = _file(folder, painter="generate", writer="encode", rare="generate", **OTHERS)
+        users = _file(
+            folder,
+            painter="generate",
+            writer="encode",
+            rare="generate",
+            **dict.fromkeys(POOR, "generate"),
+        )
         with running("dit_service", *model, *users, *flags) as service:
             service.wait_until("SERVING")  # health asks for no token
             yield service
@@ -91,17 +105,26 @@ def test_a_rate_is_kept(dit: Service, folder: Path) -> None:
     assert 0 < (caught.value.retry_after or 0) <= 60
 
 
-@pytest.mark.parametrize("name", ["poor", "hasty"])
+def _wrong_until_refused(client: Client) -> None:
+    """Who leaves is charged a moment later; wrong requests cost nothing."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
+        with pytest.raises(InvalidRequest):
+            client.generate("x", steps=0)
+
+
+@pytest.mark.parametrize("name", POOR)
 def test_a_quota_is_kept_also_by_who_leaves_early(dit: Service, folder: Path, name: str) -> None:
-    with Client(dit.address, token=folder / "painter") as client:
-        client.generate("x", steps=4)  # so that its seconds are known
+    if name == "hasty":
+        with Client(dit.address, token=folder / "painter") as client:
+            client.generate("x", steps=4, width=64, height=64)  # so that its seconds are known
+    side = 192 if name == "first" else 64  # nothing so large was made yet
     with Client(dit.address, token=folder / name) as client:
-        for event in client.stream("x", steps=50):
-            if name == "hasty" and isinstance(event, Progress) and event.step > 5:
+        for event in client.stream("x", steps=50, width=side, height=side):
+            if name != "poor" and isinstance(event, Progress) and event.step > 5:
                 break
         with pytest.raises(Overloaded, match="of the device an hour") as caught:
-            for _ in range(10):  # who leaves is charged a moment later
-                client.generate("x", steps=1)
+            _wrong_until_refused(client)
     assert caught.value.reason == "QUOTA_SPENT"
 
 

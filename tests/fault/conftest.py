@@ -35,9 +35,9 @@ class Rows:
 @pytest.fixture(scope="session")
 def rows(request: pytest.FixtureRequest) -> Rows:
     option = request.config.getoption
-    if option("--write-table") and not option("keyword"):  # the whole run begins anew
+    if option("--write-table") == "anew":
         _write([])
-    return Rows(option("--times"), option("--write-table"))
+    return Rows(option("--times"), is_written=option("--write-table") is not None)
 
 
 def _written() -> list[str]:

@@ -82,6 +82,7 @@ def test_nothing_waits_longer_or_is_lost_for_it(
                     struck = time.monotonic()
                 if isinstance(event, Picture):
                     assert event.pixels_sha256 == expected
+            assert struck
             took.append(time.monotonic() - struck)
             assert client.describe(timeout=10).ready
             assert client.find_blobs([sha256]) == {sha256}

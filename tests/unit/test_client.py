@@ -717,10 +717,11 @@ class TestSynchronous:
     def test_the_child_of_a_fork_has_clients_of_its_own(self) -> None:
         program = (
             "import os, sys; from zimage_client import Client\n"
-            "Client(sys.argv[1]).close()\n"
+            "with Client(sys.argv[1]) as client: client.describe()\n"
             "pid = os.fork()\n"
             "if pid: sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
-            "Client(sys.argv[1]).close()\n"
+            "with Client(sys.argv[1]) as client: client.describe()\n"
         )
-        command = [sys.executable, "-c", program, "localhost:1"]
-        subprocess.run(command, check=True, timeout=30)
+        with services.serving_aside(FakeDit()) as addresses:
+            command = [sys.executable, "-c", program, addresses.server]
+            subprocess.run(command, check=True, timeout=30)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zimage_core.planning.drift import least_cosine
+from zimage_core.drift import least_cosine
 from zimage_core.tensors import TensorData
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_service import messages
+from dit_service.engine.device import to_device
 from dit_service.engine.generate import Studio
 from dit_service.model import loading
 from zimage_core.errors import InvalidRequest
@@ -46,3 +47,9 @@ def test_a_picture_out_of_range_is_an_error_and_not_black(
             with pytest.raises(InvalidRequest, match="range of numbers"):
                 generator.run(request, events.append)
             assert not any(isinstance(event, messages.Picture) for event in events)
+
+
+def test_elements_that_do_not_fill_their_shape_touch_no_memory() -> None:
+    for size in (0, 15, 17, 1 << 20):
+        with pytest.raises(ValueError, match="float32"):
+            to_device(TensorData("float32", (2, 2), bytes(size)), torch.device("cpu"))

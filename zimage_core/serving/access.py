@@ -43,6 +43,14 @@ ROLES: dict[str, Role | None] = {
 """The role that a method needs; for None any token does, and an admin may do everything."""
 
 
+_CHARGED = (
+    "/zimage_rpc.encoder.v1.EncoderService/Encode",
+    "/zimage_rpc.encoder.v1.EncoderService/EncodeStream",
+    "/zimage_rpc.dit.v1.DitService/Generate",
+)
+"""What costs seconds of the device that are counted."""
+
+
 class Token(BaseModel):
     """What a token lets its bearer do."""
 
@@ -106,6 +114,18 @@ class Caller:
 
     token: Token
     account: _Account
+    clock: Callable[[], float]
+
+    def refuse_spent(self) -> None:
+        """Raises Overloaded when the device's seconds are spent. Not what a call will take counts
+        but what others took: nobody has to guess."""
+        most = self.token.device_seconds_per_hour
+        if most is None:
+            return
+        left = self.account.device_seconds.at(self.clock(), most, most / _HOUR)
+        if left <= 0:
+            limit = f"{most:g} s of the device an hour"
+            raise _limited(self.token, limit, max(1.0, -left * _HOUR / most), "QUOTA_SPENT")
 
 
 current: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -116,6 +136,13 @@ def project() -> str:
     """Whose call is at hand."""
     caller = current.get()
     return caller.token.project if caller else DEFAULT_PROJECT
+
+
+def refuse_spent() -> None:
+    """For calls that go on for long: raises Overloaded when nothing is left for more."""
+    caller = current.get()
+    if caller:
+        caller.refuse_spent()
 
 
 def charge(device_seconds: float) -> None:
@@ -161,10 +188,11 @@ class Access:
                 fields={"role": role},
             )
         account = self._accounts.setdefault(token.name, _Account())
-        if role:
-            self._refuse_spent(token, account)
+        caller = Caller(token, account, self._clock)
+        if method in _CHARGED:
+            caller.refuse_spent()
         self._count(token, account)
-        return Caller(token, account)
+        return caller
 
     def _bearer(self, header: str | bytes | None) -> Token:
         if header is None:
@@ -188,16 +216,6 @@ class Access:
         if left < 1:
             raise _limited(token, f"{token.calls_per_minute:g} calls a minute", (1 - left) / pace)
         account.calls.left -= 1
-
-    def _refuse_spent(self, token: Token, account: _Account) -> None:
-        """Not what a call will take counts but what others took: nobody has to guess."""
-        most = token.device_seconds_per_hour
-        if most is None:
-            return
-        left = account.device_seconds.at(self._clock(), most, most / _HOUR)
-        if left <= 0:
-            limit = f"{most:g} s of the device an hour"
-            raise _limited(token, limit, max(1.0, -left * _HOUR / most), "QUOTA_SPENT")
 
     def _refresh(self) -> None:
         now = stamp(self._path)

@@ -1,6 +1,7 @@
 """The blob service, wherever a service keeps blobs."""
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from zimage_core.errors import InvalidRequest, NotFound, Unavailable, ZImageError
+from zimage_core.errors import InvalidRequest, NotFound, Unavailable
 from zimage_core.store.blobs import Blobs
 from zimage_core.store.incoming import Incoming
 from zimage_core.wire.limits import CHUNK_BYTES, DIGESTS_PER_FIND
@@ -18,6 +19,8 @@ from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
 _log = logging.getLogger(__name__)
 
 _THREADS = 4
+_LOAD_SECONDS = 5.0
+_MOST_KEEPING_BYTES = 64 << 20
 _SILENT_SECONDS = 60.0
 """Longest wait for a client's next message: a silent one would hold up a drain."""
 
@@ -31,6 +34,9 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="blobs")
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
+        self._keeping_bytes = 0
+        """What waits to be kept; only the loop counts."""
 
     async def Find(  # noqa: N802 - gRPC's name
         self, request: blob_pb2.FindRequest, context: _Context
@@ -89,28 +95,40 @@ class BlobServicer(blob_pb2_grpc.BlobServiceServicer):
             self._threads.submit(file.close)
 
     async def load(self, sha256: str, size_bytes: int) -> bytes | None:
-        """A small blob, whole; None where it is not there or the store does not answer."""
+        """A small blob, whole and what its digest says; None where the store has none, or does not
+        answer soon."""
 
-        def read() -> bytes:
+        def read() -> bytes | None:
             with self._blobs.open(sha256) as file:
-                return file.read(size_bytes + 1)
+                data = file.read(size_bytes)
+            return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
         try:
-            data = await self._in_thread(read)
-        except (NotFound, Unavailable):
+            async with asyncio.timeout(_LOAD_SECONDS):
+                return await self._in_thread(read)
+        except NotFound:
             return None
-        return data if len(data) == size_bytes else None
+        except (Unavailable, OSError) as error:  # a TimeoutError is one, too
+            _log.warning("blob %s is asked for once more: %r", sha256, error)
+            return None
 
     def keep(self, sha256: str, data: bytes) -> None:
-        """Puts a small blob on the shelf, soon and if there is room: nobody waits for it."""
+        """Puts a small blob on the shelf, soon, if there is room and the disk keeps up: nobody
+        waits for it."""
 
         def write() -> None:
             try:
                 self._blobs.keep(sha256, data)
-            except ZImageError as error:
-                _log.info("blob %s is not kept: %s", sha256, error.message)
+            except Exception as error:  # noqa: BLE001 - nobody else would ever hear of it
+                _log.warning("blob %s is not kept: %s", sha256, error)
 
-        self._threads.submit(write)
+        def kept(_done: object) -> None:
+            self._keeping_bytes -= len(data)
+
+        if self._keeping_bytes + len(data) <= _MOST_KEEPING_BYTES:
+            self._keeping_bytes += len(data)
+            keeping = asyncio.get_running_loop().run_in_executor(self._keeper, write)
+            keeping.add_done_callback(kept)
 
     @asynccontextmanager
     async def _receiving(self, start: blob_pb2.PutStart) -> AsyncGenerator[Incoming | None, None]:

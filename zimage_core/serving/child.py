@@ -158,8 +158,13 @@ class Port:
             self._show_life()
 
     def _show_life(self) -> None:
-        """Half-imported libraries are not asked for their memory."""
-        self._send(pipe.Alive(memory.held() if self._is_loaded else {}))
+        held: dict[str, int] = {}
+        if self._is_loaded:  # half-imported libraries know nothing of their memory
+            try:
+                held = memory.held()
+            except Exception:  # noqa: BLE001 - it is alive, whatever cannot be counted
+                _log.debug("memory cannot be counted", exc_info=True)
+        self._send(pipe.Alive(held))
 
 
 def is_sticky(error: BaseException) -> bool:

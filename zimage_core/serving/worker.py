@@ -124,6 +124,7 @@ class Worker:
         """Hands out what the worker says, until it falls silent for good."""
         self._work = None
         work_ends = float("inf")
+        metrics.WORKER_MEMORY.clear()
         while True:
             patience = min(self._watchdog.silence_seconds, work_ends - time.monotonic())
             try:

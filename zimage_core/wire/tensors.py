@@ -49,10 +49,12 @@ def named_to_wire(tensor: TensorData) -> types_pb2.Tensor:
     )
 
 
-def digest(tensor: TensorData) -> types_pb2.Digest:
-    """The name of its elements."""
+def digest(tensor: TensorData, named: types_pb2.Digest | None = None) -> types_pb2.Digest:
+    """The name of its elements, by what somebody called them where they are missing still."""
     return types_pb2.Digest(
-        sha256=tensor.sha256, size_bytes=len(tensor.data), media_type=tensor.media_type
+        sha256=named.sha256 if named else tensor.sha256,
+        size_bytes=byte_count(tensor.element_type, tensor.shape),
+        media_type=tensor.media_type,
     )
 
 

@@ -16,7 +16,8 @@ def least_cosine(one: TensorData, other: TensorData) -> float:
     width = one.shape[1]
     a, b = _numbers(one), _numbers(other)
     rows = range(width, len(a), width)
-    return min((_cosine(a[at : at + width], b[at : at + width]) for at in rows), default=1.0)
+    cosines = [_cosine(a[at : at + width], b[at : at + width]) for at in rows]
+    return -1.0 if any(map(math.isnan, cosines)) else min(cosines, default=1.0)
 
 
 def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
