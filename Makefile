@@ -62,7 +62,7 @@ fuzz: ## 10,000 requests to every method that no client would send
 	$(BIN)/pytest tests/e2e/test_fuzz.py --fuzz-requests 10000
 
 fault: ## everything that can die does, 20 times each; writes docs/reliability.md. ONLY="worker and decoding" does some
-	$(BIN)/pytest tests/fault --times 20 --write-table $(if $(ONLY),rows -k "$(ONLY)",anew)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/fault --times 20 --write-table $(if $(ONLY),rows -k "$(ONLY)",anew)
 
 soak: ## everything at once for MINUTES=10: nothing grows
 	$(BIN)/pytest tests/soak -s --minutes $(or $(MINUTES),10)

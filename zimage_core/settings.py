@@ -371,3 +371,16 @@ def _unknown(where: str, key: str, known: Mapping[str, object]) -> InvalidSettin
 
 def _invalid(message: str, field: str, given: str) -> InvalidSettings:
     return InvalidSettings(message, fields={"field": field, "given": given})
+
+
+_KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+_KERNELS = "128"
+"""In bfloat16 on a CPU a kernel takes half a megabyte, and every number of tokens is another shape:
+the usual 1,024 grew an encoder of 1 MB to 1.2 GB. A forward needs about ten."""
+
+
+def bound_kernel_caches() -> None:
+    """How many kernels, each made for one shape, PyTorch and oneDNN keep in this process, unless
+    its user said so already. They look when torch is imported, and not later."""
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, _KERNELS)

@@ -5,7 +5,7 @@ input is the end of the namespaces and of all that runs in them, however the tes
 library alone.
 
 Reads JSON objects, one a line, and answers each with "done". The first is `Wire` with its two
-`Side`s; later ones change its `loss` or its `bytes_per_second`, as {"loss": 1.0}.
+`Side`s; later ones change its `loss`, `delay_seconds` or `bytes_per_second`, as {"loss": 1.0}.
 """
 
 import fcntl

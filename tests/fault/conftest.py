@@ -1,5 +1,6 @@
 """How often each fault is done, and the table of what came of it."""
 
+import fcntl
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +28,21 @@ class Rows:
         median, longest = statistics.median(took), max(took)
         row = f"| {what} | {len(took)} | nothing | {median:.1f} | {longest:.1f} |"
         if self.is_written:
-            rows = _written()
-            at = next((n for n, old in enumerate(rows) if old.startswith(f"| {what} |")), len(rows))
-            _write([*rows[:at], row, *rows[at + 1 :]])
+            with open(__file__) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # others may enter theirs at the same time
+                rows = [old for old in _written() if not old.startswith(f"| {what} |")]
+                _write(sorted([*rows, row]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_first = not hasattr(config, "workerinput")  # and none of those that do the tests for it
+    if is_first and config.getoption("--write-table") == "anew":
+        _write([])
 
 
 @pytest.fixture(scope="session")
 def rows(request: pytest.FixtureRequest) -> Rows:
     option = request.config.getoption
-    if option("--write-table") == "anew":
-        _write([])
     return Rows(option("--times"), is_written=option("--write-table") is not None)
 
 

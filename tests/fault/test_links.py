@@ -12,7 +12,7 @@ from typing import IO
 
 import pytest
 
-from tests.e2e.network import Network, missing, network
+from tests.e2e.network import DELAY_SECONDS, Network, missing, network
 from tests.e2e.services import clean_environment, running
 from tests.fault.conftest import Rows
 
@@ -23,7 +23,8 @@ pytestmark = [
 
 ENCODER, DIT = "192.0.2.1:50051", "192.0.2.2:50052"
 BAD = {"loss": 0.02, "bytes_per_second": 10e6 / 8}
-GOOD = {"loss": 0.0, "bytes_per_second": 125e6}
+FAR = {"delay_seconds": 0.3}
+GOOD = {"loss": 0.0, "delay_seconds": DELAY_SECONDS, "bytes_per_second": 125e6}
 SILENT_SECONDS, SHORT_SILENCE_SECONDS = 20.0, 3.0
 """More than it takes to give up a peer that says nothing; less, which every push waits for."""
 
@@ -87,19 +88,23 @@ def _clients(inside: Sequence[str], times: int, at_once: int = 1) -> Iterator[IO
             process.kill()
 
 
-def test_a_bad_link_changes_no_picture(apart: Apart, rows: Rows) -> None:
-    apart.sides.say(BAD)
+LINKS = {
+    "a link of 40 ms round trip, 10 Mbit/s and 2 % loss": BAD,
+    "a link of 600 ms round trip": FAR,
+}
+
+
+@pytest.mark.parametrize("what", LINKS)
+def test_a_bad_link_changes_no_picture(apart: Apart, what: str, rows: Rows) -> None:
+    apart.sides.say(LINKS[what])
     try:
         with _clients(apart.sides.left, rows.times) as said:
             pictures = [json.loads(line) for line in said if "denoising" not in line]
     finally:
         apart.sides.say(GOOD)
     assert [sha256 for sha256, _ in pictures] == rows.times * [apart.expected]
-    rows.enter(
-        "a link of 40 ms round trip, 10 Mbit/s and 2 % loss between client and DiT, and between "
-        "DiT and encoder",
-        [seconds for _, seconds in pictures],
-    )
+    seconds = [seconds for _, seconds in pictures]
+    rows.enter(f"{what}, between client and DiT and between DiT and encoder", seconds)
 
 
 def test_a_link_that_is_gone_for_a_while_costs_that_while(apart: Apart, rows: Rows) -> None:

@@ -13,17 +13,12 @@ from contextlib import contextmanager
 
 from zimage_core.errors import Cancelled, InternalError, Overloaded, ZImageError
 from zimage_core.serving import logs, memory, pipe
+from zimage_core.settings import bound_kernel_caches
 from zimage_core.wire import request_id
 
 _log = logging.getLogger(__name__)
 
 _ANNOUNCE_SECONDS = 1.0
-
-_KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-_KERNELS = "128"
-"""How many kernels PyTorch and oneDNN keep, each made for one shape. In bfloat16 on a CPU one takes
-half a megabyte, and every number of tokens is another shape: the usual 1,024 grew an encoder of
-1 MB to 1.2 GB. A forward needs about ten."""
 
 
 class Port:
@@ -189,8 +184,7 @@ def run(front: socket.socket, entry: str, settings: object, beat_seconds: float)
     """The process's first function; `entry` is resolved here: the front never imports it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front drains first, then hangs up
-    for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, _KERNELS)  # before the entry's module imports torch
+    bound_kernel_caches()
     logs.configure()
     port = Port(front, beat_seconds)
     module, _, function = entry.partition(":")

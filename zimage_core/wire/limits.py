@@ -75,6 +75,8 @@ CHANNEL_OPTIONS = (
     *_KEEPALIVE,
     ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES),  # larger calls would silently not be retried
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    # Beside its name, how long an attempt to connect may take: TCP, TLS and the first frames need
+    # four round trips, which are 2.4 s by satellite.
+    ("grpc.min_reconnect_backoff_ms", 3000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
