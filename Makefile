@@ -59,7 +59,7 @@ test-fast: ## the checks of every minute
 	$(call layer,unit and contract,$(BIN)/pytest tests/unit tests/contract -m "not slow")
 
 fuzz: ## 10,000 requests to every method that no client would send
-	$(BIN)/pytest tests/e2e/test_fuzz.py --fuzz-requests 10000
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/e2e/test_fuzz.py --fuzz-requests 10000
 
 fault: ## everything that can die does, 20 times each; writes docs/reliability.md. ONLY="worker and decoding" does some
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/fault --times 20 --write-table $(if $(ONLY),rows -k "$(ONLY)",anew)
