@@ -60,8 +60,9 @@ def describe(device: torch.device) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """The libraries that do the arithmetic."""
-    return {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    """The libraries that do the arithmetic. In plain words: to unpickle torch's own kind of version
+    the front would import torch."""
+    return {"torch": str(torch.__version__), "diffusers": diffusers.__version__}
 
 
 class Fence:

@@ -9,7 +9,14 @@ from dit_service import messages
 from dit_service.rpc.pin import CheckedEmbedding, EncoderPin
 from zimage_client import AsyncClient
 from zimage_core.embeddings import Prompt
-from zimage_core.errors import InvalidRequest, NotReady, Unavailable, ZImageError
+from zimage_core.errors import (
+    Forbidden,
+    InvalidRequest,
+    NotReady,
+    Unauthenticated,
+    Unavailable,
+    ZImageError,
+)
 from zimage_core.settings import DitSettings
 from zimage_core.wire import embeddings
 from zimage_core.wire.limits import PROMPT_BYTES
@@ -132,6 +139,13 @@ class Conditioner:
                 reason=error.reason if error.reason == "LOADING" else "ENCODER_UNAVAILABLE",
                 fields={**fields, "encoder": self._address},
                 retry_after=error.retry_after or _ENCODER_RETRY_SECONDS,
+            )
+        if isinstance(error, Unauthenticated | Forbidden) or error.reason == "QUOTA_SPENT":
+            # What is wrong with this service's own credentials, no user of it can mend.
+            return NotReady(
+                f"the encoder service at {self._address} refuses this DiT service: {error.message}",
+                reason="ENCODER_REFUSES",
+                fields={"encoder": self._address, "cause": error.reason},
             )
         return type(error)(
             renamed(error.message),

@@ -6,7 +6,6 @@
 import hashlib
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import psutil
@@ -18,6 +17,7 @@ from PIL import Image
 
 from tests.e2e.hostile import hostile
 from tests.e2e.services import PATIENCE_SECONDS, Service, running, typed
+from zimage_client._embedded.stack import demo_model
 from zimage_core.embeddings import Embedding, Numerics, Recipe
 from zimage_core.errors import InternalError, Unavailable
 from zimage_core.tensors import TensorData
@@ -106,19 +106,18 @@ METHODS: dict[str, list[Message]] = {
 _UNARY = ("Describe", "Encode", "Find")
 
 
+# The demo model's tokenizer knows where words end, and so how much of them to remember.
 @pytest.fixture(scope="module")
-def encoder(model_folder: Path) -> Iterator[Service]:
-    with running("encoder_service", "--model", str(model_folder)) as service:
+def encoder() -> Iterator[Service]:
+    with running("encoder_service", "--model", str(demo_model())) as service:
         service.wait_until("SERVING")
         yield service
 
 
 @pytest.fixture(scope="module")
-def dit(
-    model_folder: Path, encoder: Service, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+def dit(encoder: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     store = str(tmp_path_factory.mktemp("store"))
-    flags = "--model", str(model_folder), "--encoder", encoder.address, "--store", store
+    flags = "--model", str(demo_model()), "--encoder", encoder.address, "--store", store
     with running("dit_service", *flags, *LIMITS) as service:
         service.wait_until("SERVING")
         yield service

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -65,6 +66,18 @@ def test_the_numbers_count_what_was_done(services: tuple[Service, Service]) -> N
     assert grown(encoded, encoded_before, "zimage_encoder_prompts_total") == 1
     assert grown(encoded, encoded_before, "zimage_encoder_tokens_total") > 3
     assert after["process_resident_memory_bytes", frozenset()] > 0
+
+
+def test_fronts_know_no_torch_whatever_their_workers_say(
+    services: tuple[Service, Service],
+) -> None:
+    for service in services:
+        for process, has_torch in (
+            (psutil.Process(service.process.pid), False),
+            (service.worker, True),
+        ):
+            mapped = " ".join(one.path for one in process.memory_maps())
+            assert ("libtorch" in mapped) == has_torch
 
 
 def test_no_number_speaks_of_prompts_or_people(services: tuple[Service, Service]) -> None:

@@ -13,6 +13,7 @@ from zimage_client import (
     Forbidden,
     InvalidRequest,
     InvalidSettings,
+    NotReady,
     Overloaded,
     Progress,
 )
@@ -94,6 +95,23 @@ def test_others_are_told_why_not(
     assert said in capsys.readouterr().err
     if name != "nowhere":
         dit.wait_for_line(said)
+
+
+def test_what_the_encoder_has_against_the_dit_is_not_the_users_fault(
+    dit: Service, folder: Path
+) -> None:
+    right = (folder / "dit").read_text()
+    (folder / "dit").write_text((folder / "stranger").read_text())
+    try:
+        with (
+            Client(dit.address, token=folder / "painter") as client,
+            pytest.raises(NotReady, match="refuses this DiT service") as caught,
+        ):
+            client.generate("x", steps=1)
+    finally:
+        (folder / "dit").write_text(right)
+    assert caught.value.reason == "ENCODER_REFUSES"
+    assert caught.value.fields["cause"] == "TOKEN_INVALID"
 
 
 def test_a_rate_is_kept(dit: Service, folder: Path) -> None:

@@ -27,10 +27,10 @@ from zimage_client import (
     Options,
     Progress,
 )
+from zimage_client._embedded.stack import demo_model
 
 pytestmark = pytest.mark.timeout(0)
 
-DEMO_MODEL = Path(__file__).parents[2] / "demo_model" / "zimage-demo"
 GROWTH = 1.02
 NOT_GIVEN_BACK_BYTES = 4 << 20
 STARTED_LATE = 6
@@ -43,7 +43,7 @@ Sample = dict[str, dict[str, float]]
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Service]]:
-    model = "--model", str(DEMO_MODEL)  # whose tokenizer, as the real one, knows where words end
+    model = "--model", str(demo_model())  # whose tokenizer, as the real one, knows where words end
     store = "--store", str(tmp_path_factory.mktemp("store"))
     with (
         running("encoder_service", *model) as encoder,

@@ -165,6 +165,35 @@ def test_a_full_store_makes_room_from_what_nobody_used_of_late(tmp_path: Path) -
     assert (blobs.find(old).complete, blobs.find(new).complete) == (False, True)
 
 
+def test_beginnings_make_room_for_what_comes_whole(tmp_path: Path) -> None:
+    blobs = Blobs(str(tmp_path), tmp_path, 1000, 10_000)
+    with closing(_begun(blobs, size=900)) as incoming:
+        incoming.add(b"b" * 700)
+    with pytest.raises(Overloaded):
+        _put(blobs, b"x" * 400)
+    beginning = tmp_path / "incoming" / SHA256
+    long_ago = time.time() - 900
+    os.utime(beginning, (long_ago, long_ago))
+    assert blobs.find(_put(blobs, b"x" * 400)).complete
+    assert not beginning.exists()
+
+
+def test_beginnings_are_not_without_number(tmp_path: Path) -> None:
+    blobs = Blobs(str(tmp_path), tmp_path, 1 << 20, 10_000)
+    with closing(_begun(blobs)):
+        pass
+    assert list((tmp_path / "incoming").iterdir()) == []  # there is nothing to go on from
+    for number in range(1100):
+        sha256 = hashlib.sha256(str(number).encode()).hexdigest()
+        (tmp_path / "incoming" / sha256).write_bytes(b"x")
+        os.utime(tmp_path / "incoming" / sha256, (number, number))
+    with closing(_begun(blobs)) as incoming:
+        incoming.add(b"x")
+    left = {path.name for path in (tmp_path / "incoming").iterdir()}
+    assert len(left) == 1001
+    assert {sha256, SHA256} <= left
+
+
 def test_what_is_under_way_counts_until_its_call_ends(tmp_path: Path) -> None:
     blobs = Blobs(str(tmp_path), tmp_path, 1000, 10_000)
     other = hashlib.sha256(b"").hexdigest()

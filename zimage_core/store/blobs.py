@@ -26,6 +26,8 @@ _BLOBS, _NAMES = "blobs", "names"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _IN_USE_SECONDS = 600.0
 """What came or was read so lately may be about to get a name."""
+_MOST_PARTS = 1000
+"""Beginnings that nobody goes on with; each costs a look at every put."""
 _LOOK_SECONDS = 60.0
 """How long we believe what we saw on the shelf, which others may use, too."""
 
@@ -137,16 +139,14 @@ class Blobs:
 
     def sweep(self, wanted_bytes: int = 0) -> None:
         """Removes what no name points at and nobody used for long; if so many bytes are wanted that
-        there is no room, of what was not used of late as much more, the oldest first."""
-        entries = sorted(self._shelf.entries(_BLOBS), key=lambda entry: entry.modified)
+        there is no room, of what was not used of late as much more: beginnings that nobody goes on
+        with, then the oldest first."""
+        entries = sorted(self._shelf.entries(_BLOBS), key=_age)
         kept = self._pointed_at()
         self._sizes = {_last(entry.key): entry.size_bytes for entry in entries}
         self._looked_at = time.monotonic()
         now = time.time()
-        loose = [entry for entry in entries if _last(entry.key) not in kept]
-        for part in self._loose_parts():
-            if now - part.modified > self._keep_seconds:
-                (self._gathering / part.key).unlink(missing_ok=True)
+        loose = [*self._loose_parts(), *(e for e in entries if _last(e.key) not in kept)]
         old = [entry for entry in loose if now - entry.modified > self._keep_seconds]
         unused = [entry for entry in loose if now - entry.modified > _IN_USE_SECONDS]
         for entry in old:
@@ -168,8 +168,11 @@ class Blobs:
         return kept
 
     def _remove(self, entry: Entry) -> None:
+        """A blob, or a beginning."""
         sha256 = _last(entry.key)
-        if sha256 in self._sizes:
+        if entry.key == sha256:
+            (self._gathering / sha256).unlink(missing_ok=True)
+        elif sha256 in self._sizes:
             self._shelf.remove(entry.key)
             del self._sizes[sha256]
             _log.info("blob %s went: nothing points at it", sha256)
@@ -177,6 +180,8 @@ class Blobs:
     def _make_room(self, sha256: str, size_bytes: int) -> None:
         if size_bytes > self._quota:
             raise self._full(size_bytes)
+        for part in self._loose_parts()[:-_MOST_PARTS]:
+            self._remove(part)
         wanted = size_bytes - _size(self._gathering / sha256)
         is_short = self._used_bytes + wanted > self._quota
         if is_short or time.monotonic() - self._looked_at > _LOOK_SECONDS:
@@ -203,15 +208,16 @@ class Blobs:
         return sum(self._sizes.values()) + coming + sum(p.size_bytes for p in self._loose_parts())
 
     def _loose_parts(self) -> list[Entry]:
-        """Beginnings that no call goes on with."""
+        """Beginnings that no call goes on with, the oldest first."""
         if not self._gathering.is_dir():
             return []
         with self._registry:
             names = [p.name for p in self._gathering.iterdir() if p.name not in self._incoming]
-        return [
+        parts = [
             Entry(name, _size(self._gathering / name), _modified(self._gathering / name))
             for name in names
         ]
+        return sorted(parts, key=_age)
 
     def _gone(self, incoming: Incoming) -> None:
         with self._registry:
@@ -225,6 +231,10 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _age(entry: Entry) -> float:
+    return entry.modified
 
 
 def _modified(path: Path) -> float:

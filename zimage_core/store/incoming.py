@@ -85,6 +85,8 @@ class Incoming:
         """What came stays for the next call. Waits for what another thread does with it."""
         with self._lock:
             if not self._file.closed:
+                if not self._stored_bytes:  # nothing to go on from
+                    self._path.unlink(missing_ok=True)
                 self._file.close()
                 self._left(self)
 
