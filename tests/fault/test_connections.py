@@ -27,6 +27,8 @@ _HALF_A_FRAME = bytes((0, 1, 0, 1, 4, 0, 0, 0, 1, 0x83))
 """The head of a frame of 256 bytes, and the first of them."""
 _BEGINNINGS = (b"", b"PRI", _PREFACE, _PREFACE + _HALF_A_FRAME, b"GET / HTTP/1.1\r\n")
 _HALF_OPEN = 60
+NO_LONGER_SECONDS = 50.0
+"""Less than the minute after which gRPC itself would notice that nobody answers."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def _struck(dit: Supervised, strike: Callable[[Relay], None], expected: str) -> 
     """The seconds from the strike until the picture is there."""
     struck = 0.0
     with relaying(dit.address) as relay, Client(relay.address) as client:
-        for event in client.stream(PROMPT, **WISH):
+        for event in client.stream(PROMPT, timeout=NO_LONGER_SECONDS, **WISH):
             if isinstance(event, Progress) and event.step >= 5 and not struck:
                 strike(relay)
                 struck = time.monotonic()

@@ -36,6 +36,9 @@ _MESSAGE_SIZES = (
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+    # While a ping of another kind is under way, as behind every burst of data, none is sent to keep
+    # the connection alive; that ping must fail as soon, and not after gRPC's own minute.
+    ("grpc.http2.ping_timeout_ms", (KEEPALIVE_SECONDS + KEEPALIVE_TIMEOUT_SECONDS) * 1000),
 )
 
 SERVER_OPTIONS = (
