@@ -44,7 +44,7 @@ class ServiceSettings(_Program):
 
     model: Path = Field(description="model folder in diffusers layout, or a single file")
     listen: str = Field(description="address to listen on, host:port or unix:path")
-    probes: str = Field(description="host:port for /livez and /readyz; empty for none")
+    probes: str = Field(description="host:port for /livez, /readyz and /metrics; empty for none")
     insecure: bool = Field(False, description="allow a non-loopback address without TLS")
     tls_cert: Path | None = Field(
         None, description="certificate of this service, PEM; unset: no TLS; read anew on change"
@@ -94,7 +94,7 @@ class EncoderSettings(ServiceSettings):
         "127.0.0.1:50051", description="address to listen on, host:port or unix:path"
     )
     probes: str = Field(
-        "127.0.0.1:9464", description="host:port for /livez and /readyz; empty for none"
+        "127.0.0.1:9464", description="host:port for /livez, /readyz and /metrics; empty for none"
     )
     tokenizer: Path | None = Field(
         None, description="tokenizer.json or its folder; needed where --model is a single file"
@@ -105,7 +105,7 @@ class EncoderSettings(ServiceSettings):
     token_limit: int | None = Field(
         None, ge=1, description="longest prompt in tokens; unset: what the DiT's tables allow"
     )
-    max_queue_length: int = Field(64, ge=1, description="calls that may wait")
+    max_queue_length: int = Field(64, ge=1, description="calls inside beside one")
     max_queue_seconds: float = Field(
         60.0, gt=0, description="seconds of work that may be ahead of a call"
     )
@@ -121,7 +121,7 @@ class DitSettings(ServiceSettings):
         "127.0.0.1:50052", description="address to listen on, host:port or unix:path"
     )
     probes: str = Field(
-        "127.0.0.1:9465", description="host:port for /livez and /readyz; empty for none"
+        "127.0.0.1:9465", description="host:port for /livez, /readyz and /metrics; empty for none"
     )
     encoder: str = Field(
         "", description="encoder service, host:port or unix:path; several joined by commas"
@@ -145,7 +145,7 @@ class DitSettings(ServiceSettings):
     max_side_px: int = Field(4096, ge=16, description="longest side of a picture")
     max_image_count: int = Field(64, ge=1, description="most pictures in one request")
     max_step_count: int = Field(1000, ge=1, description="most steps of one picture")
-    max_queue_length: int = Field(64, ge=1, description="requests that may wait")
+    max_queue_length: int = Field(64, ge=1, description="requests inside beside one")
     max_queue_seconds: float = Field(
         600.0, gt=0, description="seconds of work that may be ahead of a request"
     )

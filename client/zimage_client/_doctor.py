@@ -91,7 +91,7 @@ async def service(at: Place, describe: Describe, known: tuple[str, ...]) -> Asyn
     if found.version == own:
         yield Finding("version", "ok", found.version)
     else:
-        advice = "roll out encoder, DiT, trainer, clients in that order"
+        advice = "roll out encoder, DiT, clients in that order"
         yield Finding("version", "note", f"{found.version}, here {own}", advice)
     if missing := sorted(set(known) - set(found.features)):
         yield Finding("features", "note", f"it lacks {', '.join(missing)}", "update it")

@@ -48,7 +48,7 @@ QUEUE_AGE = Gauge("zimage_queue_age_seconds", "seconds since the oldest of them 
 
 DIT_STAGE_SECONDS = Histogram(
     "zimage_dit_stage_seconds",
-    "seconds of a request in a stage: encode, queue, denoise (its share of shared steps), decode",
+    "seconds of a request: encode and queue, both from its arrival; denoise (its share), decode",
     ["stage"],
     buckets=_SECONDS,
 )
