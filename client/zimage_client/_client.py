@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from weakref import WeakSet
 
 from zimage_client import _calls
 from zimage_client._blobs import Transfers
@@ -33,7 +34,7 @@ from zimage_client._reading import malformed
 from zimage_client._replay import Replay
 from zimage_core import tracing
 from zimage_core.embeddings import Embedding, Prompt
-from zimage_core.errors import Unavailable
+from zimage_core.errors import Cancelled, Unavailable
 from zimage_core.tensors import TensorData
 from zimage_core.tls import Credentials
 
@@ -56,6 +57,9 @@ class AsyncClient:
         self, server: str = "", encoder: str = "", **credentials: Unpack[Credentials]
     ) -> None:
         self._channels = Channels(server, encoder, **credentials)
+        self._streams: WeakSet[AsyncGenerator[Any, None]] = WeakSet()
+        """Those that somebody may still read."""
+        self._is_closed = False
 
     @property
     def encodes(self) -> bool:
@@ -70,6 +74,10 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Ends the connections and whatever runs over them."""
+        self._is_closed = True
+        for stream in list(self._streams):
+            with suppress(RuntimeError):  # it is being read, and ends with its connection
+                await stream.aclose()
         await self._channels.close()
 
     async def generate(self, prompt: Condition, **options: Unpack[Options]) -> Generated:
@@ -94,7 +102,7 @@ class AsyncClient:
         Use `contextlib.aclosing` around it where the loop may be left before its end.
         """
         retry = options.get("retry")
-        return Generation(
+        generation = Generation(
             self._channels,
             spec(options),
             conditioning(prompt, options.get("negative")),
@@ -103,7 +111,8 @@ class AsyncClient:
                 enabled=retry is None or retry,
                 others=self._channels.dit.others,
             ),
-        ).events()
+        )
+        return self._read(generation.events())
 
     @overload
     async def encode(
@@ -218,7 +227,18 @@ class AsyncClient:
                     async for answer in answers:
                         yield answer
 
-        return replayed(items, message, one_try, Replay(timeout=timeout, others=way.others))
+        return self._read(
+            replayed(items, message, one_try, Replay(timeout=timeout, others=way.others))
+        )
+
+    async def _read(self, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """What comes of a stream. One that ends as the client is closed has not ended well."""
+        self._streams.add(stream)
+        async with aclosing(stream):
+            async for event in stream:
+                yield event
+        if self._is_closed:
+            raise Cancelled("the client is closed")
 
     async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
         with tracing.within("encode") as span:

@@ -1,7 +1,6 @@
 """The synchronous client: the asynchronous one, on an event loop in a thread of its own."""
 
 import asyncio
-import atexit
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
@@ -147,7 +146,7 @@ class _Background:
         )
         self._thread.start()
         self.loop, self._over = started.result()
-        atexit.register(self._stop)
+        weakref.finalize(self, self._stop)  # at the interpreter's exit, after those of its clients
 
     @classmethod
     def shared(cls) -> "_Background":

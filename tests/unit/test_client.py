@@ -667,6 +667,17 @@ class TestSynchronous:
                 client.describe()
             client.close()
 
+    async def test_closing_an_asynchronous_client_does_so_too(self) -> None:
+        spec = dit_pb2.GenerateSpec(seed=3)
+        dit = FakeDit([services.accepted(spec), Act.HOLD])
+        with services.serving_aside(dit) as addresses:
+            async with AsyncClient(addresses.server) as client:
+                events = client.stream("x")
+                assert isinstance(await anext(events), Accepted)
+            assert await asyncio.to_thread(dit.cancelled.wait, 10)
+            with pytest.raises(Cancelled, match="closed"):
+                await anext(events)
+
     def test_closing_the_client_ends_the_pause_before_another_try(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
