@@ -175,7 +175,8 @@ def test_everything_is_restarted_in_turn_under_load(model_folder: Path, rows: Ro
                     assert front.process.wait(PATIENCE_SECONDS) == 0
                     one.wait_for_successor(front)
                     took.append(time.monotonic() - began)
-                    assert not any(job.done() for job in jobs)  # all still draw
+                    for job in jobs:
+                        assert not job.done(), job.exception()  # all still draw
             finally:
                 over.set()
             for job, sha256 in zip(jobs, alone, strict=True):
