@@ -53,6 +53,7 @@ check: ## all checks, without set-up
 	$(call layer,device,$(BIN)/pytest tests/device)
 	$(call layer,e2e,$(SIDE_BY_SIDE) tests/e2e)
 	$(call layer,fault,$(SIDE_BY_SIDE) tests/fault)
+	$(call layer,soak,$(BIN)/pytest tests/soak)
 
 test-fast: ## the checks of every minute
 	$(call layer,lint,$(BIN)/ruff check .)

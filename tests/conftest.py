@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--move-a-weight", type=float, default=0.0, metavar="BY")
     parser.addoption("--times", type=int, default=1, help="how often each fault is done")
     parser.addoption("--write-table", choices=["anew", "rows"], help="in docs/reliability.md")
-    parser.addoption("--minutes", type=float, help="of tests/soak")
+    parser.addoption("--minutes", type=float, default=0.5, help="of tests/soak")
     parser.addoption("--fuzz-requests", type=int, default=500, help="for each method")
 
 

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.timeout(0)
 
 GROWTH = 1.02
 NOT_GIVEN_BACK_BYTES = 4 << 20
+WARM_MINUTES = 3.0
+"""Memory is judged in runs as long as this; before, caches fill. `make test` judges all else."""
 STARTED_LATE = 6
 """Threads that a pool starts when so many pieces of work come together for the first time."""
 SIDES = (64, 96, 128)
@@ -121,8 +123,6 @@ def test_nothing_grows(
     services: dict[str, Service], tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     minutes = pytestconfig.getoption("--minutes")
-    if minutes is None:
-        pytest.skip("only `make soak` lasts that long")
     life = Life(services, tmp_path)
     samples: list[Sample] = []
     for _ in range(3):
@@ -134,6 +134,8 @@ def test_nothing_grows(
     for process, counts in after.items():
         for what, count in counts.items():
             allowed = before[process][what]
+            if what == "bytes" and minutes < WARM_MINUTES:
+                continue
             if what == "bytes":
                 allowed = GROWTH * allowed + NOT_GIVEN_BACK_BYTES
             if what == "threads":
