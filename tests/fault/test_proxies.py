@@ -194,7 +194,7 @@ def test_a_backend_that_goes_is_left_for_the_other(
     """Killed, its request is made anew; drained, it ends in peace. Whoever comes next is served."""
     took = []
     for _ in range(rows.times):
-        hit, waited, struck = None, 0, 0.0
+        hit, waits, struck = None, list[Waiting](), 0.0
         with Client(proxy.address) as client:
             for event in client.stream(PROMPT, **WISH):
                 if isinstance(event, Progress) and event.step > 5 and hit is None:
@@ -202,13 +202,14 @@ def test_a_backend_that_goes_is_left_for_the_other(
                     front = hit.service
                     hit.hit(strike)
                     struck = time.monotonic()
-                waited += isinstance(event, Waiting)
+                if isinstance(event, Waiting):
+                    waits.append(event)
                 if isinstance(event, Picture):
                     assert event.pixels_sha256 == expected
             assert client.generate(PROMPT, **WISH).pictures[0].pixels_sha256 == expected
         took.append(time.monotonic() - struck)
         assert hit is not None
-        assert (waited > 0) == (strike == signal.SIGKILL)
+        assert bool(waits) == (strike == signal.SIGKILL), waits
         hit.wait_for_successor(front)
         time.sleep(ENVOY_LOOKS_SECONDS)
     rows.enter(f"{strike.name} for the DiT behind {proxy.name} while denoising; then another", took)

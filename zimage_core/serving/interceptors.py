@@ -26,6 +26,7 @@ _log = logging.getLogger("zimage.rpc")
 _OURS = "/zimage_rpc."
 _OK = ((status.SERVED_BY_US, "ok"),)
 _READER_SECONDS = 120.0
+_PARTING_SECONDS = 0.3
 
 M = TypeVar("M", bound=Message)
 
@@ -38,6 +39,11 @@ class Around(grpc.aio.ServerInterceptor):
 
     def __init__(self, tokens: Access | None = None) -> None:
         self._tokens = tokens
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """From now on connections end with their last call."""
+        self._is_stopping = True
 
     async def intercept_service(  # type: ignore[override]
         self,
@@ -61,9 +67,18 @@ class Around(grpc.aio.ServerInterceptor):
         rebuilt, wrapped = (
             (grpc.unary_unary_rpc_method_handler, _unary(method, handler, caller))
             if handler.unary_unary is not None
-            else (grpc.stream_stream_rpc_method_handler, _stream(method, handler, caller))
+            else (
+                grpc.stream_stream_rpc_method_handler,
+                _stream(method, handler, caller, self._part),
+            )
         )
         return rebuilt(wrapped, response_serializer=handler.response_serializer)
+
+    async def _part(self) -> None:
+        """Answers get ahead of the status where that is the last of a connection: haproxy 2.6 drops
+        it when it reads answers, status and the connection's end at once."""
+        if self._is_stopping:
+            await asyncio.sleep(_PARTING_SECONDS)
 
 
 def _unary(method: str, handler: Any, caller: Caller | None) -> Any:
@@ -75,7 +90,9 @@ def _unary(method: str, handler: Any, caller: Caller | None) -> Any:
     return wrapped
 
 
-def _stream(method: str, handler: Any, caller: Caller | None) -> Any:
+def _stream(
+    method: str, handler: Any, caller: Caller | None, part: Callable[[], Awaitable[None]]
+) -> Any:
     async def wrapped(raws: AsyncIterator[bytes], context: _Context) -> None:
         with inside(caller):
             async with _Call(method, context) as call:
@@ -83,6 +100,7 @@ def _stream(method: str, handler: Any, caller: Caller | None) -> Any:
                 async with aclosing(handler.stream_stream(requests, context)) as answers:
                     async for answer in answers:
                         await _hand_over(call.sent(answer), context)
+                await part()
 
     return wrapped
 

@@ -55,7 +55,8 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
     """Runs until SIGTERM or Ctrl-C; raises what makes serving pointless, such as a broken model."""
     _refuse_open_address(settings)
     tokens = Access(settings.tokens) if settings.tokens else None
-    server = grpc.aio.server(interceptors=[Around(tokens)], options=_options(settings))
+    around = Around(tokens)
+    server = grpc.aio.server(interceptors=[around], options=_options(settings))
     readiness = Readiness(service.name)
     worker = Worker(service.entry, settings, settings.watchdog, readiness.set)
     service.register(server, worker)
@@ -91,13 +92,21 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
             if not supervision.done():
                 _log.info("draining")
                 await asyncio.sleep(settings.drain_delay_seconds)
-            readiness.end_watches()
-            await server.stop(settings.grace_seconds)
+            await _end_calls(server, around, readiness, settings.grace_seconds)
         finally:
             supervision.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await supervision  # raises what ended it, if it ended by itself
     _log.info("stopped")
+
+
+async def _end_calls(
+    server: grpc.aio.Server, around: Around, readiness: Readiness, grace_seconds: float
+) -> None:
+    """Lets no new ones in, and the running ones come to their end."""
+    readiness.end_watches()
+    around.stop()
+    await server.stop(grace_seconds)
 
 
 def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
