@@ -50,6 +50,12 @@ class Tls:
         return tuple(stamp(path) for path in (self.ca, self.cert, self.key) if path)
 
 
+def machine_authorities() -> bytes | None:
+    """Those that this machine believes; None where they cannot be listed, for gRPC's own."""
+    known = ssl.create_default_context().get_ca_certs(binary_form=True)
+    return "".join(map(ssl.DER_cert_to_PEM_cert, known)).encode() or None
+
+
 class Credentials(TypedDict, total=False):
     """What a client shows, and what it asks to be shown."""
 

@@ -135,10 +135,12 @@ async def generate(
     sent if the service needs it."""
     stub = dit_pb2_grpc.DitServiceStub(channel)
     needed: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+    if not named:
+        needed.set_result([])
 
     async def messages() -> AsyncIterator[dit_pb2.GenerateRequest]:
         yield dit_pb2.GenerateRequest(spec=spec)
-        for sha256 in await needed if named else ():
+        for sha256 in await needed:
             data = named[sha256]
             for at in range(0, len(data), CHUNK_BYTES):
                 chunk = dit_pb2.BlobChunk(sha256=sha256, data=data[at : at + CHUNK_BYTES])
@@ -147,10 +149,15 @@ async def generate(
     call = stub.Generate(messages(), timeout=timeout, metadata=metadata)
     try:
         with _typed_errors():
+            held = []
             async for response in call:
-                if not needed.done() and response.WhichOneof("event") != "accepted":
+                held.append(response)
+                if not needed.done():
+                    if response.WhichOneof("event") == "accepted":
+                        continue  # whoever reads it may take a while, and the service waits for us
                     needed.set_result(_needed(response, named))
-                yield response
+                while held:
+                    yield held.pop(0)
     finally:
         needed.cancel()
         call.cancel()  # without effect on a call that has ended

@@ -16,7 +16,7 @@ import grpc.aio
 from zimage_core import tracing
 from zimage_core.errors import Cancelled, InvalidSettings, Unavailable
 from zimage_core.files import Stamp
-from zimage_core.tls import Tls
+from zimage_core.tls import Tls, machine_authorities
 from zimage_core.tracing import Span
 from zimage_core.wire import limits, request_id
 from zimage_core.wire.addresses import is_loopback
@@ -45,6 +45,11 @@ class Place:
     tls: Tls | None = None
     is_open: bool = False
     """Whether others on the way can read what goes there, and nobody said that they may."""
+
+    @property
+    def spoken(self) -> str:
+        """As people write it."""
+        return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}"
 
     @property
     def target(self) -> str:
@@ -103,6 +108,9 @@ class Way:
         except Unavailable as error:
             if error.reason == "UNREACHABLE":
                 self._shunned[at] = time.monotonic() + _SHUNNED_SECONDS
+                known = ", ".join(one.spoken for one in self.places)
+                among = f", one of {known}" if self.others else ""
+                error.add_note(f"the {self._name} asked was {at.spoken}{among}")
             raise
 
     async def first(self, call: Callable[[grpc.aio.Channel], Awaitable[T]]) -> T:
@@ -163,19 +171,24 @@ class Channels:
     ) -> None:
         self.dit, self.encoder = Way("server", server, tls), Way("encoder", encoder, tls)
         self._token = token
+        places = [*self.dit.places, *self.encoder.places]
+        for at in places:
+            if at.tls:
+                at.tls.read()
         if token:
-            _refuse_open([*self.dit.places, *self.encoder.places])
+            _text(token)
+            _refuse_open(places)
 
     @property
     def has_encoder(self) -> bool:
         """Whether prompts are encoded on this side."""
         return bool(self.encoder.places)
 
-    def metadata(self, span: Span | None = None) -> Metadata:
+    def metadata(self, span: Span | None = None, call_id: str = "") -> Metadata:
         """What goes with the calls of a request: its id, the one at hand or a new one, the token,
         and the trace that it belongs to."""
         known = {
-            request_id.KEY: request_id.current.get() or request_id.fresh(),
+            request_id.KEY: call_id or request_id.current.get() or request_id.fresh(),
             tracing.KEY: span.traceparent if span else "",
             "authorization": f"Bearer {_text(self._token)}" if self._token else "",
         }
@@ -190,10 +203,13 @@ class Channels:
 def _connected(to: Place, *, is_alone: bool) -> grpc.aio.Channel:
     """One among several is not tried again, but left for another."""
     options = [*_OPTIONS, ("grpc.enable_retries", int(is_alone))]
+    if is_loopback(to.host):  # whatever the environment says of proxies
+        options.append(("grpc.enable_http_proxy", 0))
     if to.tls is None:
         return grpc.aio.insecure_channel(to.target, options=options)
     pems = to.tls.read()
-    credentials = grpc.ssl_channel_credentials(pems.ca, pems.key, pems.cert)
+    ca = pems.ca or machine_authorities()
+    credentials = grpc.ssl_channel_credentials(ca, pems.key, pems.cert)
     return grpc.aio.secure_channel(to.target, credentials, options=options)
 
 
@@ -222,12 +238,11 @@ def place(name: str, address: str, tls: Tls | None) -> Place:
 def _refuse_open(places: Iterable[Place]) -> None:
     for one in places:
         if one.is_open:
-            address = f"{one.host}:{one.port}"
             raise InvalidSettings(
-                f"a token would go to {address} for anybody on the way to read; use TLS, or say "
-                f"grpc://{address} where the network is trusted",
+                f"a token would go to {one.spoken} for anybody on the way to read; use TLS, or say "
+                f"grpc://{one.spoken} where the network is trusted",
                 reason="OPEN_ADDRESS",
-                fields={"given": address},
+                fields={"given": one.spoken},
             )
 
 

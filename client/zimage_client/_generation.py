@@ -5,15 +5,19 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+import grpc.aio
+
 from zimage_client import _calls, _reading
-from zimage_client._channel import Channels
+from zimage_client._channel import Channels, Metadata
 from zimage_client._conditioning import Conditioning, message
+from zimage_client._description import DitDescription
 from zimage_client._events import Completed, Event, Progress, Waiting
 from zimage_client._pictures import Assembly, Delivered
 from zimage_client._replay import Replay
 from zimage_core import tracing
 from zimage_core.embeddings import Embedding, Prompt
-from zimage_core.errors import Unavailable, ZImageError
+from zimage_core.errors import DeadlineTooShort, Unavailable, ZImageError
+from zimage_core.wire import request_id
 from zimage_rpc.dit.v1 import dit_pb2
 
 _log = logging.getLogger(__name__)
@@ -39,7 +43,7 @@ class Generation:
         self._encoded = not channels.has_encoder
         self._delivered = Delivered()
         self._span = tracing.beneath("generate")
-        self._metadata = self._channels.metadata(self._span)
+        self._id = request_id.current.get() or request_id.fresh()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """What happens, until all is done; raises what another try would not mend."""
@@ -83,7 +87,7 @@ class Generation:
                 self._request,
                 self._named,
                 self._replay.within(None),
-                self._metadata,
+                self._metadata(),
             )
             async with aclosing(responses):
                 async for response in responses:
@@ -95,6 +99,10 @@ class Generation:
         if completed is None or not self._delivered.are_all(len(completed.artifacts)):
             raise _reading.malformed("it ended before all pictures were there")
         yield completed
+
+    def _metadata(self) -> Metadata:
+        """With the token as it is now."""
+        return self._channels.metadata(self._span, self._id)
 
     def _say_conditioning(self) -> None:
         """Once for all tries: large embeddings take a while to get their names."""
@@ -130,15 +138,23 @@ class Generation:
         """Whether guidance is on, so that the negative side is needed."""
         if self._request.HasField("guidance_scale"):
             return self._request.guidance_scale > 0
-        seconds = self._replay.within(_calls.DESCRIBE_SECONDS)
-        description = await self._channels.dit.first(
-            lambda channel: _calls.describe_dit(channel, seconds, self._metadata)
-        )
+        description = await self._channels.dit.first(self._described)
         if description.model is None:
             raise Unavailable("the model is being loaded", reason="LOADING")
         return description.model.default_guidance > 0
 
+    async def _described(self, channel: grpc.aio.Channel) -> DitDescription:
+        most = _calls.DESCRIBE_SECONDS
+        seconds = self._replay.within(most)
+        try:
+            return await _calls.describe_dit(channel, seconds, self._metadata())
+        except DeadlineTooShort as error:
+            if seconds != most:
+                raise
+            what = f"the DiT service did not say within {most:g} s what it is"
+            raise Unavailable(what, reason="UNREACHABLE") from error
+
     async def _encode(self, prompts: Sequence[Prompt]) -> Sequence[Embedding]:
         seconds = self._replay.within(None)  # a busy encoder is no reason to give up
         with self._channels.encoder.one_try() as channel:
-            return await _calls.encode(channel, prompts, seconds, self._metadata)
+            return await _calls.encode(channel, prompts, seconds, self._metadata())

@@ -54,6 +54,7 @@ async def replayed(
                     async for number, result in answers:
                         replay.worked()
                         open_items.done(number)
+                        replay.advanced()
                         yield number, result
                         for refused in open_items.refused():
                             yield refused
@@ -82,6 +83,8 @@ class _Items(Generic[Item, Message]):
         self._coming = _each(items)
         self._message = message
         self._next: asyncio.Task[Item | _End] | None = None
+        self._try = 0
+        """The one that sends. gRPC does not close what an earlier one was sending from."""
         self._under_way: dict[int, Message] = {}
         self._refused: list[tuple[int, InvalidRequest]] = []
         self._count = 0
@@ -89,10 +92,12 @@ class _Items(Generic[Item, Message]):
 
     async def to_send(self) -> AsyncGenerator[Message, None]:
         """The messages of a try: first those that an earlier one left open."""
+        self._try += 1
+        own = self._try
         for message in list(self._under_way.values()):
             yield message
         try:
-            while not isinstance(item := await self._taken(), _End):
+            while not isinstance(item := await self._taken(own), _End):
                 number = self._count
                 self._count += 1
                 try:
@@ -127,11 +132,13 @@ class _Items(Generic[Item, Message]):
         if self._next is not None:
             self._next.cancel()
 
-    async def _taken(self) -> "Item | _End":
+    async def _taken(self, by: int) -> "Item | _End":
         """The next item. One that is awaited when a try breaks is there for the next."""
         if self._next is None:
             self._next = asyncio.ensure_future(_first(self._coming))
         item = await asyncio.shield(self._next)
+        if by != self._try:
+            return _End()
         self._next = None
         return item
 

@@ -25,6 +25,16 @@ _SHORT_PATIENCE_SECONDS = 10.0  # nobody there: more often a wrong address than 
 _RESTART_PATIENCE_SECONDS = 60.0  # nobody there any more: a restart
 _MOST_BREAKS = 5  # while worked on: a request that kills its server must not go on for ever
 _UNREACHABLE = "UNREACHABLE"
+_ITS_OWN = (
+    "UNKNOWN_FIELD",
+    "UNIMPLEMENTED",
+    "DEADLINE_UNREACHABLE",
+    "TLS_EXPIRED",
+    "TLS_UNTRUSTED",
+    "TLS_WRONG_NAME",
+    "TLS_NOT_SPOKEN",
+)
+"""What may be true of one replica alone: it is older, busier or set up wrongly."""
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
 
@@ -55,6 +65,8 @@ class Replay:
     ) -> None:
         """`others` are the replicas that may be tried at once when one fails."""
         self._clock = clock
+        self._began = clock()
+        self._tries = 0
         self._enabled = enabled
         self._others = self._untried = others
         self._deadline = None if timeout is None else clock() + timeout
@@ -97,7 +109,8 @@ class Replay:
         if isinstance(error, DeadlineTooShort) and (obstacle := self._obstacle()):
             obstacle.add_note("the timeout passed while it was tried again")
             raise obstacle from error
-        if not self._enabled or not _may_pass(error):
+        self._tries += 1
+        if not self._enabled or not (_may_pass(error) or self._is_its_own(error)):
             raise error
         self._breaks += self._was_worked_on
         self._was_worked_on = False
@@ -120,8 +133,14 @@ class Replay:
             float("inf") if self._deadline is None else self._deadline,
         )
         if self._breaks > _MOST_BREAKS or now + pause >= too_late:
+            if self._tries > 1:
+                error.add_note(f"tried {self._tries} times in {now - self._began:.1f} s")
             raise error
         return pause
+
+    def _is_its_own(self, error: ZImageError) -> bool:
+        """Whether another replica is worth a try."""
+        return error.reason in _ITS_OWN and self._untried > 0
 
     def _obstacle(self) -> ZImageError | None:
         """What ended the last try, unless this one has come further."""

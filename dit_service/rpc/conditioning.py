@@ -1,6 +1,7 @@
 """From what a request says to what the model takes: prompts are encoded by the configured encoder,
 embeddings are checked."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,19 @@ from zimage_core.embeddings import Prompt
 from zimage_core.errors import (
     Forbidden,
     InvalidRequest,
+    InvalidSettings,
     NotReady,
     Unauthenticated,
     Unavailable,
+    Unimplemented,
     ZImageError,
 )
 from zimage_core.settings import DitSettings
 from zimage_core.wire import embeddings
 from zimage_core.wire.limits import PROMPT_BYTES
 from zimage_rpc.types.v1 import types_pb2
+
+_log = logging.getLogger(__name__)
 
 _ENCODER_RETRY_SECONDS = 1.0
 _LETTERS_PER_TOKEN = 4
@@ -140,10 +145,13 @@ class Conditioner:
                 fields={**fields, "encoder": self._address},
                 retry_after=error.retry_after or _ENCODER_RETRY_SECONDS,
             )
-        if isinstance(error, Unauthenticated | Forbidden) or error.reason == "QUOTA_SPENT":
-            # What is wrong with this service's own credentials, no user of it can mend.
+        own = Unauthenticated | Forbidden | InvalidSettings | Unimplemented
+        if isinstance(error, own) or error.reason == "QUOTA_SPENT":
+            # What is wrong with this service's own settings, no user of it can mend.
+            _log.error("the encoder at %s cannot be used: %s", self._address, error.message)
             return NotReady(
-                f"the encoder service at {self._address} refuses this DiT service: {error.message}",
+                f"the encoder service at {self._address} refuses this DiT service"
+                f"{'' if isinstance(error, InvalidSettings) else f': {error.message}'}",
                 reason="ENCODER_REFUSES",
                 fields={"encoder": self._address, "cause": error.reason},
             )

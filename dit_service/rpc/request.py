@@ -64,6 +64,7 @@ class Request:
         self._span = tracing.current.get()
         self._stage_began = self._arrived
         self._work_began: float | None = None
+        self._steps_told, self._step_told_at = 0, self._arrived
         priority = names.name_of(spec.priority, names.PRIORITIES)
         self._share = Share(access.project(), priority)
         self._completed = dit_pb2.Completed()
@@ -169,10 +170,12 @@ class Request:
         match event:
             case messages.Denoised(index, step):
                 stage = dit_pb2.Progress.STAGE_DENOISING
+                self._steps_ended(index, step)
                 self._work_done(place, index, step)
                 self._tell(_progress(place, stage, index, step, step_count))
             case messages.Decoding(index):
                 stage = dit_pb2.Progress.STAGE_DECODING
+                self._steps_ended(index, step_count)
                 self._stage_ended("denoise", steps=step_count, image_index=index)
                 self._work_done(place, index, step_count)
                 self._tell(_progress(place, stage, index, step_count, step_count))
@@ -198,6 +201,13 @@ class Request:
         if self._span:
             self._span.part(name, self._stage_began, **attributes)
         self._stage_began = time.monotonic()
+
+    def _steps_ended(self, index: int, step: int) -> None:
+        """For the trace: those since the last of which the worker told."""
+        if self._span and step > self._steps_told:
+            first = self._steps_told + 1
+            self._span.part("steps", self._step_told_at, image_index=index, first=first, last=step)
+        self._steps_told, self._step_told_at = step, time.monotonic()
 
     def _work_done(self, place: Place, index: int, step: int) -> None:
         """The VAE's part counts as one more step."""

@@ -71,10 +71,11 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         async with aclosing(batched(request_iterator, PROMPTS_PER_ENCODE)) as batches:
             async for items in batches:
                 access.refuse_spent()
-                async with self._admission.turn(sum(item.ByteSize() for item in items)):
+                async with self._admission.turn(sum(item.ByteSize() for item in items)) as place:
                     answers = await self._answers(items)
-                for answer in answers:
-                    yield answer
+                    place.answered(sum(answer.ByteSize() for answer in answers))
+                    for answer in answers:
+                        yield answer
 
     async def Describe(  # noqa: N802
         self, request: encoder_pb2.DescribeRequest, context: _Context

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,14 +71,32 @@ class Service:
         [worker] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         return worker
 
-    def metrics_page(self) -> str:
-        """What Prometheus reads of it."""
+    @property
+    def probes(self) -> str:
+        """The address that it answers at over HTTP."""
         found = re.search(r"probes on (\S+?:\d+)", self.wait_for_line("probes on"))
         assert found
-        with urllib.request.urlopen(f"http://{found[1]}/metrics", timeout=10) as answer:
+        return found[1]
+
+    def metrics_page(self) -> str:
+        """What Prometheus reads of it."""
+        with self._get("metrics") as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             page: str = answer.read().decode()
         return page
+
+    def probe(self, name: str) -> int:
+        """The status of what is asked over HTTP."""
+        try:
+            with self._get(name) as answer:
+                status: int = answer.status
+                return status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    def _get(self, page: str) -> Any:
+        return urllib.request.urlopen(f"http://{self.probes}/{page}", timeout=10)
 
     def wait_for_exit(self) -> int:
         """The exit code, once there is one."""
@@ -149,11 +168,11 @@ def typed(error: Any) -> ZImageError:
 
 
 def clean_environment(folder: Path) -> dict[str, str]:
-    """No settings, proxies and caches of whoever runs the tests."""
+    """No settings, caches and, which gRPC heeds, proxies of whoever runs the tests."""
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("ZIMAGE_") and not name.endswith("_proxy")  # gRPC heeds these
+        if not name.startswith(("ZIMAGE_", "GRPC_")) and not name.endswith("_proxy")
     }
     homes = {f"XDG_{name.upper()}_HOME": str(folder / name) for name in ("cache", "config", "data")}
     return kept | homes

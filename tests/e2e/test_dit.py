@@ -3,13 +3,15 @@
 import json
 import signal
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.e2e.services import PATIENCE_SECONDS, Service, answer, running
+from tests.e2e.services import PATIENCE_SECONDS, Service, answer, free_address, running
 from zimage_client import (
     Accepted,
     Client,
@@ -348,16 +350,63 @@ def test_a_killed_front_takes_its_worker_along(model_folder: Path) -> None:
 
 
 def test_draining_finishes_what_runs(model_folder: Path, encoder: Service) -> None:
-    with running("dit_service", "--model", str(model_folder), "--encoder", encoder.address) as dit:
+    flags = "--model", str(model_folder), "--encoder", encoder.address
+    with running("dit_service", *flags, "--drain-delay-seconds", "1") as dit:
         dit.wait_until("SERVING")
+        assert [dit.probe("livez"), dit.probe("readyz")] == [200, 200]
         with Client(dit.address) as client:
-            events = client.stream(PROMPT, seed=1, steps=40)
+            events = client.stream(PROMPT, seed=1, steps=1000)
             for event in events:
                 if isinstance(event, Progress) and event.step >= 2:
                     break
             dit.process.send_signal(signal.SIGTERM)
+            dit.wait_until("NOT_SERVING")
+            assert [dit.probe("livez"), dit.probe("readyz")] == [200, 503]
+            _draw_until_refused(client)
             assert isinstance(list(events)[-1], Completed)
         assert dit.wait_for_exit() == 0
+
+
+def test_doctor_tells_an_encoder_of_another_model(
+    dit: Service, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running("encoder_service", "--model", str(base_folder)) as stranger:
+        stranger.wait_until("SERVING")
+        between = ["--server", dit.address, "--encoder", stranger.address]
+        assert command(["doctor", "--json", *between]) == 1
+    wrong = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (wrong["check"], wrong["verdict"]) == ("encoder", "wrong")
+    assert "the DiT service takes" in wrong["said"]
+
+
+def _draw_until_refused(client: Client) -> None:
+    """Balancers have the drain's delay to notice; then nobody listens any more."""
+    with suppress(Unavailable):
+        while True:
+            client.generate("late", steps=1, retry=False)
+
+
+def test_an_old_connection_is_left_without_cutting_a_stream(
+    model_folder: Path, encoder: Service
+) -> None:
+    flags = "--model", str(model_folder), "--encoder", encoder.address
+    at = free_address()
+    with running("dit_service", *flags, "--connection-age-seconds", "1", listen=at) as dit:
+        dit.wait_until("SERVING")
+        with Client(dit.address) as client:
+            events = client.stream(PROMPT, seed=1, steps=1000, retry=False)
+            next(events)
+            used = _connections(dit)
+            while not _connections(dit) - used:  # calls go over a fresh one
+                client.describe()
+            assert isinstance(list(events)[-1], Completed)
+
+
+def _connections(dit: Service) -> set[Any]:
+    """Those of this process to the service."""
+    port = int(dit.address.rpartition(":")[2])
+    mine = psutil.Process().net_connections("tcp")
+    return {one.laddr for one in mine if one.raddr and one.raddr.port == port}
 
 
 def test_a_full_queue_says_when_to_come_back(model_folder: Path, encoder: Service) -> None:

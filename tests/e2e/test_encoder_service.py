@@ -5,8 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -51,16 +49,6 @@ def _begin(service: Service, request: encoder_pb2.EncodeRequest) -> Any:
 
 def _describe(service: Service) -> encoder_pb2.DescribeResponse:
     return answer(_stub(service).Describe, encoder_pb2.DescribeRequest())
-
-
-def _is_ready(service: Service) -> bool:
-    line = json.loads(service.wait_for_line("probes on"))["message"]
-    try:
-        with urllib.request.urlopen(f"http://{line.split()[-1]}/readyz") as reply:
-            return bool(reply.status == 200)
-    except urllib.error.HTTPError as error:
-        error.close()
-        return False
 
 
 def _fill_queue(service: Service, *texts: str) -> list[Any]:
@@ -111,7 +99,7 @@ def test_description_and_embeddings_agree(service: Service) -> None:
 
 def test_health_and_probes_say_ready(service: Service) -> None:
     service.wait_until("SERVING")
-    assert _is_ready(service)
+    assert service.probe("readyz") == 200
 
 
 def test_the_log_carries_the_callers_request_id_through_both_processes(service: Service) -> None:
@@ -298,7 +286,7 @@ def test_it_speaks_while_it_loads_and_drains_to_its_end(model_folder: Path) -> N
         described = _describe(service)
         assert not described.ready
         assert described.max_prompt_count == 32
-        assert not _is_ready(service)
+        assert service.probe("readyz") == 503
         with pytest.raises(Unavailable) as refusal:
             _encode(service, _request("too early"))
         assert refusal.value.reason == "LOADING"

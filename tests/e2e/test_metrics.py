@@ -81,8 +81,12 @@ def test_fronts_know_no_torch_whatever_their_workers_say(
 
 
 def test_no_number_speaks_of_prompts_or_people(services: tuple[Service, Service]) -> None:
-    _, dit = services
+    encoder, dit = services
     labels = {name for metric in metrics.ALL for name in metric._labelnames}
     known = {"method", "code", "reason", "direction", "work", "stage", "kind", "source"}
     assert labels == known
-    assert "circle" not in dit.metrics_page()
+    with Client(dit.address) as client:
+        client.generate("a red circle", steps=1)
+    for service in (encoder, dit):
+        assert "circle" not in service.metrics_page()
+        assert not [line for line in service.log if "circle" in line]

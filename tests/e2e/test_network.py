@@ -34,6 +34,15 @@ socket.create_connection((address, int(port))).close()
 print(time.monotonic() - began)
 """
 
+_ENCODES = """
+import sys, time
+from zimage_client import Client
+with Client(encoder=f"grpc://{sys.argv[1]}") as client:
+    for _ in range(8):
+        client.encode("x")
+        time.sleep(0.1)
+"""
+
 
 def _host(address: str) -> str:
     return address.partition(":")[0]
@@ -175,6 +184,18 @@ def test_a_link_changes_no_picture(sides: Network, without_link: Made, tmp_path:
     # The prompt goes right, to the DiT service, back left, to the encoder, and right again.
     _run(sides.left, "generate", PROMPT, *PICTURE, "--server", DIT, "-o", str(out))
     assert read_receipt(out).pixels_sha256 == without_link.pixels
+
+
+def test_calls_go_round_the_addresses_of_a_name(sides: Network, encoders: Encoders) -> None:
+    both = [encoders.at(FIRST), encoders.at(OTHER)]
+    before = [_encoded(encoder) for encoder in both]
+    command = [*sides.right, sys.executable, "-c", _ENCODES, ENCODERS]
+    subprocess.run(command, check=True, timeout=PATIENCE_SECONDS)
+    assert all(_encoded(encoder) > old for encoder, old in zip(both, before, strict=True))
+
+
+def _encoded(encoder: Service) -> int:
+    return sum("Encode OK" in line for line in encoder.log)
 
 
 def test_requests_outlive_an_encoder_that_comes_back(

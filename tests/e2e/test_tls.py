@@ -2,17 +2,21 @@
 
 import json
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.services import Service, free_address, running
+from tests.e2e.services import PATIENCE_SECONDS, Service, free_address, running
 from zimage_client import Client, Tls, Unauthenticated, Unavailable, ZImageError
 from zimage_client.cli import certs as certificates
 from zimage_client.cli.main import main as command
@@ -88,14 +92,47 @@ def test_the_command_line_takes_certificates_as_flags(
 
 
 def test_a_service_of_another_authority_is_not_believed(dit: Service, tmp_path: Path) -> None:
+    lines = len(dit.log)
     error = _refusal(dit, _tls(_made(tmp_path, "user"), "user"))
     assert (type(error), error.reason) == (Unauthenticated, "TLS_UNTRUSTED")
+    _wait_for_handshake(dit, lines)
     assert "by none of the authorities in tls_ca" in error.message
 
 
 def test_a_certificate_for_other_names_is_not_believed(certs: Path, dit: Service) -> None:
     error = _refusal(dit, _tls(certs, "user"), host="localhost")
     assert (type(error), error.reason) == (Unauthenticated, "TLS_WRONG_NAME")
+
+
+def _wait_for_handshake(service: Service, since: int) -> None:
+    """Until the log tells of one that failed."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not any("andshake failed" in line for line in service.log[since:]):
+        assert time.monotonic() < deadline, service.log[since:]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("most", "is_spoken"), [("TLSv1_3", True), ("TLSv1_2", True), ("TLSv1_1", False)]
+)
+def test_two_versions_of_tls_are_spoken(
+    certs: Path, dit: Service, most: str, is_spoken: bool
+) -> None:
+    context = ssl.create_default_context(cafile=certs / "ca.pem")
+    context.load_cert_chain(certs / "user.pem", certs / "user.key")
+    context.set_alpn_protocols(["h2"])
+    context.set_ciphers("ALL:@SECLEVEL=0")  # so that it is not this side that refuses
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        context.minimum_version = ssl.TLSVersion.TLSv1
+        context.maximum_version = ssl.TLSVersion[most]
+    host, _, port = dit.address.partition(":")
+    refused = pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION")
+    with (
+        socket.create_connection((host, int(port))) as connection,
+        nullcontext() if is_spoken else refused,
+        context.wrap_socket(connection, server_hostname=host) as spoken,
+    ):
+        assert spoken.version() == most.replace("_", ".")
 
 
 @pytest.mark.parametrize("tls", ["none", "no certificate", "another authority's", "expired"])
@@ -112,8 +149,10 @@ def test_who_cannot_prove_itself_is_pointed_to_doctor(
         "another authority's": Tls(certs / "ca.pem", others / "user.pem", others / "user.key"),
         "expired": Tls(certs / "ca.pem", tmp_path / "old.pem", tmp_path / "old.key"),
     }
+    lines = len(dit.log)
     error = _refusal(dit, shown[tls])
     assert (type(error), error.reason) == (Unavailable, "UNREACHABLE")
+    _wait_for_handshake(dit, lines)
     assert "zimage-client doctor" in error.message
 
 
@@ -151,20 +190,20 @@ def _put(source: Path, folder: Path) -> None:
     scratch.replace(folder / source.name)
 
 
-def test_certificates_are_exchanged_under_load(model_folder: Path, tmp_path: Path) -> None:
-    """A new authority is believed beside the old, certificates move to it, the old one goes."""
-    live = _made(tmp_path / "live", f"dit,{HOST}", "user")
-    new = _made(tmp_path / "new", f"dit,{HOST}", "user")
-    both = tmp_path / "both" / "ca.pem"
-    both.parent.mkdir()
-    both.write_bytes((live / "ca.pem").read_bytes() + (new / "ca.pem").read_bytes())
-    stop, calls, failed = threading.Event(), [0] * 4, []
+@contextmanager
+def _loaded(address: str, tls: Tls) -> Iterator[Callable[[], None]]:
+    """Four callers, two of whom ask for pictures and none of whom asks twice. What it yields waits
+    until all have got through again; in the end nobody must have failed."""
+    stop, calls, failed = threading.Event(), [0] * 4, list[ZImageError]()
 
     def call(number: int) -> None:
-        with Client(service.address, tls=_tls(live, "user")) as client:
+        with Client(address, tls=tls) as client:
             while not stop.is_set():
                 try:
-                    client.describe()
+                    if number % 2:
+                        client.generate("x", retry=False, **SMALL)
+                    else:
+                        client.describe()
                 except ZImageError as error:
                     failed.append(error)
                 calls[number] += 1
@@ -174,27 +213,51 @@ def test_certificates_are_exchanged_under_load(model_folder: Path, tmp_path: Pat
         while any(count < goal for count, goal in zip(calls, goals, strict=True)):
             time.sleep(0.01)
 
-    flags = ["--model", str(model_folder), *_flags(live, "dit")]
-    with running("dit_service", *flags, listen=free_address()) as service:
-        service.wait_for_line("listens on")
-        threads = [threading.Thread(target=call, args=[number]) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for source in (
-            both,
-            *(new / f"{name}.{part}" for part in ("key", "pem") for name in ("dit", "user")),
-            new / "ca.pem",
-        ):
-            wait_for_calls()
-            _put(source, live)
-        wait_for_calls()
+    threads = [threading.Thread(target=call, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield wait_for_calls
+    finally:
         stop.set()
         for thread in threads:
             thread.join()
-        service.wait_for_line("certificates were exchanged")
-        with Client(service.address, tls=_tls(new, "user")) as client:
-            client.describe()
     assert failed == []
+
+
+def test_certificates_are_exchanged_under_load(model_folder: Path, tmp_path: Path) -> None:
+    """A new authority is believed beside the old, certificates move to it, the old one goes."""
+    machines = f"encoder,{HOST}", f"dit,{HOST}", "user"
+    live, new = _made(tmp_path / "live", *machines), _made(tmp_path / "new", *machines)
+    both = tmp_path / "both" / "ca.pem"
+    both.parent.mkdir()
+    both.write_bytes((live / "ca.pem").read_bytes() + (new / "ca.pem").read_bytes())
+
+    def flags(name: str) -> list[str]:
+        return ["--model", str(model_folder), *_flags(live, name)]
+
+    with running("encoder_service", *flags("encoder"), listen=free_address()) as encoder:
+        towards = ["--encoder", encoder.address, "--tls-ca", str(live / "ca.pem")]
+        with running("dit_service", *flags("dit"), *towards, listen=free_address()) as dit:
+            with Client(dit.address, tls=_tls(live, "user")) as client:
+                client.generate("until both are loaded", **SMALL)
+            with _loaded(dit.address, _tls(live, "user")) as wait_for_calls:
+                for file in (
+                    both,
+                    *(
+                        new / f"{name}.{part}"
+                        for part in ("key", "pem")
+                        for name in ("encoder", "dit", "user")
+                    ),
+                    new / "ca.pem",
+                ):
+                    wait_for_calls()
+                    _put(file, live)
+                wait_for_calls()
+            for service in (encoder, dit):
+                service.wait_for_line("certificates were exchanged")
+            with Client(dit.address, tls=_tls(new, "user")) as client:
+                client.generate("with the new ones", **SMALL)
 
 
 @pytest.mark.parametrize(

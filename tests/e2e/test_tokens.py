@@ -1,5 +1,6 @@
 """Tokens between real processes: on the way to the DiT service, and from there to the encoder."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,17 +102,46 @@ def test_what_the_encoder_has_against_the_dit_is_not_the_users_fault(
     dit: Service, folder: Path
 ) -> None:
     right = (folder / "dit").read_text()
-    (folder / "dit").write_text((folder / "stranger").read_text())
-    try:
-        with (
-            Client(dit.address, token=folder / "painter") as client,
-            pytest.raises(NotReady, match="refuses this DiT service") as caught,
-        ):
-            client.generate("x", steps=1)
-    finally:
-        (folder / "dit").write_text(right)
-    assert caught.value.reason == "ENCODER_REFUSES"
-    assert caught.value.fields["cause"] == "TOKEN_INVALID"
+    for token, cause in ((folder / "stranger").read_text(), "TOKEN_INVALID"), ("", "SETTINGS"):
+        (folder / "dit").write_text(token)
+        try:
+            with (
+                Client(dit.address, token=folder / "painter") as client,
+                pytest.raises(NotReady, match="refuses this DiT service") as caught,
+            ):
+                client.generate("x", steps=1)
+        finally:
+            (folder / "dit").write_text(right)
+        assert caught.value.reason == "ENCODER_REFUSES"
+        assert caught.value.fields["cause"] == cause
+        assert str(folder) not in caught.value.message
+    dit.wait_for_line("holds no token")
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "advice"),
+    [
+        ("", "service", "give --token-file"),
+        ("stranger", "service", "give --token-file"),
+        ("writer", "picture", "ask for a token with that role"),
+        ("painter", "", ""),
+    ],
+)
+def test_doctor_says_which_token_is_wanted(
+    dit: Service,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    check: str,
+    advice: str,
+) -> None:
+    token = ["--token-file", str(folder / name)] if name else []
+    code = command(["doctor", "--json", "--server", dit.address, *token])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert code == (1 if check else 0)
+    wrong = [(one["check"], one["advice"]) for one in found if one["verdict"] == "wrong"]
+    assert [what for what, _ in wrong] == ([check] if check else [])
+    assert all(advice in said for _, said in wrong)
 
 
 def test_a_rate_is_kept(dit: Service, folder: Path) -> None:

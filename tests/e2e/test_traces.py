@@ -83,6 +83,10 @@ def test_one_trace_shows_every_hop(model_folder: Path, tmp_path: Path) -> None:
         assert spans[1].start_time_unix_nano <= part.start_time_unix_nano
         assert part.start_time_unix_nano < part.end_time_unix_nano
         assert part.end_time_unix_nano <= spans[1].end_time_unix_nano
+    steps = [span for service, span in collector.spans if span.name == "steps"]
+    told = [{one.key: one.value.int_value for one in span.attributes} for span in steps]
+    assert [n for one in told for n in range(one["first"], one["last"] + 1)] == [1, 2]
+    assert all(span.parent_span_id == spans[1].span_id for span in steps)
 
 
 def test_without_a_collector_a_trace_is_handed_on() -> None:

@@ -55,7 +55,9 @@ class FakeDit(dit_pb2_grpc.DitServiceServicer):
         self.request_ids: list[str] = []
         self.holding = threading.Event()
         self.cancelled = threading.Event()
+        self.tokens: list[str] = []
         self.descriptions: deque[dit_pb2.DescribeResponse] = deque()
+        self.describe_pauses: deque[float] = deque()
         self.description = dit_pb2.DescribeResponse(
             version="0.1.0",
             ready=True,
@@ -71,6 +73,7 @@ class FakeDit(dit_pb2_grpc.DitServiceServicer):
         request = await anext(requests)
         self.specs.append(request.spec)
         self.request_ids.append(request_id(context))
+        self.tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
         script = self.scripts.popleft() if self.scripts else happy(request.spec)
         try:
             for step in script:
@@ -89,7 +92,36 @@ class FakeDit(dit_pb2_grpc.DitServiceServicer):
     async def Describe(  # noqa: N802
         self, request: dit_pb2.DescribeRequest, context: Any
     ) -> dit_pb2.DescribeResponse:
+        if self.describe_pauses:
+            await asyncio.sleep(self.describe_pauses.popleft())
         return self.descriptions.popleft() if self.descriptions else self.description
+
+
+class NeedyDit(FakeDit):
+    """Has nothing of what a request only names, and asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received = bytearray()
+        self.has_all = asyncio.Event()
+
+    async def Generate(  # noqa: N802
+        self, requests: AsyncIterator[dit_pb2.GenerateRequest], context: Any
+    ) -> AsyncIterator[dit_pb2.GenerateResponse]:
+        spec = (await anext(requests)).spec
+        first, *rest = happy(spec)
+        tensor = spec.positive.segments[0].embedding.tensors["embeddings"]
+        need = dit_pb2.Need(digests=[tensor.digest])
+        for told in (first, dit_pb2.GenerateResponse(need=need)):
+            assert isinstance(told, dit_pb2.GenerateResponse)
+            yield told
+        async for request in requests:
+            self.received += request.chunk.data
+        self.has_all.set()
+        for told in rest:
+            assert isinstance(told, dit_pb2.GenerateResponse)
+            yield told
+        context.set_trailing_metadata(((status.SERVED_BY_US, "ok"),))
 
 
 class FakeEncoder(encoder_pb2_grpc.EncoderServiceServicer):

@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.services import PATIENCE_SECONDS
@@ -57,20 +59,35 @@ def _paused(one: Supervised, seconds: float) -> None:
     threading.Timer(seconds, process.send_signal, [signal.SIGCONT]).start()
 
 
+def _killed_twice(one: Supervised) -> None:
+    """Also the worker that comes after, while it loads."""
+    first = one.service.worker
+    first.kill()
+    while True:
+        with suppress(ValueError, psutil.Error):  # between the two there is none
+            if (second := one.service.worker) != first:
+                second.kill()
+                return
+        time.sleep(0.01)
+
+
 PHASES: dict[str, Callable[[Event], bool]] = {
     "encoding": lambda event: isinstance(event, Progress) and event.stage == "encoding",
     "denoising": lambda event: isinstance(event, Progress) and event.step >= 5,
     "between two pictures": lambda event: isinstance(event, Picture),
     "decoding": lambda event: isinstance(event, Progress) and event.stage == "decoding",
 }
+WHILE_LOADING = "kill -9 of the DiT's worker, and of the next as it loads,"
 STRIKES: dict[str, Callable[[Stack], None]] = {
     "kill -9 of the DiT's worker": lambda stack: stack.dit.hit_worker(signal.SIGKILL),
     "kill -9 of the DiT's front": lambda stack: stack.dit.hit(signal.SIGKILL),
     "SIGTERM for the DiT": lambda stack: stack.dit.hit(signal.SIGTERM),
+    WHILE_LOADING: lambda stack: _killed_twice(stack.dit),
     "SIGSTOP of the DiT's worker": lambda stack: stack.dit.hit_worker(signal.SIGSTOP),
     "SIGSTOP of the DiT's front for 2 s": lambda stack: _paused(stack.dit, 2.0),
     "kill -9 of the encoder's front": lambda stack: stack.encoder.hit(signal.SIGKILL),
     "kill -9 of the encoder's worker": lambda stack: stack.encoder.hit_worker(signal.SIGKILL),
+    "SIGSTOP of the encoder's front for 2 s": lambda stack: _paused(stack.encoder, 2.0),
     "SIGSTOP of the encoder's worker": lambda stack: stack.encoder.hit_worker(signal.SIGSTOP),
 }
 ENDS_A_FRONT = (
@@ -78,7 +95,13 @@ ENDS_A_FRONT = (
     "SIGTERM for the DiT",
     "kill -9 of the encoder's front",
 )
-OF_THE_DIT = [(strike, phase) for strike in STRIKES if "DiT" in strike for phase in PHASES]
+OF_THE_DIT = [
+    (strike, phase)
+    for strike in STRIKES
+    if "DiT" in strike
+    for phase in PHASES
+    if strike != WHILE_LOADING or phase == "denoising"
+]
 OF_THE_ENCODER = [(strike, "encoding") for strike in STRIKES if "encoder" in strike]
 SHORT = [
     ("kill -9 of the DiT's worker", "denoising"),

@@ -58,7 +58,10 @@ def dits(
         closing.callback(encoder.close)
         flags = *common, "--encoder", encoder.address, "--store", store
         patient = {"ZIMAGE_DIT__WATCHDOG__LEAST_SECONDS": "300"}
-        both = [Supervised("dit_service", free_address(), *flags, **patient) for _ in range(2)]
+        both = [
+            Supervised("dit_service", free_address(), *flags, "--probes", free_address(), **patient)
+            for _ in range(2)
+        ]
         for one in both:
             closing.callback(one.close)
         for one in (encoder, *both):
@@ -95,9 +98,11 @@ def _configured(file: Path, address: str, dits: list[Supervised]) -> str:
     for number, dit in enumerate(dits):
         host, _, port = dit.address.partition(":")
         config = config.replace(f"dit-{number}:50052", dit.address)
+        probes = dit.service.probes.partition(":")[2]
+        config = config.replace("check port 9465", f"check port {probes}", 1)
         there = f"address: dit-{number}, port_value: 50052"
         config = config.replace(there, f"address: {host}, port_value: {port}")
-    assert not re.search(r"dit-\d[:,]|8443|50052", re.sub("#.*", "", config))
+    assert not re.search(r"dit-\d[:,]|8443|50052|9465", re.sub("#.*", "", config))
     return config
 
 

@@ -147,11 +147,13 @@ def test_device_seconds_come_back_with_time(path: Path) -> None:
 
 def test_calls_at_once_are_counted_while_they_run(path: Path) -> None:
     tokens = Access(path)
-    with inside(tokens.caller(GENERATE, _with(PAINTER))):
-        with inside(tokens.caller(GENERATE, _with(PAINTER))), pytest.raises(Overloaded) as caught:
-            tokens.caller(GENERATE, _with(PAINTER))
+    first, second, third = (tokens.caller(GENERATE, _with(PAINTER)) for _ in range(3))
+    with inside(first):
+        with inside(second), pytest.raises(Overloaded) as caught, inside(third):
+            pass  # all three were let in before any of them began
         assert "2 calls at once" in caught.value.message
-        tokens.caller(GENERATE, _with(PAINTER))
+        with inside(third):
+            pass
 
 
 def test_the_file_is_read_anew_and_a_broken_one_changes_nothing(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from zimage_core.errors import InvalidRequest, InvalidSettings, NotFound, Overloaded, Unavailable
+from zimage_core.serving.blobs import BlobServicer
 from zimage_core.store.blobs import Blobs, Found
 from zimage_core.store.incoming import Incoming
 
@@ -209,3 +210,16 @@ def test_what_is_under_way_counts_until_its_call_ends(tmp_path: Path) -> None:
 def test_a_store_of_an_unknown_kind_is_an_error_of_the_settings(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="nosuchkind"):
         Blobs("nosuchkind://x", tmp_path, 1, 1)
+
+
+async def test_a_blob_that_the_disk_has_changed_is_asked_for_again(tmp_path: Path) -> None:
+    blobs = Blobs(str(tmp_path / "store"), tmp_path, 1 << 20, keep_seconds=1000.0)
+    servicer = BlobServicer(blobs)
+    _put(blobs, DATA)
+    assert await servicer.load(SHA256, len(DATA) - 1) is None  # a wrong size changes nothing
+    assert await servicer.load(SHA256, len(DATA)) == DATA
+    [file] = (tmp_path / "store" / "blobs").rglob(SHA256)
+    file.write_bytes(bytes(len(DATA)))
+    assert await servicer.load(SHA256, len(DATA)) is None
+    _put(blobs, DATA)
+    assert await servicer.load(SHA256, len(DATA)) == DATA

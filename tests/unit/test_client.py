@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from math import inf, nan
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from tests.fakes import services
-from tests.fakes.services import Act, FakeDit, FakeEncoder, Step
+from tests.fakes.services import Act, FakeDit, FakeEncoder, NeedyDit, Step
 from zimage_client import (
     Accepted,
     AsyncClient,
@@ -39,6 +40,8 @@ from zimage_client import (
     ZImageError,
 )
 from zimage_client._replay import Replay
+from zimage_core.embeddings import Numerics, Recipe
+from zimage_core.tensors import TensorData
 from zimage_core.wire import request_id
 from zimage_rpc.dit.v1 import dit_pb2
 
@@ -359,6 +362,28 @@ class TestReplay:
             with pytest.raises(DeadlineTooShort):
                 await client.generate("x", timeout=0.5)
 
+    async def test_a_service_that_does_not_describe_itself_is_no_end(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("zimage_client._calls.DESCRIBE_SECONDS", 0.2)
+        dit = FakeDit()
+        dit.describe_pauses.append(20.0)
+        async with client_of(dit, FakeEncoder()) as client:
+            events = await events_of(client, "x")
+        [waiting] = [event for event in events if isinstance(event, Waiting)]
+        assert waiting.reason == "UNREACHABLE"
+        assert isinstance(events[-1], Completed)
+
+    async def test_a_token_that_changes_meanwhile_is_taken_anew(self, tmp_path: Path) -> None:
+        token, dit = tmp_path / "token", FakeDit([LOADING])
+        token.write_text("old")
+        async with services.serving(dit) as at, AsyncClient(at.server, token=token) as client:
+            async for event in client.stream("x"):
+                if isinstance(event, Waiting):
+                    token.write_text("new")
+        assert dit.tokens == ["Bearer old", "Bearer new"]
+        assert len(set(dit.request_ids)) == 1
+
     async def test_nobody_there_is_unreachable(self) -> None:
         async with AsyncClient("unix:/nowhere/at/all") as client:
             with pytest.raises(Unavailable) as caught:
@@ -556,6 +581,23 @@ class TestEncoding:
         assert default is not None
         assert 200 < whole < 400
         assert default < 40
+
+    async def test_what_is_needed_is_sent_whether_or_not_somebody_reads(self) -> None:
+        dit = NeedyDit()
+        data = bytes(range(256)) * (3 << 12)
+        large = Embedding(
+            tensor=TensorData("float32", (len(data) // 16, services.WIDTH), data),
+            identity="ab" * 32,
+            recipe=Recipe(chat_format=1, hidden_layer=-2, token_limit=512),
+            numerics=Numerics("float32", "float32", "test", "cpu"),
+            token_count=len(data) // 16,
+            token_ids_sha256="",
+        )
+        async with client_of(dit) as client, aclosing(client.stream(large)) as events:
+            assert isinstance(await anext(events), Accepted)
+            await asyncio.wait_for(dit.has_all.wait(), 20)
+            assert dit.received == data
+            assert [type(event) async for event in events][-1] is Completed
 
     async def test_with_an_encoder_embeddings_are_sent(self) -> None:
         dit, encoder = FakeDit(), FakeEncoder()

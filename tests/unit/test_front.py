@@ -6,11 +6,15 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dit_service import messages
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.generate import DitServicer
 from tests.unit.test_spec import SETTINGS, TURBO
 from zimage_core.embeddings import Embedding, Numerics, Recipe
 from zimage_core.errors import Overloaded
+from zimage_core.serving.access import Access, inside
 from zimage_core.serving.blobs import BlobServicer
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import Watchdog
@@ -88,3 +92,27 @@ async def test_leaving_before_the_work_began_gives_the_place_back(tmp_path: Path
         for _ in range(3):
             async with _call(front) as left:
                 await anext(left)
+
+
+async def test_work_is_done_for_the_project_of_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked_for = []
+    call = Worker.call
+
+    def noted(worker: Worker, work: messages.Generate) -> Any:
+        worked_for.append(work.share.project)
+        return call(worker, work)
+
+    monkeypatch.setattr(Worker, "call", noted)
+    file = tmp_path / "tokens.toml"
+    entry = 'name = "{0}"\nproject = "{0}"\ntoken = "{0}0123456789abcdef"\nroles = ["admin"]\n'
+    file.write_text("".join(f"[[token]]\n{entry.format(name)}" for name in ("red", "blue")))
+    tokens = Access(file)
+    async with _front(tmp_path) as front:
+        for project in ("red", "blue"):
+            bearer = {"authorization": f"Bearer {project}0123456789abcdef"}
+            with inside(tokens.caller("/zimage_rpc.dit.v1.DitService/Generate", bearer)):
+                async with _call(front) as answers:
+                    assert [answer async for answer in answers]
+    assert worked_for == ["red", "blue"]

@@ -9,7 +9,14 @@ import pytest
 from tests.e2e.services import free_address
 from tests.fakes import services
 from tests.fakes.services import Act, FakeDit, FakeEncoder
-from zimage_client import AsyncClient, Overloaded, Unavailable, Waiting
+from zimage_client import (
+    AsyncClient,
+    DeadlineTooShort,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+    Waiting,
+)
 from zimage_core.errors import ZImageError
 
 FULL = Overloaded("the queue is full", reason="QUEUE_FULL", retry_after=30)
@@ -79,7 +86,33 @@ async def test_nobody_waits_long_at_an_address_where_nobody_is() -> None:
 
 
 async def test_when_nobody_is_anywhere_the_error_says_so() -> None:
-    async with AsyncClient(f"{free_address()},{free_address()}") as client:
+    first, second = free_address(), free_address()
+    async with AsyncClient(f"{first},{second}") as client:
         with pytest.raises(Unavailable) as caught:
             await client.generate("x", timeout=1.0)
     assert caught.value.reason == "UNREACHABLE"
+    where, tries = caught.value.__notes__[:2]
+    assert where in [
+        f"the server asked was {one}, one of {first}, {second}" for one in (first, second)
+    ]
+    assert tries.startswith("tried ")
+
+
+async def test_one_whose_queue_is_too_long_for_the_deadline_is_left_for_another() -> None:
+    late = DeadlineTooShort("not before tomorrow", reason="DEADLINE_UNREACHABLE")
+    fakes = [FakeDit([late], [late]), FakeDit()]
+    async with _client_of(*fakes) as client:
+        for _ in range(2):
+            await client.generate("x", timeout=30)
+    assert len(fakes[1].specs) == 2
+
+
+async def test_what_an_older_replica_does_not_know_is_asked_of_another() -> None:
+    unknown = InvalidRequest("unknown field 99", reason="UNKNOWN_FIELD")
+    old, new = FakeDit([unknown], [unknown]), FakeDit()
+    async with _client_of(old, new) as client:
+        for _ in range(2):
+            await client.generate("x")
+    async with _client_of(FakeDit([unknown]), FakeDit([unknown])) as client:
+        with pytest.raises(InvalidRequest):
+            await client.generate("x")

@@ -154,11 +154,14 @@ def charge(device_seconds: float) -> None:
 
 @contextmanager
 def inside(caller: Caller | None) -> Iterator[None]:
-    """A call of the caller's."""
+    """A call of the caller's; raises Overloaded when as many run as may."""
     current.set(caller)  # each call is a task of its own, with its own context
     if caller is None:
         yield
         return
+    most = caller.token.calls_at_once
+    if most is not None and caller.account.running >= most:
+        raise _limited(caller.token, f"{most} calls at once", 1.0)
     caller.account.running += 1
     try:
         yield
@@ -207,8 +210,6 @@ class Access:
         return found[0]
 
     def _count(self, token: Token, account: _Account) -> None:
-        if token.calls_at_once is not None and account.running >= token.calls_at_once:
-            raise _limited(token, f"{token.calls_at_once} calls at once", 1.0)
         if token.calls_per_minute is None:
             return
         pace = token.calls_per_minute / _MINUTE

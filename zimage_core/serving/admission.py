@@ -60,6 +60,11 @@ class Place:
         """Says how much of the work is behind it, from 0 to 1."""
         self.left_to_do = 1.0 - part
 
+    def answered(self, held_bytes: int) -> None:
+        """Gives the place up, like `leave`, with answers of so many bytes that are to be read."""
+        self.cost = Cost(None, held_bytes)
+        self.leave()
+
     @property
     def seconds(self) -> float:
         """Of the device, that its work still takes; 0 where nobody knows."""
@@ -113,7 +118,7 @@ class Admission:
             self._go(place)
 
     @asynccontextmanager
-    async def turn(self, held_bytes: int) -> AsyncIterator[None]:
+    async def turn(self, held_bytes: int) -> AsyncIterator[Place]:
         """A place as soon as there is one: for items of streams, whose senders wait as well, in the
         order of their coming. They leave half of the places to those who do not wait."""
         async with self._line:
@@ -123,7 +128,7 @@ class Admission:
             place = self._come_in()
         try:
             place.cost = Cost(None, held_bytes)
-            yield
+            yield place
         finally:
             self._go(place)
 

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 
 from zimage_core import tracing
 from zimage_core.errors import InternalError, InvalidRequest, Overloaded, Unimplemented, ZImageError
-from zimage_core.serving import access, metrics, peer
+from zimage_core.serving import metrics, peer
 from zimage_core.serving.access import Access, Caller, inside
 from zimage_core.tracing import Span
 from zimage_core.wire import request_id, status, strict
@@ -83,8 +83,8 @@ class Around(grpc.aio.ServerInterceptor):
 
 def _unary(method: str, handler: Any, caller: Caller | None) -> Any:
     async def wrapped(raw: bytes, context: _Context) -> Any:
-        with inside(caller):
-            async with _Call(method, context) as call:
+        async with _Call(method, context, caller) as call:
+            with inside(caller):
                 return call.sent(await handler.unary_unary(call.read(raw, handler), context))
 
     return wrapped
@@ -94,8 +94,8 @@ def _stream(
     method: str, handler: Any, caller: Caller | None, part: Callable[[], Awaitable[None]]
 ) -> Any:
     async def wrapped(raws: AsyncIterator[bytes], context: _Context) -> None:
-        with inside(caller):
-            async with _Call(method, context) as call:
+        async with _Call(method, context, caller) as call:
+            with inside(caller):
                 requests = (call.read(raw, handler) async for raw in raws)
                 async with aclosing(handler.stream_stream(requests, context)) as answers:
                     async for answer in answers:
@@ -133,10 +133,9 @@ async def _unknown_method(_requests: AsyncIterator[Any], context: _Context) -> A
 class _Call:
     """One call from its first byte to its status."""
 
-    def __init__(self, method: str, context: _Context) -> None:
+    def __init__(self, method: str, context: _Context, caller: Caller | None = None) -> None:
         self._method = method
         self._context = context
-        caller = access.current.get()
         names = caller.token.name if caller else "", peer.name(context.auth_context())
         self._by = " at ".join(filter(None, names))
         self._label = method.rpartition(".")[2]

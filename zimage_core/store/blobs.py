@@ -112,6 +112,12 @@ class Blobs:
                 incoming.add(data[incoming.stored_bytes :])
                 self.complete(sha256, incoming)
 
+    def discard(self, sha256: str) -> None:
+        """Takes away what is not what its digest says; whoever brings it again is welcome."""
+        self._shelf.remove(_key(sha256))
+        self._sizes.pop(sha256, None)
+        _log.error("blob %s was not what its digest says, and went", sha256)
+
     def point(self, kind: str, name: str, sha256: str) -> None:
         """Lets a name point at a blob, which stays as long as it does; raises NotFound."""
         key = _name_key(kind, name)

@@ -35,6 +35,7 @@ _MESSAGE_SIZES = (
 )
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit; after two gRPC would take a minute each
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
     # While a ping of another kind is under way, as behind every burst of data, none is sent to keep
     # the connection alive; that ping must fail as soon, and not after gRPC's own minute.

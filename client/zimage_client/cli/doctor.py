@@ -41,7 +41,7 @@ async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Findin
     """Each replica for itself, then all together."""
     credentials = settings.credentials
     for addresses, known in ((settings.server, features.DIT), (settings.encoder, features.ENCODER)):
-        for address in filter(None, addresses.split(",")):
+        for address in _each(addresses):
             at = place("address", address, credentials.get("tls"))
             is_dit = known is features.DIT
             given = {"server" if is_dit else "encoder": address}
@@ -51,7 +51,7 @@ async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Findin
                     yield address, finding
                 if is_dit:
                     yield address, await bandwidth(client)
-    encoders = settings.encoder.split(",")
+    encoders = _each(settings.encoder)
     if len(encoders) > 1:
         async with AsyncExitStack() as closing:
             clients = [AsyncClient(encoder=one, **credentials) for one in encoders]
@@ -62,6 +62,10 @@ async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Findin
         async with AsyncClient(settings.server, settings.encoder, **credentials) as client:
             async for finding in chain(client):
                 yield settings.server, finding
+
+
+def _each(addresses: str) -> list[str]:
+    return [one.strip() for one in addresses.split(",") if one.strip()]
 
 
 def _line(about: str, finding: Finding) -> str:
