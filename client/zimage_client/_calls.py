@@ -1,9 +1,9 @@
 """The calls themselves: messages out, messages or plain data back, errors always our own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -26,6 +26,9 @@ from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 T = TypeVar("T")
 
+_PUT_BYTES = 1 << 18
+"""Services wait a minute for the next piece, which a slow line must get through by then."""
+
 ENCODE_SECONDS = 30.0
 DESCRIBE_SECONDS = 10.0
 """How long calls may take unless their caller says otherwise."""
@@ -40,7 +43,7 @@ async def encode(
     """The embeddings of some prompts, in order."""
     request = encoder_pb2.EncodeRequest(prompts=[prompt_message(p) for p in prompts])
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
-    with _typed_errors():
+    with _TypedErrors():
         response = await stub.Encode(request, timeout=timeout, metadata=metadata)
     if len(response.embeddings) != len(prompts):
         raise _reading.malformed(f"{len(response.embeddings)} embeddings of {len(prompts)} prompts")
@@ -87,7 +90,7 @@ def decode_latents(
 async def _results(call: Any, read: Callable[[Any], T]) -> Answers[T]:
     """What came of each item of a stream, by its number, as it is done."""
     try:
-        with _typed_errors():
+        with _TypedErrors():
             async for answer in call:
                 match answer.WhichOneof("result"):
                     case None:
@@ -98,6 +101,7 @@ async def _results(call: Any, read: Callable[[Any], T]) -> Answers[T]:
                         yield answer.item_id, read(getattr(answer, name))
     finally:
         call.cancel()  # without effect on a call that has ended
+        del call
 
 
 async def describe_dit(
@@ -105,7 +109,7 @@ async def describe_dit(
 ) -> DitDescription:
     """What the DiT service says of itself."""
     stub = dit_pb2_grpc.DitServiceStub(channel)
-    with _typed_errors():
+    with _TypedErrors():
         response = await stub.Describe(
             dit_pb2.DescribeRequest(), timeout=timeout, metadata=metadata
         )
@@ -117,7 +121,7 @@ async def describe_encoder(
 ) -> EncoderDescription:
     """What the encoder service says of itself."""
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
-    with _typed_errors():
+    with _TypedErrors():
         response = await stub.Describe(
             encoder_pb2.DescribeRequest(), timeout=timeout, metadata=metadata
         )
@@ -148,7 +152,7 @@ async def generate(
 
     call = stub.Generate(messages(), timeout=timeout, metadata=metadata)
     try:
-        with _typed_errors():
+        with _TypedErrors():
             held = []
             async for response in call:
                 held.append(response)
@@ -161,6 +165,7 @@ async def generate(
     finally:
         needed.cancel()
         call.cancel()  # without effect on a call that has ended
+        del call
 
 
 def _needed(response: dit_pb2.GenerateResponse, named: Mapping[str, bytes]) -> list[str]:
@@ -176,7 +181,7 @@ async def find_blobs(
     """Those that are there, whole."""
     stub = blob_pb2_grpc.BlobServiceStub(channel)
     request = blob_pb2.FindRequest(sha256=digests)
-    with _typed_errors():
+    with _TypedErrors():
         response = await stub.Find(request, timeout=timeout, metadata=metadata)
     return {found.sha256 for found in response.found if found.complete}
 
@@ -196,7 +201,7 @@ async def put_blob(
     async def messages() -> AsyncIterator[blob_pb2.PutRequest]:
         yield blob_pb2.PutRequest(start=start)
         try:
-            pieces = iter(file_chunks(file, await begun))
+            pieces = iter(file_chunks(file, await begun, _PUT_BYTES))
             while chunk := await asyncio.to_thread(next, pieces, b""):
                 yield blob_pb2.PutRequest(chunk=chunk)
         except OSError as fault:  # gRPC would only say that the call was cancelled
@@ -205,7 +210,7 @@ async def put_blob(
 
     call = stub.Put(messages(), timeout=timeout, metadata=metadata)
     try:
-        with _typed_errors():
+        with _TypedErrors():
             async for response in call:
                 if not begun.done():
                     begun.set_result(response.stored_bytes)
@@ -217,6 +222,7 @@ async def put_blob(
     finally:
         begun.cancel()
         call.cancel()  # without effect on a call that has ended
+        del call
 
 
 async def get_blob(
@@ -231,22 +237,30 @@ async def get_blob(
     request = blob_pb2.GetRequest(sha256=sha256, offset=offset)
     call = stub.Get(iter([request]), timeout=timeout, metadata=metadata)
     try:
-        with _typed_errors():
+        with _TypedErrors():
             async for response in call:
                 yield response
     finally:
         call.cancel()  # without effect on a call that has ended
+        del call
 
 
-@contextmanager
-def _typed_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        trailers = error.trailing_metadata() or ()
-        raise status.from_status(error.code(), error.details() or "", trailers) from None
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise Cancelled("the client was closed with this call in flight") from None
+class _TypedErrors:
+    """Raises errors of ours instead of gRPC's, and lets go of gRPC's frames: as long as anything
+    refers to a call, its connection is kept up, also when its channel is closed."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, _kind: object, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del trace
+        if isinstance(error, grpc.aio.AioRpcError):
+            error.__traceback__ = None
+            trailers = error.trailing_metadata() or ()
+            raise status.from_status(error.code(), error.details() or "", trailers) from None
+        if isinstance(error, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                raise Cancelled("the client was closed with this call in flight") from None

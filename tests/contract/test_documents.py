@@ -39,6 +39,11 @@ def test_the_changelog_begins_with_the_version() -> None:
 def test_every_fault_was_done_often_and_lost_nothing() -> None:
     table = (ROOT / "docs/reliability.md").read_text().partition("<!-- faults -->")[2]
     rows = re.findall(r"^\| (.+) \| (\d+) \| (.+) \| [\d.]+ \| [\d.]+ \|$", table, re.MULTILINE)
-    for kind in ("kill -9", "SIGSTOP", "disk", "link", "clock", "nginx", "haproxy", "envoy"):
+    behind = [
+        f"{what} behind {proxy}"
+        for what in ("silence", "SIGTERM for the DiT", "SIGKILL for the DiT")
+        for proxy in ("nginx", "haproxy", "envoy")
+    ]
+    for kind in ("kill -9", "SIGSTOP", "disk", "link", "clock", "drained and restarted", *behind):
         assert [what for what, _, _ in rows if kind in what], kind
     assert [row for row in rows if int(row[1]) < 20 or row[2] != "nothing"] == []

@@ -355,14 +355,17 @@ def test_draining_finishes_what_runs(model_folder: Path, encoder: Service) -> No
         dit.wait_until("SERVING")
         assert [dit.probe("livez"), dit.probe("readyz")] == [200, 200]
         with Client(dit.address) as client:
-            events = client.stream(PROMPT, seed=1, steps=1000)
+            events = client.stream(PROMPT, seed=1, steps=40, retry=False)
             for event in events:
                 if isinstance(event, Progress) and event.step >= 2:
                     break
+            worker = dit.worker
+            worker.suspend()
             dit.process.send_signal(signal.SIGTERM)
             dit.wait_until("NOT_SERVING")
             assert [dit.probe("livez"), dit.probe("readyz")] == [200, 503]
-            _draw_until_refused(client)
+            _ask_until_refused(client)
+            worker.resume()
             assert isinstance(list(events)[-1], Completed)
         assert dit.wait_for_exit() == 0
 
@@ -379,11 +382,24 @@ def test_doctor_tells_an_encoder_of_another_model(
     assert "the DiT service takes" in wrong["said"]
 
 
-def _draw_until_refused(client: Client) -> None:
+def test_what_is_not_done_by_the_end_of_grace_is_cut(model_folder: Path, encoder: Service) -> None:
+    flags = "--model", str(model_folder), "--encoder", encoder.address
+    with running("dit_service", *flags, "--grace-seconds", "0.5") as dit:
+        dit.wait_until("SERVING")
+        with Client(dit.address) as client:
+            events = _busy(client)
+            dit.process.send_signal(signal.SIGTERM)
+            with pytest.raises(Unavailable) as caught:
+                list(events)
+        assert caught.value.reason == "UNREACHABLE"
+        assert dit.wait_for_exit() == 0
+
+
+def _ask_until_refused(client: Client) -> None:
     """Balancers have the drain's delay to notice; then nobody listens any more."""
     with suppress(Unavailable):
         while True:
-            client.generate("late", steps=1, retry=False)
+            client.describe()
 
 
 def test_an_old_connection_is_left_without_cutting_a_stream(
@@ -394,11 +410,14 @@ def test_an_old_connection_is_left_without_cutting_a_stream(
     with running("dit_service", *flags, "--connection-age-seconds", "1", listen=at) as dit:
         dit.wait_until("SERVING")
         with Client(dit.address) as client:
-            events = client.stream(PROMPT, seed=1, steps=1000, retry=False)
+            events = client.stream(PROMPT, seed=1, steps=10, retry=False)
             next(events)
+            worker = dit.worker
+            worker.suspend()
             used = _connections(dit)
             while not _connections(dit) - used:  # calls go over a fresh one
                 client.describe()
+            worker.resume()
             assert isinstance(list(events)[-1], Completed)
 
 

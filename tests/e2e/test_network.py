@@ -186,18 +186,6 @@ def test_a_link_changes_no_picture(sides: Network, without_link: Made, tmp_path:
     assert read_receipt(out).pixels_sha256 == without_link.pixels
 
 
-def test_calls_go_round_the_addresses_of_a_name(sides: Network, encoders: Encoders) -> None:
-    both = [encoders.at(FIRST), encoders.at(OTHER)]
-    before = [_encoded(encoder) for encoder in both]
-    command = [*sides.right, sys.executable, "-c", _ENCODES, ENCODERS]
-    subprocess.run(command, check=True, timeout=PATIENCE_SECONDS)
-    assert all(_encoded(encoder) > old for encoder, old in zip(both, before, strict=True))
-
-
-def _encoded(encoder: Service) -> int:
-    return sum("Encode OK" in line for line in encoder.log)
-
-
 def test_requests_outlive_an_encoder_that_comes_back(
     sides: Network, encoders: Encoders, without_link: Made, tmp_path: Path
 ) -> None:
@@ -229,6 +217,18 @@ def test_requests_outlive_a_link_that_is_cut(
         sides.mend()
 
 
+def test_calls_go_round_the_addresses_of_a_name(sides: Network, encoders: Encoders) -> None:
+    both = [encoders.at(FIRST), encoders.at(OTHER)]
+    before = [_encoded(encoder) for encoder in both]
+    command = [*sides.right, sys.executable, "-c", _ENCODES, ENCODERS]
+    subprocess.run(command, check=True, timeout=PATIENCE_SECONDS)
+    assert all(_encoded(encoder) > old for encoder, old in zip(both, before, strict=True))
+
+
+def _encoded(encoder: Service) -> int:
+    return sum("Encode OK" in line for line in encoder.log)
+
+
 def test_requests_go_on_with_another_encoder(
     sides: Network, encoders: Encoders, without_link: Made, tmp_path: Path
 ) -> None:
@@ -255,6 +255,6 @@ def test_without_any_encoder_the_user_is_told_and_embeddings_are_served(
     told = _run(sides.right, "generate", PROMPT, *PICTURE, *out, "--timeout", "8", code=4)
     first, *notes = told.splitlines()
     assert first.startswith(f"error: {AWAY}: ")
-    assert notes in ([], ["the timeout passed while it was tried again"])
+    assert all(note.startswith(("the timeout passed", "tried ")) for note in notes)
     _run(sides.right, "generate", "--embedding", str(without_link.embedding), *PICTURE, *out)
     assert read_receipt(tmp_path / "out.png").pixels_sha256 == without_link.pixels

@@ -102,7 +102,10 @@ def test_what_the_encoder_has_against_the_dit_is_not_the_users_fault(
     dit: Service, folder: Path
 ) -> None:
     right = (folder / "dit").read_text()
-    for token, cause in ((folder / "stranger").read_text(), "TOKEN_INVALID"), ("", "SETTINGS"):
+    for token, cause in (
+        ((folder / "stranger").read_text(), "TOKEN_INVALID"),
+        ("", "INVALID_SETTINGS"),
+    ):
         (folder / "dit").write_text(token)
         try:
             with (

@@ -12,11 +12,7 @@ import psutil
 
 from tests.e2e.services import PATIENCE_SECONDS, Service, running
 
-SHORT_WATCHDOG = {
-    f"ZIMAGE_{program}__WATCHDOG__{name}": seconds
-    for program in ("DIT", "ENCODER")
-    for name, seconds in (("LEAST_SECONDS", "3"), ("SILENCE_SECONDS", "3"))
-}
+_HUNG_AFTER_SECONDS = 3
 
 
 class Supervised:
@@ -82,16 +78,21 @@ class Supervised:
 
 @contextmanager
 def supervised(
-    model: Path, dits: int = 1, encoders: int = 1
+    model: Path, dits: int = 1, encoders: int = 1, hung_after_seconds: int = _HUNG_AFTER_SECONDS
 ) -> Iterator[tuple[list[Supervised], list[Supervised]]]:
     """DiT services and the encoders that they ask, in this order, when all of them serve."""
     folder = Path(tempfile.mkdtemp(prefix="zimage-"))
+    watchdog = {
+        f"ZIMAGE_{program}__WATCHDOG__{name}_SECONDS": str(hung_after_seconds)
+        for program in ("DIT", "ENCODER")
+        for name in ("LEAST", "SILENCE")
+    }
     with ExitStack() as closing:
         closing.callback(shutil.rmtree, folder, ignore_errors=True)
 
         def start(module: str, name: str, *flags: str) -> Supervised:
             at = f"unix:{folder}/{name}"
-            one = Supervised(module, at, "--model", str(model), *flags, **SHORT_WATCHDOG)
+            one = Supervised(module, at, "--model", str(model), *flags, **watchdog)
             closing.callback(one.close)
             return one
 

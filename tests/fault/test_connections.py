@@ -27,13 +27,15 @@ _HALF_A_FRAME = bytes((0, 1, 0, 1, 4, 0, 0, 0, 1, 0x83))
 """The head of a frame of 256 bytes, and the first of them."""
 _BEGINNINGS = (b"", b"PRI", _PREFACE, _PREFACE + _HALF_A_FRAME, b"GET / HTTP/1.1\r\n")
 _HALF_OPEN = 60
+SILENT_SECONDS = 35.0
+"""More than gRPC's first pings, after which it would ask once a minute."""
 NO_LONGER_SECONDS = 50.0
 """Less than the minute after which gRPC itself would notice that nobody answers."""
 
 
 @pytest.fixture(scope="module")
 def dit(model_folder: Path) -> Iterator[Supervised]:
-    with supervised(model_folder) as ([dit], _):
+    with supervised(model_folder, hung_after_seconds=300) as ([dit], _):
         yield dit
 
 
@@ -44,10 +46,19 @@ def expected(dit: Supervised) -> str:
         return client.generate(PROMPT, **WISH).pictures[0].pixels_sha256
 
 
-BREAKS: dict[str, Callable[[Relay], None]] = {
-    "is cut": Relay.cut,
-    "is closed at the client's side": Relay.half_close,
-    "stands still": Relay.stall,
+def _stall_in_silence(relay: Relay, dit: Supervised) -> None:
+    worker = dit.service.worker
+    worker.suspend()
+    time.sleep(SILENT_SECONDS)
+    relay.stall()
+    worker.resume()
+
+
+BREAKS: dict[str, Callable[[Relay, Supervised], None]] = {
+    "is cut": lambda relay, _: relay.cut(),
+    "is closed at the client's side": lambda relay, _: relay.half_close(),
+    "stands still": lambda relay, _: relay.stall(),
+    "stands still after 35 s of silence": _stall_in_silence,
 }
 SHORT = ["is cut", "is closed at the client's side"]
 """Those that every push sees: a peer that says nothing is given up after 15 s."""
@@ -69,18 +80,19 @@ def test_a_connection_that_breaks_is_left_for_a_new_one(
     rows.enter(f"a connection {what} while denoising", took)
 
 
-def _struck(dit: Supervised, strike: Callable[[Relay], None], expected: str) -> float:
+def _struck(dit: Supervised, strike: Callable[[Relay, Supervised], None], expected: str) -> float:
     """The seconds from the strike until the picture is there."""
     struck = 0.0
     with relaying(dit.address) as relay, Client(relay.address) as client:
-        for event in client.stream(PROMPT, timeout=NO_LONGER_SECONDS, **WISH):
+        for event in client.stream(PROMPT, **WISH):
             if isinstance(event, Progress) and event.step >= 5 and not struck:
-                strike(relay)
+                strike(relay, dit)
                 struck = time.monotonic()
             if isinstance(event, Picture):
                 assert event.pixels_sha256 == expected
                 ended = time.monotonic()
     assert struck
+    assert ended - struck < NO_LONGER_SECONDS
     return ended - struck
 
 

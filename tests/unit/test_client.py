@@ -384,6 +384,29 @@ class TestReplay:
         assert dit.tokens == ["Bearer old", "Bearer new"]
         assert len(set(dit.request_ids)) == 1
 
+    async def test_a_closed_client_connects_no_more(self) -> None:
+        connections = 0
+
+        def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            writer.close()
+
+        async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            async with AsyncClient(f"{host}:{port}", f"{host}:{port}") as client:
+                kept = []
+                for call in (
+                    client.generate("x", guidance=0, retry=False),
+                    client.encode("x", retry=False),
+                ):
+                    with pytest.raises(Unavailable) as caught:
+                        await call
+                    kept.append(caught)
+            before = connections
+            await asyncio.sleep(2)  # an open one tries every second
+        assert connections == before
+
     async def test_nobody_there_is_unreachable(self) -> None:
         async with AsyncClient("unix:/nowhere/at/all") as client:
             with pytest.raises(Unavailable) as caught:

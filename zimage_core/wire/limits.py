@@ -45,7 +45,7 @@ _KEEPALIVE = (
 SERVER_OPTIONS = (
     *_MESSAGE_SIZES,
     *_KEEPALIVE,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", SERVER_PERMITS_PING_SECONDS * 1000),
+    ("grpc.http2.min_ping_interval_without_data_ms", SERVER_PERMITS_PING_SECONDS * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a second server behind it
 )
