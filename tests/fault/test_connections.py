@@ -46,19 +46,10 @@ def expected(dit: Supervised) -> str:
         return client.generate(PROMPT, **WISH).pictures[0].pixels_sha256
 
 
-def _stall_in_silence(relay: Relay, dit: Supervised) -> None:
-    worker = dit.service.worker
-    worker.suspend()
-    time.sleep(SILENT_SECONDS)
-    relay.stall()
-    worker.resume()
-
-
-BREAKS: dict[str, Callable[[Relay, Supervised], None]] = {
-    "is cut": lambda relay, _: relay.cut(),
-    "is closed at the client's side": lambda relay, _: relay.half_close(),
-    "stands still": lambda relay, _: relay.stall(),
-    "stands still after 35 s of silence": _stall_in_silence,
+BREAKS: dict[str, Callable[[Relay], None]] = {
+    "is cut": Relay.cut,
+    "is closed at the client's side": Relay.half_close,
+    "stands still": Relay.stall,
 }
 SHORT = ["is cut", "is closed at the client's side"]
 """Those that every push sees: a peer that says nothing is given up after 15 s."""
@@ -80,13 +71,13 @@ def test_a_connection_that_breaks_is_left_for_a_new_one(
     rows.enter(f"a connection {what} while denoising", took)
 
 
-def _struck(dit: Supervised, strike: Callable[[Relay, Supervised], None], expected: str) -> float:
+def _struck(dit: Supervised, strike: Callable[[Relay], None], expected: str) -> float:
     """The seconds from the strike until the picture is there."""
     struck = 0.0
     with relaying(dit.address) as relay, Client(relay.address) as client:
         for event in client.stream(PROMPT, **WISH):
             if isinstance(event, Progress) and event.step >= 5 and not struck:
-                strike(relay, dit)
+                strike(relay)
                 struck = time.monotonic()
             if isinstance(event, Picture):
                 assert event.pixels_sha256 == expected
@@ -94,6 +85,35 @@ def _struck(dit: Supervised, strike: Callable[[Relay, Supervised], None], expect
     assert struck
     assert ended - struck < NO_LONGER_SECONDS
     return ended - struck
+
+
+def test_a_connection_that_stands_still_in_silence_is_left_for_a_new_one(
+    dit: Supervised, expected: str, rows: Rows
+) -> None:
+    """All at once, and nobody hears of any work before their connections stand still."""
+    silence = SILENT_SECONDS if rows.times > 1 else 1.0
+
+    def draw(address: str) -> float:
+        with Client(address) as client:
+            assert client.generate(PROMPT, **WISH).pictures[0].pixels_sha256 == expected
+        return time.monotonic()
+
+    worker: psutil.Process = dit.service.worker
+    with ExitStack() as closing:
+        relays = [closing.enter_context(relaying(dit.address)) for _ in range(rows.times)]
+        worker.suspend()
+        try:
+            pool = closing.enter_context(ThreadPoolExecutor(rows.times))
+            jobs = [pool.submit(draw, relay.address) for relay in relays]
+            time.sleep(silence)
+            for relay in relays:
+                relay.stall()
+        finally:
+            worker.resume()
+        struck = time.monotonic()
+        took = [job.result() - struck for job in jobs]
+    assert max(took) < NO_LONGER_SECONDS
+    rows.enter(f"connections stand still after {silence:.0f} s of silence", took)
 
 
 def test_who_reads_nothing_holds_up_nobody_and_gets_everything(
