@@ -7,6 +7,7 @@ notice, then no new calls, then the running ones to their end.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -78,6 +79,7 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
             _log.info("probes on %s:%s", *at.sockets[0].getsockname()[:2])
         port = _bind(server, settings.listen, settings.own_tls)
         await server.start()
+        _settle_memory()
         how = _protection(settings)
         _log.info("%s listens on %s, %s", service.name, _spoken(settings.listen, port), how)
         loop = asyncio.get_running_loop()
@@ -107,6 +109,13 @@ async def _end_calls(
     readiness.end_watches()
     around.stop()
     await server.stop(grace_seconds)
+
+
+def _settle_memory() -> None:
+    """What was imported stays. Python looks for garbage when a quarter as much was made anew: what
+    is left of calls is found sooner when only they count."""
+    gc.collect()
+    gc.freeze()
 
 
 def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
