@@ -98,7 +98,10 @@ def test_a_service_of_another_authority_is_not_believed(dit: Service, tmp_path: 
 
 
 def test_a_certificate_for_other_names_is_not_believed(certs: Path, dit: Service) -> None:
-    error = _refusal(dit, _tls(certs, "user"), host="localhost")
+    for _ in range(20):  # gRPC also tries [::1], where nobody is; it tells of the last that failed
+        error = _refusal(dit, _tls(certs, "user"), host="localhost")
+        if error.reason != "UNREACHABLE":
+            break
     assert (type(error), error.reason) == (Unauthenticated, "TLS_WRONG_NAME")
 
 

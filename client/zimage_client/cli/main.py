@@ -56,7 +56,8 @@ _EXIT_CODES: dict[type[ZImageError], int] = {
     ZImageError: _REFUSED,
 }
 _HINTS = {
-    "UNREACHABLE": "is the service running, and is that where --server or --encoder say?",
+    "UNREACHABLE": "is the service running, and is that where --server or --encoder say? "
+    "`zimage-client doctor` tries every link",
     "UNIMPLEMENTED": "--server is for a DiT service, --encoder for an encoder service",
     "INTERNAL": "the service's log knows more",
 }
