@@ -149,9 +149,10 @@ class Conditioner:
         if isinstance(error, own) or error.reason == "QUOTA_SPENT":
             # What is wrong with this service's own settings, no user of it can mend.
             _log.error("the encoder at %s cannot be used: %s", self._address, error.message)
+            # Nor is it theirs to know where this machine keeps its files.
+            why = "" if isinstance(error, InvalidSettings) else f": {error.message}"
             return NotReady(
-                f"the encoder service at {self._address} refuses this DiT service"
-                f"{'' if isinstance(error, InvalidSettings) else f': {error.message}'}",
+                f"the encoder service at {self._address} refuses this DiT service{why}",
                 reason="ENCODER_REFUSES",
                 fields={"encoder": self._address, "cause": error.reason},
             )
