@@ -374,7 +374,7 @@ def _invalid(message: str, field: str, given: str) -> InvalidSettings:
 
 
 _KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-_KERNELS = "128"
+_KERNELS = "32"
 """In bfloat16 on a CPU a kernel takes half a megabyte, and every number of tokens is another shape:
 the usual 1,024 grew an encoder of 1 MB to 1.2 GB. A forward needs about ten."""
 

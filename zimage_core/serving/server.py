@@ -112,10 +112,11 @@ async def _end_calls(
 
 
 def _settle_memory() -> None:
-    """What was imported stays. Python looks for garbage when a quarter as much was made anew: what
-    is left of calls is found sooner when only they count."""
+    """What was imported stays. Python looks for garbage when a quarter as much was made anew as the
+    last time it looked: now that is what calls leave behind, and not all that was imported."""
     gc.collect()
     gc.freeze()
+    gc.collect()
 
 
 def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
