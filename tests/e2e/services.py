@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +72,7 @@ class Service:
         [worker] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         return worker
 
-    @property
+    @cached_property
     def probes(self) -> str:
         """The address that it answers at over HTTP."""
         found = re.search(r"probes on (\S+?:\d+)", self.wait_for_line("probes on"))

@@ -172,6 +172,9 @@ def _settled(services: dict[str, Service]) -> Sample:
             assert time.monotonic() < until
             time.sleep(0.1)
     time.sleep(2)  # what was closed last is being put away
+    for service in services.values():
+        assert not [line for line in service.log if "Traceback" in line]
+        service.log.clear()  # this process would grow by it
     found = {"here": _of(psutil.Process())}
     for name, service in services.items():
         front = psutil.Process(service.process.pid)
