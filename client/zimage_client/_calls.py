@@ -1,7 +1,17 @@
 """The calls themselves: messages out, messages or plain data back, errors always our own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+import weakref
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -90,7 +100,7 @@ def decode_latents(
 async def _results(call: Any, read: Callable[[Any], T]) -> Answers[T]:
     """What came of each item of a stream, by its number, as it is done."""
     try:
-        with _TypedErrors():
+        with _TypedErrors(call):
             async for answer in call:
                 match answer.WhichOneof("result"):
                     case None:
@@ -152,7 +162,7 @@ async def generate(
 
     call = stub.Generate(messages(), timeout=timeout, metadata=metadata)
     try:
-        with _TypedErrors():
+        with _TypedErrors(call):
             held = []
             async for response in call:
                 held.append(response)
@@ -210,7 +220,7 @@ async def put_blob(
 
     call = stub.Put(messages(), timeout=timeout, metadata=metadata)
     try:
-        with _TypedErrors():
+        with _TypedErrors(call):
             async for response in call:
                 if not begun.done():
                     begun.set_result(response.stored_bytes)
@@ -237,7 +247,7 @@ async def get_blob(
     request = blob_pb2.GetRequest(sha256=sha256, offset=offset)
     call = stub.Get(iter([request]), timeout=timeout, metadata=metadata)
     try:
-        with _TypedErrors():
+        with _TypedErrors(call):
             async for response in call:
                 yield response
     finally:
@@ -247,7 +257,18 @@ async def get_blob(
 
 class _TypedErrors:
     """Raises errors of ours instead of gRPC's, and lets go of gRPC's frames: as long as anything
-    refers to a call, its connection is kept up, also when its channel is closed."""
+    refers to a call, its connection is kept up, also when its channel is closed.
+
+    A stream that the server ended while a message was on its way would tell of that message alone:
+    gRPC puts the failure to send in the place of the server's status (grpc/grpc#36066). So the
+    status is read as it comes.
+    """
+
+    def __init__(self, stream: Any = None) -> None:
+        self._status: _Status | None = None
+        if stream is not None:
+            # Its own add_done_callback would make it refer to itself, and stay.
+            stream._cython_call.add_done_callback(partial(self._hear, weakref.ref(stream)))
 
     def __enter__(self) -> None:
         pass
@@ -258,9 +279,32 @@ class _TypedErrors:
         del trace
         if isinstance(error, grpc.aio.AioRpcError):
             error.__traceback__ = None
-            trailers = error.trailing_metadata() or ()
-            raise status.from_status(error.code(), error.details() or "", trailers) from None
+            said = error.code(), error.details() or "", error.trailing_metadata() or ()
+            raise status.from_status(*(self._status or said)) from None
         if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()
             if task is None or not task.cancelling():
                 raise Cancelled("the client was closed with this call in flight") from None
+
+    def _hear(self, to_stream: Callable[[], Any]) -> None:
+        stream = to_stream()
+        if stream is None or self._status is not None:
+            return
+        code, details, trailers = map(
+            _at_once, (stream.code(), stream.details(), stream.trailing_metadata())
+        )
+        if code is not grpc.StatusCode.OK:
+            self._status = code, details or "", trailers or ()
+
+
+_Status = tuple[grpc.StatusCode, str, Iterable[tuple[str, str | bytes]]]
+
+
+def _at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of one that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("it waits")

@@ -1,10 +1,12 @@
 """Tokens between real processes: on the way to the DiT service, and from there to the encoder."""
 
+import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.services import PATIENCE_SECONDS, Service, running
@@ -96,6 +98,29 @@ def test_others_are_told_why_not(
     assert said in capsys.readouterr().err
     if name != "nowhere":
         dit.wait_for_line(said)
+
+
+async def test_a_refusal_is_heard_also_where_it_crosses_a_message(
+    dit: Service, folder: Path
+) -> None:
+    front = psutil.Process(dit.process.pid)
+
+    async def files() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.1)  # the call is begun
+        front.resume()
+        time.sleep(0.5)  # noqa: ASYNC251 - the refusal comes while nobody looks
+        yield b"no picture"
+
+    async with AsyncClient(dit.address, token=folder / "writer") as client:
+        await client.describe()
+        front.suspend()
+        try:
+            with pytest.raises(Forbidden, match="needs generate"):
+                [one async for one in client.encode_images(files())]
+        finally:
+            front.resume()
+    dit.wait_for_line("EncodeImages PERMISSION_DENIED")
+    assert len([line for line in dit.log if "EncodeImages" in line]) == 1, "it was asked again"
 
 
 def test_what_the_encoder_has_against_the_dit_is_not_the_users_fault(
