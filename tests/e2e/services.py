@@ -54,15 +54,15 @@ class Service:
         finally:
             watch.cancel()
 
-    def wait_for_line(self, text: str) -> str:
-        """The first line of the log that holds the text."""
+    def wait_for_line(self, *texts: str) -> str:
+        """The first line of the log that holds all of these texts."""
 
         def found() -> str | None:
-            return next((line for line in self.log if text in line), None)
+            return next((line for line in self.log if all(text in line for text in texts)), None)
 
         with self._grown:
             line = self._grown.wait_for(found, PATIENCE_SECONDS)
-        assert line is not None, f"no {text!r} in the log:\n" + "".join(self.log)
+        assert line is not None, f"no {texts} in the log:\n" + "".join(self.log)
         return line
 
     @property
