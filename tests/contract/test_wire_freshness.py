@@ -60,7 +60,7 @@ def test_the_floor_of_protobuf_is_the_stamp_in_the_messages() -> None:
     assert stamps == {_floor("protobuf")}
 
 
-@pytest.mark.skipif(not BUF.exists(), reason="buf comes with npm, which is not installed")
+@pytest.mark.skipif(not BUF.exists(), reason="npm has not installed buf")
 @pytest.mark.parametrize("command", [["lint"], ["format", "--diff", "--exit-code"]])
 def test_buf_is_content(command: list[str]) -> None:
     check = subprocess.run(
