@@ -60,6 +60,42 @@ class DecodeLatents:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Front to worker: what it did of late is wanted; answered by one Recalled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """Worker to front: what it did of late, in the order in which it ended."""
+
+    spans: "tuple[Span, ...]"
+    until: float
+    """When this was, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Part of Recalled: a piece of work on the device."""
+
+    work: str
+    began: float
+    """In seconds since the epoch."""
+    seconds: float
+    parts: "tuple[Part, ...]"
+    """Those it was done for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part of Span: where a request was."""
+
+    request_id: str
+    image_index: int = 0
+    step: int = 0
+    """Counted from 1; 0 for what is no step."""
+
+
+@dataclass(frozen=True, slots=True)
 class Denoised:
     """Worker to front: a picture has this many steps behind it; 0 when its turn begins."""
 

@@ -145,6 +145,15 @@ class DitSettings(ServiceSettings):
     max_side_px: int = Field(4096, ge=16, description="longest side of a picture")
     max_image_count: int = Field(64, ge=1, description="most pictures in one request")
     max_step_count: int = Field(1000, ge=1, description="most steps of one picture")
+    max_step_ms: float = Field(
+        250.0,
+        gt=0,
+        description="how long a step may become by several requests sharing it: so long whoever "
+        "comes waits for its first",
+    )
+    max_step_bytes: int | None = Field(
+        None, gt=0, description="memory of such a step; unset: most of what is free"
+    )
     max_queue_length: int = Field(64, ge=1, description="requests inside beside one")
     max_queue_seconds: float = Field(
         600.0, gt=0, description="seconds of work that may be ahead of a request"

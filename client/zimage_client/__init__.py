@@ -14,6 +14,8 @@ from zimage_client._description import (
     EncoderDescription,
     Limits,
     Model,
+    Span,
+    SpanPart,
     WorkerState,
 )
 from zimage_client._events import (
@@ -94,6 +96,8 @@ __all__ = [
     "Provenance",
     "Receipt",
     "Recipe",
+    "Span",
+    "SpanPart",
     "Stage",
     "TensorData",
     "Tls",

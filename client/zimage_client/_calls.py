@@ -21,7 +21,7 @@ import grpc.aio
 from zimage_client import _reading
 from zimage_client._channel import Metadata
 from zimage_client._conditioning import prompt_message
-from zimage_client._description import DitDescription, EncoderDescription
+from zimage_client._description import DitDescription, EncoderDescription, Span
 from zimage_client._events import DecodedImage
 from zimage_client._items import Answers
 from zimage_core.embeddings import Embedding, Prompt
@@ -41,6 +41,7 @@ _PUT_BYTES = 1 << 18
 
 ENCODE_SECONDS = 30.0
 DESCRIBE_SECONDS = 10.0
+TRACE_SECONDS = 60.0
 """How long calls may take unless their caller says otherwise."""
 
 
@@ -136,6 +137,22 @@ async def describe_encoder(
             encoder_pb2.DescribeRequest(), timeout=timeout, metadata=metadata
         )
     return _reading.encoder_description(response)
+
+
+async def trace(
+    channel: grpc.aio.Channel,
+    last_seconds: float | None,
+    timeout: float | None,
+    metadata: Metadata,
+) -> list[Span]:
+    """What the DiT service's device did of late."""
+    request = dit_pb2.TraceRequest()
+    if last_seconds is not None:
+        request.last.FromNanoseconds(round(last_seconds * 1e9))
+    stub = dit_pb2_grpc.DitServiceStub(channel)
+    with _TypedErrors():
+        response = await stub.Trace(request, timeout=timeout, metadata=metadata)
+    return _reading.spans(response)
 
 
 async def generate(

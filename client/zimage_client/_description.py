@@ -77,6 +77,29 @@ class DitDescription:
 
 
 @dataclass(frozen=True, slots=True)
+class SpanPart:
+    """Where a request was in a piece of work."""
+
+    request_id: str
+    """As in logs."""
+    image_index: int
+    step: int
+    """Counted from 1; 0 for what is no step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of work on the device of a DiT service."""
+
+    work: str
+    """"condition", "denoise", "decode" or "encode", or what a newer service knows."""
+    ended_seconds_ago: float
+    took_seconds: float
+    parts: tuple[SpanPart, ...]
+    """The requests it was done for; several share a step."""
+
+
+@dataclass(frozen=True, slots=True)
 class Encoder:
     """The model of an encoder service."""
 

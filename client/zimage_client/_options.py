@@ -87,13 +87,13 @@ _CHOICES: Mapping[str, tuple[str, Mapping[str, int]]] = {
 }
 
 
-def check_timeout(seconds: float | None) -> None:
-    """Raises InvalidRequest for what is no time to wait."""
+def check_timeout(seconds: float | None, name: str = "timeout") -> None:
+    """Raises InvalidRequest for what is no time to wait, or to look back."""
     if seconds is None:
         return
     if not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST_TIMEOUT_SECONDS:
         raise _invalid(
-            "timeout",
+            name,
             seconds,
             f"allowed: more than 0 and at most {_LONGEST_TIMEOUT_SECONDS:.0e} seconds, or none",
         )

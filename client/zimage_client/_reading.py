@@ -11,6 +11,8 @@ from zimage_client._description import (
     EncoderDescription,
     Limits,
     Model,
+    Span,
+    SpanPart,
     WorkerState,
 )
 from zimage_client._events import (
@@ -173,6 +175,22 @@ def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
             for backend in message.attention_backends
         ),
     )
+
+
+def spans(message: dit_pb2.TraceResponse) -> list[Span]:
+    """What a device did, in the order in which it ended."""
+    now = message.until.ToNanoseconds()
+    return [
+        Span(
+            work=span.work,
+            ended_seconds_ago=(now - span.began.ToNanoseconds() - span.took.ToNanoseconds()) / 1e9,
+            took_seconds=_seconds(span.took),
+            parts=tuple(
+                SpanPart(part.request_id, part.image_index, part.step) for part in span.parts
+            ),
+        )
+        for span in message.spans
+    ]
 
 
 def encoder_description(message: encoder_pb2.DescribeResponse) -> EncoderDescription:

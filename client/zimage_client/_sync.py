@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from zimage_client import _calls
 from zimage_client._client import AsyncClient
 from zimage_client._conditioning import Condition, Prompts
-from zimage_client._description import DitDescription, EncoderDescription
+from zimage_client._description import DitDescription, EncoderDescription, Span
 from zimage_client._events import DecodedImage, Event, Generated
 from zimage_client._items import Many
 from zimage_client._options import Options
@@ -124,6 +124,12 @@ class Client:
     def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""
         return self._work.run(self._client.describe(timeout=timeout))
+
+    def trace(
+        self, last_seconds: float | None = None, *, timeout: float | None = _calls.TRACE_SECONDS
+    ) -> list[Span]:
+        """What the DiT service's device did of late, as of AsyncClient."""
+        return self._work.run(self._client.trace(last_seconds, timeout=timeout))
 
     def describe_encoder(
         self, *, timeout: float | None = _calls.DESCRIBE_SECONDS

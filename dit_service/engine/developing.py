@@ -22,6 +22,11 @@ class Developing:
         """Whether `picture` would return at once."""
         return self._download.is_there
 
+    @property
+    def seconds(self) -> float:
+        """How long it took, once the picture was taken."""
+        return self._piece.seconds
+
     def wait(self) -> None:
         """Returns when the picture is there."""
         self._download.wait()
@@ -30,7 +35,7 @@ class Developing:
         """Its uint8 RGB, [H, W, 3]; enters its time. Better no picture than a black one."""
         picture_HW3, is_finite = self._download.wait()
         self._piece.done()
-        spent.decode_seconds += self._piece.seconds
+        spent.decode_seconds += self.seconds
         if not is_finite:
             raise InvalidRequest(
                 "the picture's values left the range of numbers; ask for less guidance",

@@ -2,6 +2,10 @@
 
 import ctypes
 import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import diffusers
 import torch
@@ -14,6 +18,11 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 """torch's types by the names that settings, files and the wire use."""
 
 NAMES = {kind: name for name, kind in TYPES.items()}
+
+
+_FREE_FOR_STEPS = 0.8
+"""The rest is for pictures being developed, and for what fits between pieces."""
+_HOST_BYTES_FOR_STEPS = 2.0**31
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -65,22 +74,54 @@ def library_versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "diffusers": diffusers.__version__}
 
 
+def room_bytes(device: torch.device) -> float:
+    """The memory that steps may take, now that the model is loaded."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return _FREE_FOR_STEPS * free
+    if device.type == "mps":
+        held = torch.mps.driver_allocated_memory()
+        return _FREE_FOR_STEPS * (torch.mps.recommended_max_memory() - held)
+    return _HOST_BYTES_FOR_STEPS
+
+
 class Fence:
     """Lets the host run one step ahead of the device, and no further."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._last: torch.Event | None = None
+        self._before: _Timed | None = None
 
-    def step(self) -> None:
-        """Waits for the step before the one just begun."""
-        if self._device.type == "cpu":
-            return  # the host did the work itself
-        begun = torch.Event(self._device)
-        begun.record()
-        if self._last is not None:
-            self._last.synchronize()
-        self._last = begun
+    @contextmanager
+    def step(self, flops: float, learn: Callable[[float, float], None]) -> Iterator[None]:
+        """A step that the block hands to the device. Waits for the one before it, and tells `learn`
+        the operations and seconds of the one that is done."""
+        if self._device.type == "cpu":  # the host does the work itself
+            began = time.monotonic()
+            yield
+            learn(flops, time.monotonic() - began)
+            return
+        step = _Timed(flops, self._event(), self._event())
+        step.began.record()
+        yield
+        step.ended.record()
+        if self._before is not None:
+            self._before.ended.synchronize()
+            milliseconds = self._before.began.elapsed_time(self._before.ended)
+            learn(self._before.flops, milliseconds / 1000)
+        self._before = step
+
+    def _event(self) -> torch.Event:
+        return torch.Event(self._device, enable_timing=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A step on the device's own clock."""
+
+    flops: float
+    began: torch.Event
+    ended: torch.Event
 
 
 class Download:

@@ -13,6 +13,8 @@ from dit_service import messages
 from dit_service.engine.conversion import Converter
 from dit_service.engine.developing import Developing
 from dit_service.engine.device import Fence, to_device
+from dit_service.engine.diary import Diary, part
+from dit_service.engine.lines import Load
 from dit_service.engine.pace import Announce, Pace
 from dit_service.engine.packing import Asked, Conditioned, Packer
 from dit_service.model import preview
@@ -22,6 +24,8 @@ from dit_service.sampling.euler import text_to_image
 from dit_service.sampling.forwards import NEGATIVE, POSITIVE, Run
 from dit_service.sampling.noise import initial_noise
 from zimage_core.errors import InvalidRequest
+from zimage_core.planning import schedule
+from zimage_core.planning.durations import Durations
 from zimage_core.tensors import TensorData
 
 _log = logging.getLogger(__name__)
@@ -60,9 +64,11 @@ class Studio:
         self._model = model
         self._vae = vae
         self.preview = preview.fit(vae)
-        self.converter = Converter(vae, model.device, announce)
+        self.diary = Diary()
+        self.converter = Converter(vae, model.device, announce, self.diary)
         self._packer = Packer(model, backend)
         self._fence = Fence(model.device)
+        self._step_durations = Durations()
         self._conditioning = Pace("condition", _SLOWEST_SECONDS_PER_TOKEN, announce)
         self._denoising = Pace("denoise", _SLOWEST_SECONDS_PER_FLOP, announce)
         self._decoding = Pace("decode", _SLOWEST_SECONDS_PER_PIXEL, announce)
@@ -72,22 +78,31 @@ class Studio:
         each picture when it is done, and last what it took."""
         emit(messages.Denoised(0, 0))  # the request is under way: what breaks now may be its fault
         spent = messages.Spent()
+        forward_count = len(request.seeds) * schedule.forward_count(
+            request.sigmas, request.guidance, request.cfg_truncation
+        )
         try:
-            with self._conditioning.working(request.token_count):
+            with self._conditioning.working(request.token_count) as piece:
                 shared = self._condition(request)
+            self.diary.enter("condition", piece.seconds, part())
             for index, seed in enumerate(request.seeds):
                 run = self._begin(request, seed)
                 while run.step:
                     emit(messages.Denoised(index, run.steps_done))
                     yield from self._preview(request, index, run, spent, emit)
-                    predicted = yield Asked(shared, run.step.forwards)
+                    predicted = yield Asked(
+                        who=part(index, run.steps_done + 1),
+                        shared=shared,
+                        forwards=run.step.forwards,
+                        forwards_left=forward_count - spent.forward_count,
+                    )
                     assert predicted is not None
                     run.send(predicted.velocities)
                     count = len(predicted.velocities)
                     spent.count(count, predicted.seconds, predicted.request_count)
                 emit(messages.Decoding(index))
                 assert run.latents_CHW is not None
-                picture_HW3 = yield from self._developed(run.latents_CHW, spent)
+                picture_HW3 = yield from self._developed(run.latents_CHW, spent, part(index))
                 emit(messages.Picture(index, picture_HW3.numpy().tobytes()))
             emit(spent)
         finally:  # however it ends
@@ -105,21 +120,26 @@ class Studio:
     def predict(self, asked: Sequence[Asked]) -> list[Predicted]:
         """A step of some requests, in one call of the model."""
         flops = [self._packer.flops(one) for one in asked]
-        with self._denoising.working(sum(flops)) as step:
+        total = sum(flops)
+        with self._denoising.working(total) as step, self._fence.step(total, self._learn):
             velocities = iter(self._packer.predict(asked))
-            self._fence.step()
+        self.diary.enter("denoise", step.seconds, *(one.who for one in asked))
         return [
             Predicted(
                 velocities=tuple(islice(velocities, len(one.forwards))),
-                seconds=step.seconds * own / sum(flops),
+                seconds=step.seconds * own / total,
                 request_count=len(asked),
             )
             for one, own in zip(asked, flops, strict=True)
         ]
 
-    def token_count(self, asked: Asked) -> int:
-        """How many tokens a step of this request packs."""
-        return self._packer.token_count(asked)
+    def load(self, asked: Asked) -> Load:
+        """What the next step of a request asks of the device."""
+        return Load(self._packer.flops(asked), self._packer.bytes(asked))
+
+    def flops_within(self, seconds: float) -> float:
+        """How large a step may be to take no longer, by the steps of late."""
+        return self._step_durations.units_within(seconds)
 
     def run(self, request: messages.Generate, emit: Emit) -> None:
         """A request with nobody beside it."""
@@ -133,6 +153,9 @@ class Studio:
                 else:
                     [predicted] = self.predict([asked])
                     asked = work.send(predicted)
+
+    def _learn(self, flops: float, seconds: float) -> None:
+        self._step_durations.learn(flops, flops, seconds)
 
     def _condition(self, request: messages.Generate) -> Conditioned:
         """What all pictures and steps of the request share."""
@@ -192,7 +215,8 @@ class Studio:
         if expected_latents is None:
             return
         if asked.use_vae:
-            picture_HW3 = yield from self._developed(expected_latents, spent)
+            who = part(index, run.steps_done)
+            picture_HW3 = yield from self._developed(expected_latents, spent, who)
         else:
             picture_HW3 = self.preview.render(expected_latents)
         height, width, _ = picture_HW3.shape
@@ -200,13 +224,15 @@ class Studio:
         emit(messages.Preview(index, run.steps_done, width, height, rgb))
 
     def _developed(
-        self, latents_CHW: Tensor, spent: messages.Spent
+        self, latents_CHW: Tensor, spent: messages.Spent, who: messages.Part
     ) -> Generator[Developing, Predicted | None, Tensor]:
         """The picture of latents; others go on while the device works on it."""
         developing = self._develop(latents_CHW)
         while not developing.is_there:
             yield developing
-        return developing.picture(spent)
+        picture_HW3 = developing.picture(spent)
+        self.diary.enter("decode", developing.seconds, who)
+        return picture_HW3
 
     def _develop(self, latents_CHW: Tensor) -> Developing:
         return Developing(self._vae, latents_CHW, self._decoding)

@@ -6,10 +6,11 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from dit_service.messages import Part
 from dit_service.model.layout import Layout, SampleShape
 from dit_service.model.transformer import Caption, Modulation, Sample, ZImageTransformer
 from dit_service.sampling.forwards import Forward
-from zimage_core.planning.flops import dit_step_flops
+from zimage_core.planning.flops import dit_row_elements, dit_step_flops
 
 _KEPT_LAYOUTS = 8
 
@@ -26,8 +27,11 @@ class Conditioned:
 class Asked:
     """What a request wants of the model for its next step."""
 
+    who: Part
     shared: Conditioned
     forwards: tuple[Forward, ...]
+    forwards_left: int
+    """These and all that the request will ask for after them."""
 
 
 class Packer:
@@ -58,9 +62,10 @@ class Packer:
         shapes = ((shape.image_tokens, shape.caption_rows) for shape in self._shapes(asked))
         return dit_step_flops(self._model.config, shapes)
 
-    def token_count(self, asked: Asked) -> int:
-        """How many tokens a call for this packs, pads included."""
-        return sum(shape.image_rows + shape.caption_rows for shape in self._shapes(asked))
+    def bytes(self, asked: Asked) -> int:
+        """How much memory a call for this takes while it runs."""
+        rows = sum(shape.image_rows + shape.caption_rows for shape in self._shapes(asked))
+        return rows * dit_row_elements(self._model.config) * self._model.dtype.itemsize
 
     def _shapes(self, asked: Asked) -> list[SampleShape]:
         return [

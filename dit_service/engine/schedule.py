@@ -9,15 +9,21 @@ from dit_service import messages
 from dit_service.engine.developing import Developing
 from dit_service.engine.events import Events
 from dit_service.engine.generate import Predicted, Studio, Work
-from dit_service.engine.lines import Lines
+from dit_service.engine.lines import Lines, Load, Waiting
 from dit_service.engine.packing import Asked
 from zimage_core.serving.child import Port, is_sticky
 from zimage_core.serving.pipe import Submit
 
 _log = logging.getLogger(__name__)
 
-_MOST_TOKENS_PER_STEP = 1 << 15
-"""What a step packs at most: its activations are what grows with the number of requests."""
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How large steps may become when several share them."""
+
+    seconds: float
+    """Whoever comes waits so long at most: a step under way is not broken off."""
+    bytes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +42,12 @@ class Schedule:
     """All live requests take turns; as many as fit, and as their shares allow, go together.
     Conversions are done between steps."""
 
-    def __init__(self, studio: Studio, port: Port) -> None:
+    def __init__(self, studio: Studio, port: Port, room: Room) -> None:
         self._studio = studio
         self._port = port
+        self._room = room
         self._conversions: deque[Submit] = deque()
-        self._lines = Lines[tuple[_Live, Asked]](_MOST_TOKENS_PER_STEP)
+        self._lines = Lines[tuple[_Live, Asked]]()
         """Who waits for a step."""
         self._developing: deque[tuple[_Live, Developing]] = deque()
         """Those whose picture the device works on."""
@@ -59,10 +66,14 @@ class Schedule:
                 self._step(together)
 
     def _take(self, submitted: Submit) -> None:
-        if isinstance(submitted.payload, messages.Generate):
-            self._begin(submitted, submitted.payload)
-        else:
-            self._conversions.append(submitted)
+        match submitted.payload:
+            case messages.Generate() as request:
+                self._begin(submitted, request)
+            case messages.Recall():
+                with self._port.answering(submitted):
+                    self._port.emit(submitted.call, self._studio.diary.recalled())
+            case _:
+                self._conversions.append(submitted)
 
     def _convert(self, submitted: Submit) -> None:
         if self._port.is_cancelled(submitted.call):
@@ -91,7 +102,8 @@ class Schedule:
         """Takes those from the lines that step next; drops those for whom nobody waits."""
         for live, _ in self._lines.drop(lambda one: not self._is_wanted(one[0])):
             self._drop(live)
-        return self._lines.take(is_solo=lambda one: one[0].request.is_solo)
+        flops = self._studio.flops_within(self._room.seconds)
+        return self._lines.take(Load(flops, self._room.bytes))
 
     def _step(self, together: _Together) -> None:
         if predicted := self._predict(together):
@@ -125,8 +137,18 @@ class Schedule:
             if isinstance(awaits, Developing):
                 self._developing.append((live, awaits))
             else:
-                tokens = self._studio.token_count(awaits)
-                self._lines.join((live, awaits), live.request.share, tokens)
+                self._lines.join(self._waiting(live, awaits))
+
+    def _waiting(self, live: _Live, asked: Asked) -> Waiting[tuple[_Live, Asked]]:
+        load = self._studio.load(asked)
+        return Waiting(
+            one=(live, asked),
+            share=live.request.share,
+            arrival=live.submitted.call,
+            load=load,
+            flops_left=load.flops * asked.forwards_left / len(asked.forwards),
+            is_solo=live.request.is_solo,
+        )
 
     def _is_wanted(self, live: _Live) -> bool:
         return not self._port.is_cancelled(live.submitted.call)

@@ -9,7 +9,7 @@ from dit_service import messages
 from dit_service.engine import device as devices
 from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
-from dit_service.engine.schedule import Schedule
+from dit_service.engine.schedule import Room, Schedule
 from dit_service.model import loading
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats.encoder_files import EncoderFiles
@@ -32,6 +32,7 @@ _ATTENTION_REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
+    device: torch.device
     studio: Studio
     description: messages.Model
 
@@ -44,7 +45,12 @@ def main(port: Port, settings: DitSettings) -> None:
     loaded = _load(port, settings)
     _warm_up(loaded)
     port.ready(loaded.description)
-    Schedule(loaded.studio, port).serve()
+    Schedule(loaded.studio, port, _room(settings, loaded)).serve()
+
+
+def _room(settings: DitSettings, loaded: _Loaded) -> Room:
+    free = devices.room_bytes(loaded.device)
+    return Room(settings.max_step_ms / 1000, settings.max_step_bytes or free)
 
 
 def _load(port: Port, settings: DitSettings) -> _Loaded:
@@ -83,7 +89,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         thread_count=torch.get_num_threads() if device.type == "cpu" else 0,
         library_versions=devices.library_versions(),
     )
-    return _Loaded(studio, description)
+    return _Loaded(device, studio, description)
 
 
 def _shape(config: DitShape) -> DitShape:

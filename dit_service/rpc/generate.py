@@ -8,7 +8,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from dit_service import messages
-from dit_service.rpc import describe
+from dit_service.rpc import describe, trace
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.conversions import Conversions
 from dit_service.rpc.costs import Costs
@@ -85,6 +85,15 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         """Pictures for latents, each for itself."""
         async for answer in self._each(request_iterator, self._conversions.decode):
             yield answer
+
+    async def Trace(  # noqa: N802 - gRPC's name
+        self, request: dit_pb2.TraceRequest, context: _Context
+    ) -> dit_pb2.TraceResponse:
+        """What the worker remembers."""
+        self._worker.loaded(messages.Model)
+        [recalled] = [event async for event in self._worker.call(messages.Recall())]
+        assert isinstance(recalled, messages.Recalled)
+        return trace.response(recalled, request)
 
     async def _each(
         self, items: AsyncIterator[T], answer: Callable[[T], Coroutine[Any, Any, R]]

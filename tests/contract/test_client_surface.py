@@ -45,6 +45,8 @@ NAMES = [
     "Provenance",
     "Receipt",
     "Recipe",
+    "Span",
+    "SpanPart",
     "Stage",
     "TensorData",
     "Tls",

@@ -182,6 +182,9 @@ def test_a_stack_that_is_up_serves_its_model_until_down(home: Path, model_folder
     assert json.loads(down.stdout)["model"] == str(Path("mine").resolve())
     assert _alive() == []
     assert "no embedded stack runs" in _command("down").stderr
+    nothing_to_see = _command("trace")
+    assert nothing_to_see.returncode == 4
+    assert "no embedded stack runs" in nothing_to_see.stderr
     (stack.folder / "stack.json").write_text('{"of": "a newer version"}')
     assert _command("info").returncode == 4
 

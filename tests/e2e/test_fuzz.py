@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import grpc
 import psutil
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -95,6 +96,7 @@ METHODS: dict[str, list[Message]] = {
     ],
     f"{_DIT}/EncodeImages": [dit_pb2.EncodeImagesRequest(item_id=1, image=_png())],
     f"{_DIT}/DecodeLatents": [dit_pb2.DecodeLatentsRequest(item_id=1, latents=LATENTS)],
+    f"{_DIT}/Trace": [dit_pb2.TraceRequest(last=Duration(seconds=60))],
     f"{_BLOBS}/Find": [blob_pb2.FindRequest(sha256=[SHA256])],
     f"{_BLOBS}/Put": [
         blob_pb2.PutRequest(start=blob_pb2.PutStart(sha256=SHA256, size_bytes=9)),
@@ -103,7 +105,7 @@ METHODS: dict[str, list[Message]] = {
     f"{_BLOBS}/Get": [blob_pb2.GetRequest(sha256=SHA256, offset=1)],
 }
 """What clients send, as a place to begin."""
-_UNARY = ("Describe", "Encode", "Find")
+_UNARY = ("Describe", "Encode", "Find", "Trace")
 
 
 # The demo model's tokenizer knows where words end, and so how much of them to remember.

@@ -1,11 +1,14 @@
 """Requests that share their steps: each gets its own pictures, and nobody waits for a long one."""
 
 import io
+import json
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,16 @@ import pytest
 from PIL import Image
 
 from tests.e2e.services import PATIENCE_SECONDS, Service, running
-from zimage_client import Client, Completed, DeadlineTooShort, Options, Picture, Progress
+from zimage_client import (
+    Client,
+    Completed,
+    DeadlineTooShort,
+    InvalidRequest,
+    Options,
+    Picture,
+    Progress,
+)
+from zimage_client.cli.main import main as command
 
 CLIENTS = 6
 REQUESTS = 30
@@ -159,6 +171,37 @@ def test_a_short_request_after_a_long_one_ends_first(dit: Service) -> None:
     draw("short", 4)
     long.join()
     assert ended == ["short", "long"]
+    with Client(dit.address) as client:
+        spans = client.trace()
+    members = [{part.request_id for part in span.parts} for span in spans if span.work == "denoise"]
+    changes = [(len(after - before), len(before - after)) for before, after in pairwise(members)]
+    assert (1, 0) in changes, "one joined those who were there, between two steps"
+    assert (0, 1) in changes, "one left those who went on"
+
+
+def test_the_trace_can_be_looked_at(
+    dit: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Client(dit.address) as client:
+        client.generate("a red circle", seed=1, steps=3, count=2, guidance=0.0)
+        with pytest.raises(InvalidRequest, match=r"last_seconds: nan given"):
+            client.trace(float("nan"))
+    file = tmp_path / "trace.json"
+    assert command(["trace", "--server", dit.address, "--last", "600", "-o", str(file)]) == 0
+    head, shares, device, *lanes, _legend = capsys.readouterr().out.splitlines()
+    assert re.search(r"\d+ requests, \d+ steps, \d\.\d requests in each", head)
+    assert "denoise" in shares
+    assert device.startswith("device")
+    assert any(lane.count("#") and lane.count("d") for lane in lanes)
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+    of_last = [event for event in events if event["tid"] == max(names.values())]
+    steps = [event["args"] for event in of_last if event["name"] == "denoise"]
+    assert [(at["image"], at["step"]) for at in steps] == [
+        (i, n) for i in (0, 1) for n in (1, 2, 3)
+    ]
+    began = [event["ts"] for event in of_last if event["ph"] == "X"]
+    assert began == sorted(began)
 
 
 def test_who_wants_to_be_alone_is(dit: Service) -> None:

@@ -146,6 +146,14 @@ def test_what_the_encoder_has_against_the_dit_is_not_the_users_fault(
     dit.wait_for_line("holds no token")
 
 
+def test_what_others_do_on_the_device_only_admins_see(dit: Service, folder: Path) -> None:
+    with (
+        Client(dit.address, token=folder / "painter") as client,
+        pytest.raises(Forbidden, match="needs admin"),
+    ):
+        client.trace()
+
+
 @pytest.mark.parametrize(
     ("name", "check", "advice"),
     [

@@ -102,6 +102,19 @@ def test_durations_are_guessed_from_pieces_as_large() -> None:
     assert durations.expected(1000, 10_000) == pytest.approx(10, rel=0.01)
 
 
+def test_a_piece_may_grow_until_it_takes_too_long() -> None:
+    durations = Durations()
+    assert durations.units_within(1.0) == 0
+    durations.learn(10, 10, 0.1)
+    assert durations.units_within(1.0) == pytest.approx(100)  # as far as is known
+    durations.learn(100, 100, 0.5)
+    assert durations.units_within(1.0) == pytest.approx(200)  # larger pieces are quicker
+    for _ in range(30):
+        durations.learn(200, 200, 50.0)  # something else had the machine
+    assert durations.units_within(1.0) == pytest.approx(200), "it is tried again"
+    assert durations.units_within(0.01) == 0
+
+
 async def test_items_of_streams_wait_and_leave_room_for_others() -> None:
     admission = _admission(waiting=3)
     order: list[int] = []

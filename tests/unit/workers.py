@@ -58,7 +58,7 @@ def cramped(port: Port, settings: tuple[Path, int]) -> None:
 
     from dit_service.engine.generate import Predicted, Studio
     from dit_service.engine.packing import Asked
-    from dit_service.engine.schedule import Schedule
+    from dit_service.engine.schedule import Room, Schedule
     from dit_service.model import loading
 
     folder, room = settings
@@ -74,7 +74,7 @@ def cramped(port: Port, settings: tuple[Path, int]) -> None:
         transformer = loading.load_transformer(folder, cpu, torch.float32)
         vae = loading.load_vae(folder, cpu, torch.float32)
         port.ready(settings)
-        Schedule(Cramped(transformer, vae, "sdpa", port.announce), port).serve()
+        Schedule(Cramped(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
 
 
 def slow_developer(port: Port, settings: tuple[Path, bool]) -> None:
@@ -86,7 +86,7 @@ def slow_developer(port: Port, settings: tuple[Path, bool]) -> None:
     from dit_service.engine.developing import Developing
     from dit_service.engine.generate import Studio
     from dit_service.engine.pace import Pace
-    from dit_service.engine.schedule import Schedule
+    from dit_service.engine.schedule import Room, Schedule
     from dit_service.model import loading
 
     folder, may_wait = settings
@@ -112,7 +112,7 @@ def slow_developer(port: Port, settings: tuple[Path, bool]) -> None:
         transformer = loading.load_transformer(folder, cpu, torch.float32)
         vae = loading.load_vae(folder, cpu, torch.float32)
         port.ready(settings)
-        Schedule(Slow(transformer, vae, "sdpa", port.announce), port).serve()
+        Schedule(Slow(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
 
 
 def broken_model(port: Port, settings: object) -> None:

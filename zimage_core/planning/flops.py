@@ -89,6 +89,12 @@ def dit_modulation_flops(shape: DitShape, step_count: int) -> int:
     return 2 * step_count * (embedding + modulation)
 
 
+def dit_row_elements(shape: DitShape) -> int:
+    """How many values of one token a forward holds at its widest: in the feed-forward part, where
+    two rows of its inner width stand beside the stream and its norm."""
+    return 2 * shape.dim + 2 * shape.ffn_dim
+
+
 def dit_parameter_count(shape: DitShape) -> int:
     """The number of weights; times the bytes of an element it is the memory they take."""
     modulation = 4 * shape.dim * (shape.time_dim + 1)

@@ -39,6 +39,7 @@ ROLES: dict[str, Role | None] = {
     "/zimage_rpc.dit.v1.DitService/Generate": "generate",
     "/zimage_rpc.dit.v1.DitService/EncodeImages": "generate",
     "/zimage_rpc.dit.v1.DitService/DecodeLatents": "generate",
+    "/zimage_rpc.dit.v1.DitService/Trace": "admin",
 }
 """The role that a method needs; for None any token does, and an admin may do everything."""
 

@@ -9,5 +9,6 @@ DIT = (
     "blobs",
     "priorities",
     "named_embeddings",
+    "trace",
 )
 ENCODER = ("encode_stream",)

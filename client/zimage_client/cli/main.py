@@ -19,6 +19,7 @@ from zimage_client.cli import (
     info,
     inline,
     inspect,
+    trace,
     up,
     verify,
 )
@@ -44,6 +45,7 @@ _COMMANDS = {
     "down": (down, "stop the embedded services"),
     "doctor": (doctor, "try every link to the services and say what to change"),
     "certs": (certs, "make a private authority, and certificates for machines"),
+    "trace": (trace, "show what the device of a running DiT service did, and for whom"),
     "verify": (verify, "make a picture again and say whether it is the same"),
 }
 _DONE, _FAILED, _USAGE, _REFUSED, _UNREACHABLE, _INTERRUPTED = 0, 1, 2, 3, 4, 130

@@ -28,6 +28,11 @@ class Terminal:
         return self._is_live
 
     @property
+    def width(self) -> int:
+        """In letters; of a file or a pipe, the usual."""
+        return shutil.get_terminal_size().columns
+
+    @property
     def shows_pictures(self) -> bool:
         """Whether `picture` can be used."""
         return self._way is not None

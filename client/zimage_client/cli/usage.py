@@ -12,10 +12,10 @@ def wrong(field: str, message: str) -> InvalidSettings:
 
 
 def seconds(text: str) -> float:
-    """The value of --timeout."""
+    """The value of a flag that takes seconds."""
     try:
         value = float(text)
-        check_timeout(value)
+        check_timeout(value, "seconds")
     except ValueError:
         raise ArgumentTypeError(f"{text!r} is no number of seconds") from None
     except InvalidRequest as error:

@@ -55,6 +55,11 @@ class DitServiceStub:
                 request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/zimage_rpc.dit.v1.DitService/Trace',
+                request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.TraceRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class DitServiceServicer:
@@ -93,6 +98,14 @@ class DitServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """Says what the device did of late, and for whom: between two steps, so it may wait for one. Forgets the oldest; a worker
+        that was replaced knows nothing of the time before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DitServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -115,6 +128,11 @@ def add_DitServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeRequest.FromString,
                     response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.TraceRequest.FromString,
+                    response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +244,33 @@ class DitService:
             '/zimage_rpc.dit.v1.DitService/Describe',
             zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeRequest.SerializeToString,
             zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.dit.v1.DitService/Trace',
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.TraceRequest.SerializeToString,
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

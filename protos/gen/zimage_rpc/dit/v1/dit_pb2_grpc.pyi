@@ -47,6 +47,10 @@ class DitServiceStub:
     """Turns latents into pictures, likewise."""
     Describe: _grpc.UnaryUnaryMultiCallable[_dit_pb2.DescribeRequest, _dit_pb2.DescribeResponse]
     """Says which model this is and what it can do. Answers while the model loads."""
+    Trace: _grpc.UnaryUnaryMultiCallable[_dit_pb2.TraceRequest, _dit_pb2.TraceResponse]
+    """Says what the device did of late, and for whom: between two steps, so it may wait for one. Forgets the oldest; a worker
+    that was replaced knows nothing of the time before.
+    """
 
 @_typing.type_check_only
 class DitServiceAsyncStub(DitServiceStub):
@@ -67,6 +71,10 @@ class DitServiceAsyncStub(DitServiceStub):
     """Turns latents into pictures, likewise."""
     Describe: _aio.UnaryUnaryMultiCallable[_dit_pb2.DescribeRequest, _dit_pb2.DescribeResponse]  # type: ignore[assignment]
     """Says which model this is and what it can do. Answers while the model loads."""
+    Trace: _aio.UnaryUnaryMultiCallable[_dit_pb2.TraceRequest, _dit_pb2.TraceResponse]  # type: ignore[assignment]
+    """Says what the device did of late, and for whom: between two steps, so it may wait for one. Forgets the oldest; a worker
+    that was replaced knows nothing of the time before.
+    """
 
 class DitServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs the diffusion transformer and the VAE of Z-Image."""
@@ -108,5 +116,15 @@ class DitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_dit_pb2.DescribeResponse, _abc.Awaitable[_dit_pb2.DescribeResponse]]:
         """Says which model this is and what it can do. Answers while the model loads."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _dit_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dit_pb2.TraceResponse, _abc.Awaitable[_dit_pb2.TraceResponse]]:
+        """Says what the device did of late, and for whom: between two steps, so it may wait for one. Forgets the oldest; a worker
+        that was replaced knows nothing of the time before.
+        """
 
 def add_DitServiceServicer_to_server(servicer: DitServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,36 @@
+"""What the device did of late, and for whom."""
+
+import time
+from collections import deque
+
+from dit_service.messages import Part, Recalled, Span
+from zimage_core.wire import request_id
+
+_KEPT_PARTS = 1 << 15
+"""A few minutes of fast steps; some megabytes when they are asked for."""
+
+
+class Diary:
+    """Remembers pieces of work, and forgets the oldest."""
+
+    def __init__(self) -> None:
+        self._spans: deque[Span] = deque()
+        self._part_count = 0
+
+    def recalled(self) -> Recalled:
+        """All that is remembered."""
+        return Recalled(tuple(self._spans), time.time())
+
+    def enter(self, work: str, seconds: float, *parts: Part) -> None:
+        """A piece of work that is done now; not if nobody asked for it, as at warm-up."""
+        if not any(part.request_id for part in parts):
+            return
+        self._spans.append(Span(work, time.time() - seconds, seconds, parts))
+        self._part_count += len(parts)
+        while self._part_count > _KEPT_PARTS:
+            self._part_count -= len(self._spans.popleft().parts)
+
+
+def part(image_index: int = 0, step: int = 0) -> Part:
+    """Where the request at hand is."""
+    return Part(request_id.current.get(), image_index, step)
