@@ -105,13 +105,19 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, norm_weights_S4D: Tensor, segments: Segments, backend: str
     ) -> Tensor:
-        """One step of the residual stream; `norm_weights_S4D` may be one row for all samples."""
-        before_attention, after_attention, before_ffn, after_ffn = (
-            per_token(weights_SD, segments) for weights_SD in norm_weights_S4D.unbind(1)
+        """One step of the residual stream; `norm_weights_S4D` may be one row for all samples. What
+        has no name here is gone at once: the feed-forward part wants the memory."""
+        before_attention, after_attention, before_ffn, after_ffn = norm_weights_S4D.unbind(1)
+        attended_TD = self.attention_norm2.normalised(
+            self.attention(
+                self.attention_norm1.normalised(x_TD).mul_(per_token(before_attention, segments)),
+                segments,
+                backend,
+            )
         )
-        attended_TD = self.attention(
-            self.attention_norm1.normalised(x_TD).mul_(before_attention), segments, backend
+        x_TD = torch.addcmul(x_TD, per_token(after_attention, segments), attended_TD)
+        del attended_TD
+        fed_TD = self.ffn_norm2.normalised(
+            self.feed_forward(self.ffn_norm1.normalised(x_TD).mul_(per_token(before_ffn, segments)))
         )
-        x_TD = torch.addcmul(x_TD, after_attention, self.attention_norm2.normalised(attended_TD))
-        fed_TD = self.feed_forward(self.ffn_norm1.normalised(x_TD).mul_(before_ffn))
-        return torch.addcmul(x_TD, after_ffn, self.ffn_norm2.normalised(fed_TD))
+        return torch.addcmul(x_TD, per_token(after_ffn, segments), fed_TD)

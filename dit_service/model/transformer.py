@@ -124,6 +124,7 @@ class ZImageTransformer(nn.Module):
             image_TD = block(image_TD, norm_weights_S4D, layout.image, backend)
 
         joint_TD = join(image_TD, [sample.caption.rows_TD for sample in samples], layout)
+        del image_TD
         for block, norm_weights_S4D in zip(self.layers, layer_weights, strict=True):
             joint_TD = block(joint_TD, norm_weights_S4D, layout.joint, backend)
 
