@@ -63,6 +63,9 @@ class DecodeLatents:
 class Recall:
     """Front to worker: what it did of late is wanted; answered by one Recalled."""
 
+    last_seconds: float | None
+    """How far back; None for all that is remembered."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
@@ -70,7 +73,7 @@ class Recalled:
 
     spans: "tuple[Span, ...]"
     until: float
-    """When this was, in seconds since the epoch."""
+    """When this was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Span:
 
     work: str
     began: float
-    """In seconds since the epoch."""
+    """By the worker's monotonic clock, in seconds."""
     seconds: float
     parts: "tuple[Part, ...]"
     """Those it was done for."""

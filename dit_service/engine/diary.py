@@ -1,5 +1,6 @@
 """What the device did of late, and for whom."""
 
+import math
 import time
 from collections import deque
 
@@ -17,15 +18,18 @@ class Diary:
         self._spans: deque[Span] = deque()
         self._part_count = 0
 
-    def recalled(self) -> Recalled:
-        """All that is remembered."""
-        return Recalled(tuple(self._spans), time.time())
+    def recalled(self, last_seconds: float | None) -> Recalled:
+        """What ended within the last seconds; None for all that is remembered."""
+        now = time.monotonic()
+        since = -math.inf if last_seconds is None else now - last_seconds
+        spans = (span for span in self._spans if span.began + span.seconds >= since)
+        return Recalled(tuple(spans), now)
 
     def enter(self, work: str, seconds: float, *parts: Part) -> None:
         """A piece of work that is done now; not if nobody asked for it, as at warm-up."""
         if not any(part.request_id for part in parts):
             return
-        self._spans.append(Span(work, time.time() - seconds, seconds, parts))
+        self._spans.append(Span(work, time.monotonic() - seconds, seconds, parts))
         self._part_count += len(parts)
         while self._part_count > _KEPT_PARTS:
             self._part_count -= len(self._spans.popleft().parts)

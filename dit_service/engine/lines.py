@@ -10,7 +10,8 @@ T = TypeVar("T")
 
 _ROUNDING = 1e-6
 _TURNS_OF_THE_OLDEST = 4
-"""In one of so many steps the oldest comes first: a stream of short ones delays it, no more."""
+"""In one of so many steps of its line the oldest comes first, and stays so until it had its turn: a
+stream of short ones delays it, no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Waiting(Generic[T]):
     one: T
     share: Share
     arrival: int
-    """Lower for those who came earlier."""
+    """Lower for those who came earlier; each has its own."""
     load: Load
     """Of the next step."""
     flops_left: float
@@ -46,16 +47,25 @@ class _Line(Generic[T]):
         self.served = served
         """The operations of those who took part so far, by the weight: how far this line is."""
         self._turns = 0
+        """Steps of this line since its oldest took part."""
 
     def arrange(self) -> None:
         """Whoever has least left comes first: so most are done early, and equals in the order they
         came. The oldest has turns of its own."""
         self.waiting.sort(key=lambda one: (one.flops_left, one.arrival))
-        self._turns += 1
-        if self._turns % _TURNS_OF_THE_OLDEST == 0:
-            oldest = min(self.waiting, key=lambda one: one.arrival)
-            self.waiting.remove(oldest)
-            self.waiting.insert(0, oldest)
+        if self._turns >= _TURNS_OF_THE_OLDEST - 1:
+            oldest = self.oldest
+            self.waiting.sort(key=lambda one: one.arrival != oldest)
+
+    def count(self, oldest: int) -> None:
+        """Enters a step in which some of this line took part; `oldest` came first of the line."""
+        is_left_out = any(one.arrival == oldest for one in self.waiting)
+        self._turns = self._turns + 1 if is_left_out else 0
+
+    @property
+    def oldest(self) -> int:
+        """The arrival of whoever has been here longest."""
+        return min(one.arrival for one in self.waiting)
 
     @property
     def first_served(self) -> float:
@@ -114,10 +124,13 @@ class Lines(Generic[T]):
         goal = max(min(through, full), somebody) * (1 + _ROUNDING)
         taken = _Step[T](room)
         for line in lines:
+            oldest, before = line.oldest, len(line.waiting)
             while line.waiting and line.first_served <= goal and taken.fits(line.waiting[0]):
                 line.served = line.first_served
                 taken.add(line.waiting.pop(0))
             # A line whose first did not fit is behind now, and comes first the next time.
+            if len(line.waiting) < before:
+                line.count(oldest)
         return taken.members
 
 

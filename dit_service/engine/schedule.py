@@ -69,9 +69,9 @@ class Schedule:
         match submitted.payload:
             case messages.Generate() as request:
                 self._begin(submitted, request)
-            case messages.Recall():
+            case messages.Recall(last_seconds):
                 with self._port.answering(submitted):
-                    self._port.emit(submitted.call, self._studio.diary.recalled())
+                    self._port.emit(submitted.call, self._studio.diary.recalled(last_seconds))
             case _:
                 self._conversions.append(submitted)
 

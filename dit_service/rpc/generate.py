@@ -1,5 +1,6 @@
 """The DiT service on the wire: a request comes in, its events go out."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -91,9 +92,10 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
     ) -> dit_pb2.TraceResponse:
         """What the worker remembers."""
         self._worker.loaded(messages.Model)
-        [recalled] = [event async for event in self._worker.call(messages.Recall())]
+        asked = messages.Recall(trace.last_seconds(request))
+        [recalled] = [event async for event in self._worker.call(asked)]
         assert isinstance(recalled, messages.Recalled)
-        return trace.response(recalled, request)
+        return await asyncio.to_thread(trace.response, recalled)
 
     async def _each(
         self, items: AsyncIterator[T], answer: Callable[[T], Coroutine[Any, Any, R]]

@@ -1,21 +1,30 @@
 """What the device did of late, on the wire."""
 
+import time
+
 from dit_service import messages
+from zimage_core.errors import InvalidRequest
 from zimage_rpc.dit.v1 import dit_pb2
 
 
-def response(recalled: messages.Recalled, asked: dit_pb2.TraceRequest) -> dit_pb2.TraceResponse:
-    """As far back as is asked for."""
+def last_seconds(asked: dit_pb2.TraceRequest) -> float | None:
+    """How far back; raises InvalidRequest for what is no time."""
+    if not asked.HasField("last"):
+        return None
+    seconds = asked.last.ToNanoseconds() / 1e9
+    if seconds < 0:
+        raise InvalidRequest.given("last", f"{seconds:g} s", "0 s or more", "TIME")
+    return seconds
+
+
+def response(recalled: messages.Recalled) -> dit_pb2.TraceResponse:
+    """In the time of day, as it is now: whatever clocks did meanwhile, lengths and order stay."""
     answer = dit_pb2.TraceResponse()
-    answer.until.FromNanoseconds(_nanoseconds(recalled.until))
-    since = 0.0
-    if asked.HasField("last"):
-        since = recalled.until - asked.last.ToNanoseconds() / 1e9
+    until = time.time()
+    answer.until.FromNanoseconds(_nanoseconds(until))
     for span in recalled.spans:
-        if span.began + span.seconds < since:
-            continue
         said = answer.spans.add(work=span.work)
-        said.began.FromNanoseconds(_nanoseconds(span.began))
+        said.began.FromNanoseconds(_nanoseconds(until - recalled.until + span.began))
         said.took.FromNanoseconds(_nanoseconds(span.seconds))
         for part in span.parts:
             said.parts.add(request_id=part.request_id, image_index=part.image_index, step=part.step)

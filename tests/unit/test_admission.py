@@ -111,6 +111,9 @@ def test_a_piece_may_grow_until_it_takes_too_long() -> None:
     assert durations.units_within(1.0) == pytest.approx(200)  # larger pieces are quicker
     for _ in range(30):
         durations.learn(200, 200, 50.0)  # something else had the machine
+    assert durations.units_within(1.0) == pytest.approx(128)  # below the size that is too slow
+    for _ in range(100):
+        durations.learn(100, 100, 0.5)
     assert durations.units_within(1.0) == pytest.approx(200), "it is tried again"
     assert durations.units_within(0.01) == 0
 

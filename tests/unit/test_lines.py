@@ -134,6 +134,21 @@ def test_a_long_one_comes_to_its_end_in_a_stream_of_short_ones() -> None:
     assert steps_of_the_long >= 10
 
 
+def test_a_long_one_comes_to_its_end_beside_another_projects_stream() -> None:
+    full = _ROOM.flops
+    lines = Lines[int]()
+    lines.join(replace(_one(A, 0, full, left=10 * full), is_solo=True))
+    steps_of_the_long = 0
+    for number in range(1, 200, 2):
+        lines.join(_one(A, number, full, left=full))
+        lines.join(_one(B, number + 1, full, left=full))
+        if lines.take(_ROOM) == [0]:
+            steps_of_the_long += 1
+            left = (10 - steps_of_the_long) * full
+            lines.join(replace(_one(A, 0, full, left=left), is_solo=True))
+    assert steps_of_the_long >= 10
+
+
 _shares = st.sampled_from([Share(p, q) for p in "ab" for q in WEIGHTS])
 
 

@@ -41,6 +41,12 @@ def test_a_column_shows_what_took_most_of_it() -> None:
     assert lane == "d" * 10
 
 
+def test_what_took_no_time_is_seen() -> None:
+    assert _lanes(_span("denoise", 0, 0, "a")) == {"device": "1" + 9 * " ", "a": "#" + 9 * " "}
+    lanes = _lanes(_span("denoise", 0, 10, "a"), _span("condition", 5, 0, OTHER))
+    assert lanes["bbbbbbbb"] == "     c    "
+
+
 def test_nothing_is_said_of_nothing() -> None:
     assert list(timeline.text([], 80)) == ["the device did nothing"]
     assert timeline.chrome([]) == {"traceEvents": []}

@@ -90,10 +90,10 @@ def dit_modulation_flops(shape: DitShape, step_count: int) -> int:
 
 
 def dit_row_elements(shape: DitShape) -> int:
-    """How many values of one token a forward holds at its widest: where keys are rotated in float32
-    (the stream twice, its norm, queries, keys and two copies of double width), or in the
-    feed-forward part, where two rows of its inner width stand beside stream and norm."""
-    return max(9 * shape.dim, 3 * shape.dim + 2 * shape.ffn_dim)
+    """How many values of one token a forward holds at its widest: where keys are rotated, beside
+    the stream twice, its norm, queries and keys two copies in float32. The feed-forward part holds
+    a little less."""
+    return 9 * shape.dim
 
 
 def dit_parameter_count(shape: DitShape) -> int:

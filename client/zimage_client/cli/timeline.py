@@ -81,9 +81,10 @@ def _drawn(lane: Lane, whole: float, columns: int, waits: str) -> str:
     each = whole / columns or 1.0
     spent: list[dict[str, float]] = [defaultdict(float) for _ in range(columns)]
     for begin, end, mark in lane:
-        for column in range(min(int(begin / each), columns - 1), columns):
+        first = min(int(begin / each), columns - 1)
+        for column in range(first, columns):
             overlap = min(end, (column + 1) * each) - max(begin, column * each)
-            if overlap <= 0 and column * each >= end:
+            if overlap <= 0 and column > first:
                 break
             spent[column][mark] += max(overlap, 0.0)
     marked = [max(marks, key=marks.__getitem__) if marks else "" for marks in spent]

@@ -1403,7 +1403,7 @@ class TraceResponse(_message.Message):
 
     @_builtins.property
     def until(self) -> _timestamp_pb2.Timestamp:
-        """When this was, by the worker's clock."""
+        """When this was, by the service's clock, as the times of the spans."""
 
     def __init__(
         self,
