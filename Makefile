@@ -79,8 +79,9 @@ bench-dit: ## C5, C6, C7: a forward against diffusers and the bare matmuls, and 
 	$(BIN)/python -m bench.dit
 	$(BIN)/python -m bench.overhead
 
-bench-engine: ## C8: eight clients against a plain gRPC server around diffusers' pipeline
+bench-engine: ## C8: eight clients against a plain gRPC server around diffusers' pipeline; how long steps may become
 	$(BIN)/python -m bench.engine
+	$(BIN)/python -m bench.sharing
 
 # Where a step allocates what the last one freed, glibc would fetch every page anew.
 demo-model: export MALLOC_MMAP_MAX_ = 0
