@@ -7,8 +7,8 @@ from collections import deque
 from dit_service.messages import Part, Recalled, Span
 from zimage_core.wire import request_id
 
-_KEPT_PARTS = 1 << 15
-"""A few minutes of fast steps; some megabytes when they are asked for."""
+_KEPT_PARTS = 1 << 14
+"""A few minutes of fast steps, in a few megabytes."""
 
 
 class Diary:
