@@ -1,6 +1,7 @@
 """What the DiT service's front and worker say to each other."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from zimage_core.planning.flops import DitShape
 from zimage_core.planning.shares import COMMON, Share
@@ -26,12 +27,24 @@ class Generate:
     """Whether its steps are shared with nobody."""
     share: Share = COMMON
     previews: "Previews | None" = None
+    adapters: "tuple[AdapterUse, ...]" = ()
 
     @property
     def token_count(self) -> int:
         """Of both conditionings together."""
         sides = (self.positive, self.negative)
         return sum(side.shape[0] for side in sides if side is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """Part of Generate: an adapter, and how strong it shall be."""
+
+    sha256: str
+    """Of its file."""
+    file: Path
+    """On this machine."""
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)

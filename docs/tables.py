@@ -47,6 +47,7 @@ def limit_rows() -> Iterator[tuple[str, ...]]:
     yield "limit", "value"
     yield "largest message", f"{limits.MESSAGE_BYTES >> 20} MiB"
     yield "largest piece of a picture", f"{limits.CHUNK_BYTES >> 20} MiB"
+    yield "adapters of one picture", str(limits.ADAPTERS_PER_REQUEST)
     yield "prompts in one Encode", str(limits.PROMPTS_PER_ENCODE)
     yield "text of one prompt, all parts together", f"{limits.PROMPT_BYTES >> 20} MiB"
     yield "attempts of a unary call", str(limits.UNARY_ATTEMPTS)

@@ -11,3 +11,8 @@ def check(sha256: str, field: str) -> None:
     """Raises InvalidRequest unless it is one."""
     if not _SHA256.fullmatch(sha256):
         raise InvalidRequest.given(field, sha256[:100], "64 hexadecimal digits", "DIGEST")
+
+
+def is_digest(text: str) -> bool:
+    """Whether it is one."""
+    return _SHA256.fullmatch(text) is not None

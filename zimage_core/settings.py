@@ -154,6 +154,9 @@ class DitSettings(ServiceSettings):
     max_step_bytes: int | None = Field(
         None, gt=0, description="memory of such a step; unset: most of what is free"
     )
+    max_adapter_bytes: int = Field(
+        1 << 30, gt=0, description="memory of the adapters that stay on the device between requests"
+    )
     max_queue_length: int = Field(64, ge=1, description="requests inside beside one")
     max_queue_seconds: float = Field(
         600.0, gt=0, description="seconds of work that may be ahead of a request"

@@ -8,6 +8,7 @@ with Client("localhost:50052") as client:
 from zimage_client._client import AsyncClient
 from zimage_client._conditioning import Condition
 from zimage_client._description import (
+    Adapter,
     AttentionBackend,
     DitDescription,
     Encoder,
@@ -20,6 +21,7 @@ from zimage_client._description import (
 )
 from zimage_client._events import (
     Accepted,
+    AdapterUse,
     Artifact,
     Completed,
     DecodedImage,
@@ -60,6 +62,8 @@ from zimage_core.tls import Tls
 
 __all__ = [
     "Accepted",
+    "Adapter",
+    "AdapterUse",
     "Artifact",
     "AsyncClient",
     "AttentionBackend",

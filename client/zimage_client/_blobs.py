@@ -8,6 +8,8 @@ from contextlib import aclosing, closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import grpc.aio
+
 from zimage_client import _calls
 from zimage_client._channel import Metadata, Near, Way
 from zimage_client._reading import malformed
@@ -37,30 +39,17 @@ class Transfers:
             )
         return found
 
-    async def put(self, file: Path, replay: Replay) -> str:
+    async def put(self, file: Path, replay: Replay, near: Near | None = None) -> str:
         """The digest of a file that is there now."""
-        with _naming(file):
-            start = await asyncio.to_thread(_start, file)
-            near, most = Near(), -1
-            while True:
-                try:
-                    with self._way.one_try(near) as channel:
-                        call = _calls.put_blob(
-                            channel, start, file, replay.within(None), self._metadata
-                        )
-                        is_complete = False
-                        async with aclosing(call) as answers:
-                            async for answer in answers:
-                                is_complete |= answer.complete
-                                if answer.stored_bytes > most:
-                                    most = answer.stored_bytes
-                                    replay.advanced()
-                        if is_complete:
-                            return start.sha256
-                        raise malformed("it ended before the blob was there")
-                except ZImageError as error:
-                    pause = replay.pause_after(error)
-                await asyncio.sleep(pause)
+        putting, near = await Putting.of(file), near or Near()
+        while True:
+            try:
+                with self._way.one_try(near) as channel:
+                    await putting.once(channel, replay, self._metadata)
+                    return putting.sha256
+            except ZImageError as error:
+                pause = replay.pause_after(error)
+            await asyncio.sleep(pause)
 
     async def get(self, sha256: str, file: Path, replay: Replay) -> None:
         """Writes a blob to a file, which appears whole and verified. What came before a break, or
@@ -94,6 +83,40 @@ class Transfers:
                 part.unlink()
                 raise malformed(f"the blob {sha256} came with another digest")
             os.replace(part, file)
+
+
+class Putting:
+    """A file on its way to a service, over as many tries as it takes."""
+
+    def __init__(self, file: Path, start: blob_pb2.PutStart) -> None:
+        self._file = file
+        self._start = start
+        self._most = -1
+
+    @classmethod
+    async def of(cls, file: Path) -> "Putting":
+        """Reads the file once, for its digest."""
+        with _naming(file):
+            return cls(file, await asyncio.to_thread(_start, file))
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the file."""
+        return self._start.sha256
+
+    async def once(self, channel: grpc.aio.Channel, replay: Replay, metadata: Metadata) -> None:
+        """One try; `replay` hears how far it came."""
+        call = _calls.put_blob(channel, self._start, self._file, replay.within(None), metadata)
+        is_complete = False
+        with _naming(self._file):
+            async with aclosing(call) as answers:
+                async for answer in answers:
+                    is_complete |= answer.complete
+                    if answer.stored_bytes > self._most:
+                        self._most = answer.stored_bytes
+                        replay.advanced()
+        if not is_complete:
+            raise malformed("it ended before the blob was there")
 
 
 def _append(coming: BinaryIO, chunk: bytes, part: Path) -> None:

@@ -21,7 +21,7 @@ import grpc.aio
 from zimage_client import _reading
 from zimage_client._channel import Metadata
 from zimage_client._conditioning import prompt_message
-from zimage_client._description import DitDescription, EncoderDescription, Span
+from zimage_client._description import Adapter, DitDescription, EncoderDescription, Span
 from zimage_client._events import DecodedImage
 from zimage_client._items import Answers
 from zimage_core.embeddings import Embedding, Prompt
@@ -42,6 +42,7 @@ _PUT_BYTES = 1 << 18
 ENCODE_SECONDS = 30.0
 DESCRIBE_SECONDS = 10.0
 TRACE_SECONDS = 60.0
+ADAPTER_SECONDS = 60.0
 """How long calls may take unless their caller says otherwise."""
 
 
@@ -137,6 +138,56 @@ async def describe_encoder(
             encoder_pb2.DescribeRequest(), timeout=timeout, metadata=metadata
         )
     return _reading.encoder_description(response)
+
+
+async def add_adapter(
+    channel: grpc.aio.Channel,
+    request: dit_pb2.AddAdapterRequest,
+    timeout: float | None,
+    metadata: Metadata,
+) -> Adapter:
+    """Gives a file a name."""
+    stub = dit_pb2_grpc.DitServiceStub(channel)
+    with _TypedErrors():
+        response = await stub.AddAdapter(request, timeout=timeout, metadata=metadata)
+    return _reading.adapter(response.adapter)
+
+
+async def get_adapter(
+    channel: grpc.aio.Channel, name: str, timeout: float | None, metadata: Metadata
+) -> Adapter:
+    """What is known of one."""
+    request = dit_pb2.GetAdapterRequest(name=name)
+    stub = dit_pb2_grpc.DitServiceStub(channel)
+    with _TypedErrors():
+        response = await stub.GetAdapter(request, timeout=timeout, metadata=metadata)
+    return _reading.adapter(response.adapter)
+
+
+async def list_adapters(
+    channel: grpc.aio.Channel, timeout: float | None, metadata: Metadata
+) -> list[Adapter]:
+    """All, page by page."""
+    stub = dit_pb2_grpc.DitServiceStub(channel)
+    found: list[Adapter] = []
+    request = dit_pb2.ListAdaptersRequest()
+    while True:
+        with _TypedErrors():
+            page = await stub.ListAdapters(request, timeout=timeout, metadata=metadata)
+        found += [_reading.adapter(one) for one in page.adapters]
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
+
+
+async def remove_adapter(
+    channel: grpc.aio.Channel, name: str, timeout: float | None, metadata: Metadata
+) -> None:
+    """Takes a name away."""
+    request = dit_pb2.RemoveAdapterRequest(name=name)
+    stub = dit_pb2_grpc.DitServiceStub(channel)
+    with _TypedErrors():
+        await stub.RemoveAdapter(request, timeout=timeout, metadata=metadata)
 
 
 async def trace(

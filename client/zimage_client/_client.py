@@ -9,9 +9,9 @@ from weakref import WeakSet
 
 from zimage_client import _calls
 from zimage_client._blobs import Transfers
-from zimage_client._channel import Channels, Way
+from zimage_client._channel import Channels, Near, Way
 from zimage_client._conditioning import Condition, Prompts, conditioning
-from zimage_client._description import DitDescription, EncoderDescription, Span
+from zimage_client._description import Adapter, DitDescription, EncoderDescription, Span
 from zimage_client._events import (
     Accepted,
     Completed,
@@ -29,14 +29,16 @@ from zimage_client._items import (
     prompt_item,
     replayed,
 )
-from zimage_client._options import Options, check_timeout, spec
+from zimage_client._options import Options, adapter_files, check_timeout, spec
 from zimage_client._reading import malformed
 from zimage_client._replay import Replay
 from zimage_core import tracing
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled, Unavailable
+from zimage_core.formats import peft_folder
 from zimage_core.tensors import TensorData
 from zimage_core.tls import Credentials
+from zimage_rpc.dit.v1 import dit_pb2
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -106,6 +108,7 @@ class AsyncClient:
             self._channels,
             spec(options),
             conditioning(prompt, options.get("negative")),
+            adapter_files(options),
             Replay(
                 timeout=options.get("timeout"),
                 enabled=retry is None or retry,
@@ -186,6 +189,53 @@ class AsyncClient:
     ) -> set[str]:
         """Those of the blobs that the DiT service has."""
         return await self._transfers().find(digests, timeout)
+
+    async def add_adapter(
+        self,
+        name: str,
+        file: str | Path,
+        *,
+        replace: bool = False,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Gives a LoRA a name that every replica of the DiT service knows which shares its store;
+        sends the file if it is not there. A name that points at another file is only moved with
+        `replace`. A folder is one that peft saved."""
+        near, way = Near(), self._channels.dit
+        replay = self._lasting(timeout)
+        with peft_folder.whole_file(Path(file)) as whole:
+            sha256 = await self._transfers().put(whole, replay, near)
+        request = dit_pb2.AddAdapterRequest(name=name, sha256=sha256, replace=replace)
+        seconds = replay.within(_calls.ADAPTER_SECONDS)
+        with way.one_try(near) as channel:
+            return await _calls.add_adapter(channel, request, seconds, self._channels.metadata())
+
+    async def get_adapter(
+        self, name: str, *, timeout: float | None = _calls.ADAPTER_SECONDS
+    ) -> Adapter:
+        """What is known of an adapter."""
+        same_id = self._channels.metadata()
+        return await self._channels.dit.first(
+            lambda channel: _calls.get_adapter(channel, name, timeout, same_id)
+        )
+
+    async def list_adapters(
+        self, *, timeout: float | None = _calls.ADAPTER_SECONDS
+    ) -> list[Adapter]:
+        """The adapters that have names, in the order of these."""
+        same_id = self._channels.metadata()
+        return await self._channels.dit.first(
+            lambda channel: _calls.list_adapters(channel, timeout, same_id)
+        )
+
+    async def remove_adapter(
+        self, name: str, *, timeout: float | None = _calls.ADAPTER_SECONDS
+    ) -> None:
+        """Takes the name of an adapter away."""
+        same_id = self._channels.metadata()
+        await self._channels.dit.first(
+            lambda channel: _calls.remove_adapter(channel, name, timeout, same_id)
+        )
 
     async def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""

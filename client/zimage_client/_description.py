@@ -1,5 +1,6 @@
 """What services say of themselves."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zimage_client._events import NumericPlan
@@ -74,6 +75,22 @@ class DitDescription:
     features: tuple[str, ...]
     """What its version can do that another may not."""
     attention_backends: tuple[AttentionBackend, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA that has a name."""
+
+    name: str
+    sha256: str
+    """Of its file."""
+    size_bytes: int
+    rank: int
+    """The highest of its changes; 0 in a list."""
+    linear_count: int
+    """How many linears it changes; 0 in a list."""
+    metadata: Mapping[str, str]
+    """What its file says of itself; empty in a list."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,19 @@ from typing import Literal
 
 from zimage_core.embeddings import Numerics, Recipe
 
-Stage = Literal["queued", "encoding", "denoising", "decoding"]
+Stage = Literal["sending", "queued", "encoding", "denoising", "decoding"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """What changes the model for a request."""
+
+    name: str
+    """By which it was asked for; empty where it was by its file."""
+    sha256: str
+    """Of its file."""
+    scale: float
+    """How strong it is: 1 is as it was trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,7 @@ class Accepted:
     """How many steps lie between two of them."""
     priority: str
     """"interactive", "normal" or "background"."""
+    adapters: tuple[AdapterUse, ...]
     forward_count: int
     """How many DiT forwards the whole request takes, guidance included."""
     queue_position: int
@@ -50,7 +63,8 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the request is. It may go back when the request had to begin anew."""
+    """How far the request is. It may go back when the request had to begin anew. "sending" is this
+    side's part: an adapter's file, which the service lacks."""
 
     stage: Stage
     index: int = 0

@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 
 import grpc.aio
 
 from zimage_client import _calls, _reading
+from zimage_client._blobs import Putting
 from zimage_client._channel import Channels, Metadata
 from zimage_client._conditioning import Conditioning, message
 from zimage_client._description import DitDescription
@@ -31,14 +33,19 @@ class Generation:
         channels: Channels,
         spec: dit_pb2.GenerateSpec,
         conditioning: Conditioning,
+        files: Mapping[int, Path],
         replay: Replay,
     ) -> None:
-        """`spec` holds all but the conditioning."""
+        """`spec` holds all but the conditioning, and the digests of those adapters that are
+        `files`, by their places."""
         self._channels = channels
         self._request = spec
         self._named: dict[str, bytes] = {}
         """What the request only names, once it names anything."""
         self._conditioning = conditioning
+        self._files = files
+        self._putting: dict[str, Putting] = {}
+        """The same, once it is known what they are, by their digests."""
         self._replay = replay
         self._encoded = not channels.has_encoder
         self._delivered = Delivered()
@@ -80,8 +87,11 @@ class Generation:
             self._encoded = True
         if not self._request.HasField("positive"):
             await asyncio.to_thread(self._say_conditioning)
+            await self._say_files()
         assembly, completed = Assembly(), None
         with self._channels.dit.one_try() as channel:
+            async for sending in self._bring_files(channel):
+                yield sending
             responses = _calls.generate(
                 channel,
                 self._request,
@@ -110,6 +120,22 @@ class Generation:
             self._request.negative.CopyFrom(message(self._conditioning.negative))
         self._named = self._conditioning.named
         self._request.positive.CopyFrom(message(self._conditioning.positive))
+
+    async def _say_files(self) -> None:
+        for at, file in self._files.items():
+            putting = await Putting.of(file)
+            self._putting[putting.sha256] = putting
+            self._request.adapters[at].digest.sha256 = putting.sha256
+
+    async def _bring_files(self, channel: grpc.aio.Channel) -> AsyncGenerator[Event, None]:
+        """Those that this replica lacks."""
+        if not self._putting:
+            return
+        seconds = self._replay.within(_calls.DESCRIBE_SECONDS)
+        there = await _calls.find_blobs(channel, [*self._putting], seconds, self._metadata())
+        for sha256 in self._putting.keys() - there:
+            yield Progress("sending")
+            await self._putting[sha256].once(channel, self._replay, self._metadata())
 
     def _event(self, response: dit_pb2.GenerateResponse, assembly: Assembly) -> Event | None:
         """A message as an event; None for a part, a repetition or what this version cannot read."""

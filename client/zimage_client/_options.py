@@ -7,8 +7,10 @@ import difflib
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
+from zimage_core.digests import is_digest
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import InvalidRequest
 from zimage_core.wire import names
@@ -57,6 +59,10 @@ class Options(TypedDict, total=False):
     Unset: there are none."""
     preview_interval: int | None
     """How many steps lie between two of them; unset: 1."""
+    adapters: Mapping[str | Path, float] | None
+    """What changes the model for these pictures, with its strength, where 1 is as it was trained:
+    names that the service knows, LoRA files of this machine (Path), SHA-256 of files that the
+    service has."""
     timeout: float | None
     """Seconds for everything, repeated tries included; unset: none."""
     retry: bool | None
@@ -134,7 +140,30 @@ def spec(options: Options) -> dit_pb2.GenerateSpec:
                 raise _invalid(name, value, str(error)) from None
             if not message.schedule.sigmas:
                 raise _invalid(name, value, "an empty schedule makes no picture")
+        elif name == "adapters":
+            _add_adapters(message, value)
     return message
+
+
+def adapter_files(options: Options) -> dict[int, Path]:
+    """The adapters that are files of this machine, by their places in the spec: their digests are
+    still to be entered there."""
+    sources = options.get("adapters") or {}
+    return {at: source for at, source in enumerate(sources) if isinstance(source, Path)}
+
+
+def _add_adapters(message: dit_pb2.GenerateSpec, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise _invalid("adapters", value, "allowed: a mapping of names or files to strengths")
+    for source, scale in value.items():
+        use = message.adapters.add()
+        if isinstance(source, str) and is_digest(source):
+            use.digest.sha256 = source
+        elif isinstance(source, str):
+            _set(use, "name", "adapters", source)
+        elif not isinstance(source, Path):
+            raise _invalid("adapters", source, "allowed: a name, a digest, or a Path to a file")
+        _set(use, "scale", "adapters", scale)
 
 
 def options(spec: dit_pb2.GenerateSpec) -> Options:
@@ -147,6 +176,8 @@ def options(spec: dit_pb2.GenerateSpec) -> Options:
     }
     if not spec.output.HasField("quality"):
         del found["quality"]
+    if spec.adapters:
+        found["adapters"] = {use.digest.sha256: use.scale for use in spec.adapters}
     if not spec.HasField("previews"):
         del found["previews"], found["preview_interval"]
     if spec.schedule.sigmas:

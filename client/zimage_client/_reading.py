@@ -5,6 +5,7 @@ from contextlib import suppress
 from google.protobuf.duration_pb2 import Duration
 
 from zimage_client._description import (
+    Adapter,
     AttentionBackend,
     DitDescription,
     Encoder,
@@ -17,6 +18,7 @@ from zimage_client._description import (
 )
 from zimage_client._events import (
     Accepted,
+    AdapterUse,
     Artifact,
     Completed,
     DecodedImage,
@@ -108,6 +110,7 @@ def accepted(message: dit_pb2.Accepted) -> Accepted:
         ),
         preview_interval=spec.previews.interval_steps,
         priority=names.name_of(spec.priority, names.PRIORITIES),
+        adapters=tuple(AdapterUse(use.name, use.digest.sha256, use.scale) for use in spec.adapters),
         forward_count=message.forward_count,
         queue_position=message.queue_position,
         expected_seconds=_expected(message),
@@ -174,6 +177,18 @@ def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
             AttentionBackend(backend.name, backend.chosen, backend.reason)
             for backend in message.attention_backends
         ),
+    )
+
+
+def adapter(message: dit_pb2.Adapter) -> Adapter:
+    """What is known of an adapter."""
+    return Adapter(
+        name=message.name,
+        sha256=message.digest.sha256,
+        size_bytes=message.digest.size_bytes,
+        rank=message.rank,
+        linear_count=message.linear_count,
+        metadata=dict(message.metadata),
     )
 
 

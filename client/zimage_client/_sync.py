@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from zimage_client import _calls
 from zimage_client._client import AsyncClient
 from zimage_client._conditioning import Condition, Prompts
-from zimage_client._description import DitDescription, EncoderDescription, Span
+from zimage_client._description import Adapter, DitDescription, EncoderDescription, Span
 from zimage_client._events import DecodedImage, Event, Generated
 from zimage_client._items import Many
 from zimage_client._options import Options
@@ -120,6 +120,31 @@ class Client:
     ) -> set[str]:
         """Those of the blobs that the DiT service has."""
         return self._work.run(self._client.find_blobs(digests, timeout=timeout))
+
+    def add_adapter(
+        self,
+        name: str,
+        file: str | Path,
+        *,
+        replace: bool = False,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Gives a LoRA a name, as AsyncClient's does."""
+        return self._work.run(
+            self._client.add_adapter(name, file, replace=replace, timeout=timeout)
+        )
+
+    def get_adapter(self, name: str, *, timeout: float | None = _calls.ADAPTER_SECONDS) -> Adapter:
+        """What is known of an adapter."""
+        return self._work.run(self._client.get_adapter(name, timeout=timeout))
+
+    def list_adapters(self, *, timeout: float | None = _calls.ADAPTER_SECONDS) -> list[Adapter]:
+        """The adapters that have names, in the order of these."""
+        return self._work.run(self._client.list_adapters(timeout=timeout))
+
+    def remove_adapter(self, name: str, *, timeout: float | None = _calls.ADAPTER_SECONDS) -> None:
+        """Takes the name of an adapter away."""
+        self._work.run(self._client.remove_adapter(name, timeout=timeout))
 
     def describe(self, *, timeout: float | None = _calls.DESCRIBE_SECONDS) -> DitDescription:
         """What the DiT service is and can do; answered while it loads, too."""

@@ -1,15 +1,18 @@
 """A request on the device: conditioning once, then each picture step by step, then the VAE."""
 
 import logging
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dit_service import messages
+from dit_service.engine.adapters import Adapters
 from dit_service.engine.conversion import Converter
 from dit_service.engine.developing import Developing
 from dit_service.engine.device import Fence, to_device
@@ -18,6 +21,7 @@ from dit_service.engine.lines import Load
 from dit_service.engine.pace import Announce, Pace
 from dit_service.engine.packing import Asked, Conditioned, Packer
 from dit_service.model import preview
+from dit_service.model.adapters import Uses
 from dit_service.model.transformer import Caption, ZImageTransformer
 from dit_service.model.vae import Vae
 from dit_service.sampling.euler import text_to_image
@@ -50,18 +54,35 @@ class Predicted:
     """How many requests shared the step."""
 
 
-Work = Generator[Asked | Developing, Predicted | None, None]
-"""A request under way: yields what it asks of the model and is sent what came of it, or yields a
-picture that the device works on and is sent nothing, when it is there or before."""
+class Awaited(Protocol):
+    """Something on its way that a request waits for while others go on."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> None:
+        """Returns when it is there."""
+
+
+Work = Generator[Asked | Awaited, Predicted | None, None]
+"""A request under way: yields what it asks of the model and is sent what came of it, or yields what
+it waits for and is sent nothing, when it is there or before."""
 
 
 class Studio:
     """What all requests work with: the model, the VAE, and how fast they are here."""
 
     def __init__(
-        self, model: ZImageTransformer, vae: Vae, backend: str, announce: Announce
+        self,
+        model: ZImageTransformer,
+        vae: Vae,
+        backend: str,
+        announce: Announce,
+        adapter_bytes: float = math.inf,
     ) -> None:
         self._model = model
+        self._adapters = Adapters(model, adapter_bytes)
         self._vae = vae
         self.preview = preview.fit(vae)
         self.diary = Diary()
@@ -82,8 +103,9 @@ class Studio:
             request.sigmas, request.guidance, request.cfg_truncation
         )
         try:
+            adapters = yield from self._adapters.fetched(request.adapters)
             with self._conditioning.working(request.token_count) as piece:
-                shared = self._condition(request)
+                shared = self._condition(request, adapters)
             self.diary.enter("condition", piece.seconds, part())
             for index, seed in enumerate(request.seeds):
                 run = self._begin(request, seed)
@@ -147,28 +169,31 @@ class Studio:
         with suppress(StopIteration):
             asked = next(work)
             while True:
-                if isinstance(asked, Developing):
-                    asked.wait()
-                    asked = next(work)
-                else:
+                if isinstance(asked, Asked):
                     [predicted] = self.predict([asked])
                     asked = work.send(predicted)
+                else:
+                    asked.wait()
+                    asked = next(work)
 
     def _learn(self, flops: float, seconds: float) -> None:
         self._step_durations.learn(flops, flops, seconds)
 
-    def _condition(self, request: messages.Generate) -> Conditioned:
+    def _condition(self, request: messages.Generate, adapters: Uses) -> Conditioned:
         """What all pictures and steps of the request share."""
         given = {POSITIVE: request.positive, NEGATIVE: request.negative}
         features = {name: self._features(data) for name, data in given.items() if data is not None}
-        captions: list[Caption] = self._model.encode_captions(list(features.values()))
+        captions: list[Caption] = self._model.encode_captions(
+            list(features.values()), adapters=adapters
+        )
         times = [1 - sigma for sigma in request.sigmas[:-1]]
         modulations = self._model.modulate(
-            torch.tensor(times, dtype=torch.float32, device=self._model.device)
+            torch.tensor(times, dtype=torch.float32, device=self._model.device), adapters
         )
         return Conditioned(
             captions=dict(zip(features, captions, strict=True)),
             modulations=dict(zip(times, modulations, strict=True)),
+            adapters=adapters,
         )
 
     def _features(self, data: TensorData) -> Tensor:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from dit_service.messages import Part
+from dit_service.model.adapters import Uses
 from dit_service.model.layout import Layout, SampleShape
 from dit_service.model.transformer import Caption, Modulation, Sample, ZImageTransformer
 from dit_service.sampling.forwards import Forward
@@ -21,6 +22,7 @@ class Conditioned:
 
     captions: Mapping[str, Caption]
     modulations: Mapping[float, Modulation]
+    adapters: Uses = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Packer:
                 latents_CHW=forward.latents_CHW,
                 caption=one.shared.captions[forward.conditioning],
                 modulation=one.shared.modulations[forward.time],
+                adapters=one.shared.adapters,
             )
             for one in asked
             for forward in one.forwards

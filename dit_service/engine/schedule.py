@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from dit_service import messages
-from dit_service.engine.developing import Developing
 from dit_service.engine.events import Events
-from dit_service.engine.generate import Predicted, Studio, Work
+from dit_service.engine.generate import Awaited, Predicted, Studio, Work
 from dit_service.engine.lines import Lines, Load, Waiting
 from dit_service.engine.packing import Asked
 from zimage_core.serving.child import Port, is_sticky
@@ -49,19 +48,19 @@ class Schedule:
         self._conversions: deque[Submit] = deque()
         self._lines = Lines[tuple[_Live, Asked]]()
         """Who waits for a step."""
-        self._developing: deque[tuple[_Live, Developing]] = deque()
-        """Those whose picture the device works on."""
+        self._awaiting: deque[tuple[_Live, Awaited]] = deque()
+        """Those who wait for something else, such as a picture that the device works on."""
 
     def serve(self) -> NoReturn:
         """Runs requests until the process ends."""
         while True:
-            if not self._lines and not self._conversions and not self._developing:
+            if not self._lines and not self._conversions and not self._awaiting:
                 self._take(self._port.next_call())
             for submitted in self._port.new_calls():
                 self._take(submitted)
             if self._conversions:  # one between two steps: streams of them keep nobody from steps
                 self._convert(self._conversions.popleft())
-            self._develop()
+            self._look_again()
             if together := self._next():
                 self._step(together)
 
@@ -85,18 +84,18 @@ class Schedule:
         work = self._studio.work(request, Events(self._port, submitted.call))
         self._go_on(_Live(submitted, request, work), None)
 
-    def _develop(self) -> None:
-        """Goes on with those whose picture is there; waits only when there is nothing else."""
-        if self._developing and not self._lines:
-            self._developing[0][1].wait()
-        for _ in range(len(self._developing)):
-            live, developing = self._developing.popleft()
+    def _look_again(self) -> None:
+        """Goes on with those who have what they wait for; waits only when there is nothing else."""
+        if self._awaiting and not self._lines:
+            self._awaiting[0][1].wait()
+        for _ in range(len(self._awaiting)):
+            live, awaited = self._awaiting.popleft()
             if not self._is_wanted(live):
                 self._drop(live)
-            elif developing.is_there:
+            elif awaited.is_there:
                 self._go_on(live, None)
             else:
-                self._developing.append((live, developing))
+                self._awaiting.append((live, awaited))
 
     def _next(self) -> _Together:
         """Takes those from the lines that step next; drops those for whom nobody waits."""
@@ -134,10 +133,10 @@ class Schedule:
             except StopIteration:
                 self._port.finish(live.submitted.call)
                 return
-            if isinstance(awaits, Developing):
-                self._developing.append((live, awaits))
-            else:
+            if isinstance(awaits, Asked):
                 self._lines.join(self._waiting(live, awaits))
+            else:
+                self._awaiting.append((live, awaits))
 
     def _waiting(self, live: _Live, asked: Asked) -> Waiting[tuple[_Live, Asked]]:
         load = self._studio.load(asked)

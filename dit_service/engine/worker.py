@@ -65,7 +65,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
             f"{transformer.config.in_channels}; they do not belong together"
         )
         raise InvalidModel.at(settings.vae or settings.model / "vae", what, "FOREIGN_VAE")
-    studio = Studio(transformer, vae, ATTENTION_BACKEND, port.announce)
+    studio = Studio(transformer, vae, ATTENTION_BACKEND, port.announce, settings.max_adapter_bytes)
     side_multiple_px = vae.factor * transformer.config.patch_size
     description = messages.Model(
         name=_name(settings.model),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dit_service.model.adapters import NOTHING, BesidePart
 from dit_service.model.attention import BACKENDS
 from dit_service.model.config import TransformerConfig
 from dit_service.model.layout import Segments, per_token
@@ -47,15 +48,18 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_dim, _HEAD_NORM_EPS)
         self.norm_k = RMSNorm(config.head_dim, _HEAD_NORM_EPS)
 
-    def forward(self, x_TD: Tensor, segments: Segments, backend: str) -> Tensor:
+    def forward(self, x_TD: Tensor, segments: Segments, backend: str, beside: BesidePart) -> Tensor:
         """Each token looks at all tokens of its own sample."""
-        heads = (-1, self.head_dim)
-        q_THE = rotate(self.norm_q(self.to_q(x_TD).unflatten(-1, heads)), segments.rope)
-        k_THE = rotate(self.norm_k(self.to_k(x_TD).unflatten(-1, heads)), segments.rope)
-        v_THE = self.to_v(x_TD).unflatten(-1, heads)
+        q_THE = rotate(self.norm_q(self._heads("to_q", x_TD, beside)), segments.rope)
+        k_THE = rotate(self.norm_k(self._heads("to_k", x_TD, beside)), segments.rope)
+        v_THE = self._heads("to_v", x_TD, beside)
         attended_THE = BACKENDS[backend](q_THE, k_THE, v_THE, segments)
-        out_TD: Tensor = self.to_out[0](attended_THE.flatten(1))
-        return out_TD
+        return beside.through(self.to_out[0], "attention.to_out.0", attended_THE.flatten(1))
+
+    def _heads(self, name: str, x_TD: Tensor, beside: BesidePart) -> Tensor:
+        through_TD = beside.through(getattr(self, name), f"attention.{name}", x_TD)
+        heads_THE: Tensor = through_TD.unflatten(-1, (-1, self.head_dim))
+        return heads_THE
 
 
 class FeedForward(nn.Module):
@@ -67,10 +71,11 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, beside: BesidePart) -> Tensor:
         """In place where it can be: these are the widest tensors of a forward."""
-        out_TD: Tensor = self.w2(functional.silu(self.w1(x_TD), inplace=True).mul_(self.w3(x_TD)))
-        return out_TD
+        gate = functional.silu(beside.through(self.w1, "feed_forward.w1", x_TD), inplace=True)
+        gated = gate.mul_(beside.through(self.w3, "feed_forward.w3", x_TD))
+        return beside.through(self.w2, "feed_forward.w2", gated)
 
 
 class Block(nn.Module):
@@ -96,14 +101,20 @@ class Block(nn.Module):
         norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
         return torch.stack([norm.weight for norm in norms]).unsqueeze(0)
 
-    def modulated_norm_weights(self, time_NA: Tensor) -> Tensor:
+    def modulated_norm_weights(self, time_NA: Tensor, beside: BesidePart) -> Tensor:
         """The four at every moment, [N, 4, D]: a scale before each part, a gate behind it."""
-        scale1_ND, gate1_ND, scale2_ND, gate2_ND = self.adaLN_modulation(time_NA).chunk(4, dim=-1)
+        modulation = beside.through(self.adaLN_modulation[0], "adaLN_modulation.0", time_NA)
+        scale1_ND, gate1_ND, scale2_ND, gate2_ND = modulation.chunk(4, dim=-1)
         factors = [1 + scale1_ND, gate1_ND.tanh(), 1 + scale2_ND, gate2_ND.tanh()]
         return torch.stack(factors, dim=1) * self.norm_weights()
 
     def forward(
-        self, x_TD: Tensor, norm_weights_S4D: Tensor, segments: Segments, backend: str
+        self,
+        x_TD: Tensor,
+        norm_weights_S4D: Tensor,
+        segments: Segments,
+        backend: str,
+        beside: BesidePart = NOTHING,
     ) -> Tensor:
         """One step of the residual stream; `norm_weights_S4D` may be one row for all samples. What
         has no name here is gone at once: the feed-forward part wants the memory."""
@@ -113,11 +124,14 @@ class Block(nn.Module):
                 self.attention_norm1.normalised(x_TD).mul_(per_token(before_attention, segments)),
                 segments,
                 backend,
+                beside,
             )
         )
         x_TD = torch.addcmul(x_TD, per_token(after_attention, segments), attended_TD)
         del attended_TD
         fed_TD = self.ffn_norm2.normalised(
-            self.feed_forward(self.ffn_norm1.normalised(x_TD).mul_(per_token(before_ffn, segments)))
+            self.feed_forward(
+                self.ffn_norm1.normalised(x_TD).mul_(per_token(before_ffn, segments)), beside
+            )
         )
         return torch.addcmul(x_TD, per_token(after_ffn, segments), fed_TD)

@@ -7,6 +7,7 @@ embedding's, P the values of a patch.
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dit_service.model.adapters import BesidePart
 from dit_service.model.config import TransformerConfig
 from dit_service.model.layout import Segments, per_token
 
@@ -21,13 +22,15 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.dim, config.patch_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
-    def scale(self, time_NA: Tensor) -> Tensor:
+    def scale(self, time_NA: Tensor, beside: BesidePart) -> Tensor:
         """What the layer needs of every moment, [N, D]."""
-        scale_ND: Tensor = 1 + self.adaLN_modulation(time_NA)
-        return scale_ND
+        activation, linear = self.adaLN_modulation
+        return 1 + beside.through(linear, "adaLN_modulation.1", activation(time_NA))
 
-    def forward(self, x_TD: Tensor, scale_SD: Tensor, segments: Segments) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, scale_SD: Tensor, segments: Segments, beside: BesidePart
+    ) -> Tensor:
         """`scale_SD` may be one row for all samples."""
         normed_TD = functional.layer_norm(x_TD, x_TD.shape[-1:], eps=_EPS)
-        values_TP: Tensor = self.linear(normed_TD.mul_(per_token(scale_SD, segments)))
-        return values_TP
+        scaled_TD = normed_TD.mul_(per_token(scale_SD, segments))
+        return beside.through(self.linear, "linear", scaled_TD)

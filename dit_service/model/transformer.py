@@ -7,13 +7,14 @@ Shapes: C latent channels of H x W, T packed tokens, S samples, N moments of a s
 blocks, L prompt tokens of width F, D the model's width, A the time embedding's.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from dit_service.model.adapters import Uses, beside
 from dit_service.model.blocks import Block, RMSNorm
 from dit_service.model.config import TransformerConfig
 from dit_service.model.final_layer import FinalLayer
@@ -26,14 +27,15 @@ from zimage_core.planning.limits import padded
 
 @dataclass(frozen=True, eq=False)
 class Caption:
-    """What a prompt gives to every step of its pictures; its rows include the pads."""
+    """What a prompt gives to every step of its pictures, by the adapters in use; its rows include
+    the pads."""
 
     rows_TD: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Modulation:
-    """What one moment of a schedule gives to every block."""
+    """What one moment of a schedule gives to every block, by the adapters in use."""
 
     norm_weights_B4D: Tensor
     final_scale_D: Tensor
@@ -46,6 +48,7 @@ class Sample:
     latents_CHW: Tensor
     caption: Caption
     modulation: Modulation
+    adapters: Uses = ()
 
 
 class ZImageTransformer(nn.Module):
@@ -79,24 +82,34 @@ class ZImageTransformer(nn.Module):
         """Where the weights are."""
         return self.x_pad_token.device
 
-    def encode_captions(self, features: Sequence[Tensor], backend: str = "sdpa") -> list[Caption]:
+    def encode_captions(
+        self, features: Sequence[Tensor], backend: str = "sdpa", adapters: Uses = ()
+    ) -> list[Caption]:
         """Prompt embeddings of [L, F] each, in any float type, to what the steps need of them."""
         lengths = [len(features_LF) for features_LF in features]
         rows = [padded(length) for length in lengths]
         segments = caption_segments(rows, self.rope_tables, self.device)
-        tokens_TD = self.cap_embedder(torch.cat([features_LF.float() for features_LF in features]))
+        norm, linear = self.cap_embedder
+        normed_TF = norm(torch.cat([features_LF.float() for features_LF in features]))
+        of_tokens = beside([adapters], [sum(lengths)]).of("cap_embedder")
+        tokens_TD = of_tokens.through(linear, "1", normed_TF)
         tokens_TD = pad_samples(tokens_TD, lengths, self.cap_pad_token)
-        for block in cast("Iterable[Block]", self.context_refiner):
-            tokens_TD = block(tokens_TD, block.norm_weights(), segments, backend)
+        of_rows = beside([adapters], [sum(rows)])
+        for name, block in _named("context_refiner", self.context_refiner):
+            weights_14D = block.norm_weights()
+            tokens_TD = block(tokens_TD, weights_14D, segments, backend, of_rows.of(name))
         # A copy each: captions are kept, and a view would keep its neighbours too.
         return [Caption(rows_TD.clone()) for rows_TD in tokens_TD.split(rows)]
 
-    def modulate(self, times_N: Tensor) -> list[Modulation]:
+    def modulate(self, times_N: Tensor, adapters: Uses = ()) -> list[Modulation]:
         """A whole schedule, or the moments of a batch; a time is 1 - sigma in float32."""
-        time_NA = self.t_embedder(times_N * self.config.t_scale)
-        blocks = cast("Iterable[Block]", (*self.noise_refiner, *self.layers))
-        norm_weights = [block.modulated_norm_weights(time_NA) for block in blocks]
-        scales = self._final_layer.scale(time_NA)
+        changes = beside([adapters], [len(times_N)])
+        time_NA = self.t_embedder(times_N * self.config.t_scale, changes.of("t_embedder"))
+        norm_weights = [
+            block.modulated_norm_weights(time_NA, changes.of(name))
+            for name, block in (*self._refiner, *self._layers)
+        ]
+        scales = self._final_layer.scale(time_NA, changes.of("all_final_layer"))
         moments = zip(torch.stack(norm_weights, dim=1), scales, strict=True)
         return [Modulation(norm_weights_B4D, scale_D) for norm_weights_B4D, scale_D in moments]
 
@@ -119,28 +132,47 @@ class ZImageTransformer(nn.Module):
             [len(self.noise_refiner), len(self.layers)]
         )
 
-        image_TD = self._embed_images([sample.latents_CHW for sample in samples])
-        for block, norm_weights_S4D in zip(self.noise_refiner, refiner_weights, strict=True):
-            image_TD = block(image_TD, norm_weights_S4D, layout.image, backend)
+        adapters = [sample.adapters for sample in samples]
+        of_image = beside(adapters, layout.image.lengths)
+        of_joint = beside(adapters, layout.joint.lengths)
+
+        image_TD = self._embed_images(samples)
+        for (name, block), weights_S4D in zip(self._refiner, refiner_weights, strict=True):
+            image_TD = block(image_TD, weights_S4D, layout.image, backend, of_image.of(name))
 
         joint_TD = join(image_TD, [sample.caption.rows_TD for sample in samples], layout)
         del image_TD
-        for block, norm_weights_S4D in zip(self.layers, layer_weights, strict=True):
-            joint_TD = block(joint_TD, norm_weights_S4D, layout.joint, backend)
+        for (name, block), weights_S4D in zip(self._layers, layer_weights, strict=True):
+            joint_TD = block(joint_TD, weights_S4D, layout.joint, backend, of_joint.of(name))
 
-        values_TP = self._final_layer(image_rows(joint_TD, layout), final_scale_SD, layout.image)
+        values_TP = self._final_layer(
+            image_rows(joint_TD, layout),
+            final_scale_SD,
+            layout.image,
+            of_image.of("all_final_layer"),
+        )
         values = values_TP.float().split(list(layout.image.lengths))
         return [
             unpatchify(values_KP, shape, self.config.patch_size)
             for values_KP, shape in zip(values, layout.shapes, strict=True)
         ]
 
-    def _embed_images(self, latents: Sequence[Tensor]) -> Tensor:
+    def _embed_images(self, samples: Sequence[Sample]) -> Tensor:
         (embedder,) = self.all_x_embedder.values()
         patch = self.config.patch_size
-        tokens = [patchify(latents_CHW.to(self.dtype), patch) for latents_CHW in latents]
+        tokens = [patchify(sample.latents_CHW.to(self.dtype), patch) for sample in samples]
         lengths = [len(tokens_KP) for tokens_KP in tokens]
-        return pad_samples(embedder(torch.cat(tokens)), lengths, self.x_pad_token)
+        changes = beside([sample.adapters for sample in samples], lengths).of("all_x_embedder")
+        tokens_TD = changes.through(embedder, "", torch.cat(tokens))
+        return pad_samples(tokens_TD, lengths, self.x_pad_token)
+
+    @property
+    def _refiner(self) -> list[tuple[str, Block]]:
+        return _named("noise_refiner", self.noise_refiner)
+
+    @property
+    def _layers(self) -> list[tuple[str, Block]]:
+        return _named("layers", self.layers)
 
     @property
     def _final_layer(self) -> FinalLayer:
@@ -150,6 +182,10 @@ class ZImageTransformer(nn.Module):
 
 def _blocks(config: TransformerConfig, count: int, *, modulated: bool) -> nn.ModuleList:
     return nn.ModuleList(Block(config, modulated=modulated) for _ in range(count))
+
+
+def _named(stack: str, blocks: nn.ModuleList) -> list[tuple[str, Block]]:
+    return [(f"{stack}.{index}", cast("Block", block)) for index, block in enumerate(blocks)]
 
 
 def _stack(modulations: list[Modulation]) -> tuple[Tensor, Tensor]:

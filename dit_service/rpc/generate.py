@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from dit_service import messages
 from dit_service.rpc import describe, trace
+from dit_service.rpc.adapters import Adapters
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.conversions import Conversions
 from dit_service.rpc.costs import Costs
@@ -40,9 +41,11 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         settings: DitSettings,
         conditioner: Conditioner,
         blobs: BlobServicer,
+        adapters: Adapters,
     ) -> None:
         self._worker = worker
         self._blobs = blobs
+        self._adapters = adapters
         self._settings = settings
         self._conditioner = conditioner
         self._admission = Admission(
@@ -65,7 +68,8 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         spec = await uploads.spec()
         model = self._worker.loaded(messages.Model)
         resolved = Resolver(model, self._settings).resolve(spec)
-        request = Request(resolved, self._conditioner, model, self._costs)
+        await self._adapters.decide(resolved.spec.adapters)
+        request = Request(resolved, self._conditioner, self._adapters, model, self._costs)
         with self._admission.place() as place:
             place.expect(request.cost, context.time_remaining())
             async with aclosing(request.answers(self._worker, place, uploads)) as answers:
@@ -86,6 +90,33 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         """Pictures for latents, each for itself."""
         async for answer in self._each(request_iterator, self._conversions.decode):
             yield answer
+
+    async def AddAdapter(  # noqa: N802 - gRPC's name
+        self, request: dit_pb2.AddAdapterRequest, context: _Context
+    ) -> dit_pb2.AddAdapterResponse:
+        """Looks into the file before it gets the name."""
+        shape = self._worker.loaded(messages.Model).shape
+        return dit_pb2.AddAdapterResponse(adapter=await self._adapters.add(request, shape))
+
+    async def GetAdapter(  # noqa: N802 - gRPC's name
+        self, request: dit_pb2.GetAdapterRequest, context: _Context
+    ) -> dit_pb2.GetAdapterResponse:
+        """What the file says, too."""
+        shape = self._worker.loaded(messages.Model).shape
+        return dit_pb2.GetAdapterResponse(adapter=await self._adapters.get(request.name, shape))
+
+    async def ListAdapters(  # noqa: N802 - gRPC's name
+        self, request: dit_pb2.ListAdaptersRequest, context: _Context
+    ) -> dit_pb2.ListAdaptersResponse:
+        """Looks into no file."""
+        return await self._adapters.list(request)
+
+    async def RemoveAdapter(  # noqa: N802 - gRPC's name
+        self, request: dit_pb2.RemoveAdapterRequest, context: _Context
+    ) -> dit_pb2.RemoveAdapterResponse:
+        """The file stays for a while."""
+        await self._adapters.remove(request.name)
+        return dit_pb2.RemoveAdapterResponse()
 
     async def Trace(  # noqa: N802 - gRPC's name
         self, request: dit_pb2.TraceRequest, context: _Context

@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from dit_service import messages
 from dit_service.rpc import describe
+from dit_service.rpc.adapters import Adapters
 from dit_service.rpc.conditioning import Conditioner, Side
 from dit_service.rpc.costs import Costs
 from dit_service.rpc.pin import CheckedEmbedding
@@ -45,6 +46,7 @@ class Request:
         self,
         resolved: Resolved,
         conditioner: Conditioner,
+        adapters: Adapters,
         model: messages.Model,
         costs: Costs,
     ) -> None:
@@ -52,6 +54,7 @@ class Request:
         self._resolved = resolved
         self._spec = spec = resolved.spec
         self._conditioner = conditioner
+        self._adapters = adapters
         self._model = model
         self._sides = [conditioner.read(spec.positive, "spec.positive", model)]
         if resolved.is_guided:
@@ -97,11 +100,12 @@ class Request:
             if any(isinstance(side.content, Prompt) for side in self._sides):
                 self._tell(_progress(place, dit_pb2.Progress.STAGE_ENCODING))
             checked = await self._conditioner.resolve(self._sides, self._model, sent)
+            adapters = await self._adapters.fetched(self._spec.adapters)
             self._enter_provenance(checked)
             self._completed.usage.encode_time.CopyFrom(self._since_arrival())
             self._stage_began = time.monotonic()
             self._tell(_progress(place, dit_pb2.Progress.STAGE_QUEUED))
-            async with aclosing(worker.call(self._work(checked))) as events:
+            async with aclosing(worker.call(self._work(checked, adapters))) as events:
                 async for event in events:
                     await self._retell(event, place)
         except asyncio.CancelledError:
@@ -142,7 +146,11 @@ class Request:
             )
         )
 
-    def _work(self, checked: Sequence[CheckedEmbedding]) -> messages.Generate:
+    def _work(
+        self,
+        checked: Sequence[CheckedEmbedding],
+        adapters: tuple[messages.AdapterUse, ...],
+    ) -> messages.Generate:
         positive, *negative = (side.embedding.tensor for side in checked)
         spec = self._spec
         return messages.Generate(
@@ -158,6 +166,7 @@ class Request:
             is_solo=spec.packing == types_pb2.PACKING_SOLO,
             share=self._share,
             previews=_previews(spec),
+            adapters=adapters,
         )
 
     async def _retell(self, event: object, place: Place) -> None:

@@ -2,6 +2,7 @@
 
 import grpc.aio
 
+from dit_service.rpc.adapters import Adapters
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.generate import DitServicer
 from zimage_client import AsyncClient
@@ -27,7 +28,9 @@ def service(settings: DitSettings) -> Service:
 
     def register(server: grpc.aio.Server, worker: Worker) -> None:
         keeper = BlobServicer(blobs)
-        servicer = DitServicer(worker, settings, Conditioner(settings, encoder), keeper)
+        servicer = DitServicer(
+            worker, settings, Conditioner(settings, encoder), keeper, Adapters(blobs)
+        )
         dit_pb2_grpc.add_DitServiceServicer_to_server(servicer, server)
         blob_pb2_grpc.add_BlobServiceServicer_to_server(keeper, server)
 

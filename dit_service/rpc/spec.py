@@ -19,6 +19,8 @@ _LARGEST_SEED = 2**63 - 1
 _SMALLEST_SHIFT = 1e-3
 _LARGEST_REAL = 1e4
 """Far beyond anything useful for guidance, its bounds and the shift, and safe in float32."""
+_LARGEST_SCALE = 100.0
+"""The same of adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,9 @@ class Resolver:
         spec.priority = spec.priority or types_pb2.PRIORITY_NORMAL
         if spec.HasField("previews"):
             self._decide_previews(spec.previews)
+        for index, use in enumerate(spec.adapters):
+            field = f"spec.adapters[{index}].scale"
+            use.scale = _real(use, field, 1.0, lowest=-_LARGEST_SCALE, highest=_LARGEST_SCALE)
         spec.output.metadata = spec.output.metadata or dit_pb2.Output.METADATA_RECEIPT
         file_format = decide_format(spec.output, "spec.output.")
         return Resolved(spec, seeds, sigmas, file_format)
@@ -197,9 +202,15 @@ def _whole(
     return value
 
 
-def _real(message: Any, path: str, default: float, lowest: float = 0.0) -> float:
+def _real(
+    message: Any,
+    path: str,
+    default: float,
+    lowest: float = 0.0,
+    highest: float = _LARGEST_REAL,
+) -> float:
     name = path.rpartition(".")[2]
     value: float = getattr(message, name) if message.HasField(name) else default
-    if not (math.isfinite(value) and lowest <= value <= _LARGEST_REAL):
-        raise InvalidRequest.given(path, value, f"{lowest:g} to {_LARGEST_REAL:g}", name.upper())
+    if not (math.isfinite(value) and lowest <= value <= highest):
+        raise InvalidRequest.given(path, value, f"{lowest:g} to {highest:g}", name.upper())
     return value

@@ -9,6 +9,8 @@ import zimage_client
 
 NAMES = [
     "Accepted",
+    "Adapter",
+    "AdapterUse",
     "Artifact",
     "AsyncClient",
     "AttentionBackend",

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,7 +143,8 @@ def running(
         sys.stderr.write("".join(service.log))  # pytest shows it with the failure
         raise
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):  # with its worker, which the test may have stopped
+            os.killpg(process.pid, signal.SIGKILL)
         service.wait_for_exit()
         service.close()
         shutil.rmtree(folder, ignore_errors=True)

@@ -351,7 +351,7 @@ def test_a_killed_front_takes_its_worker_along(model_folder: Path) -> None:
 
 def test_draining_finishes_what_runs(model_folder: Path, encoder: Service) -> None:
     flags = "--model", str(model_folder), "--encoder", encoder.address
-    with running("dit_service", *flags, "--drain-delay-seconds", "1") as dit:
+    with running("dit_service", *flags, "--drain-delay-seconds", "2") as dit:
         dit.wait_until("SERVING")
         assert [dit.probe("livez"), dit.probe("readyz")] == [200, 200]
         with Client(dit.address) as client:

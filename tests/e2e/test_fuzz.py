@@ -15,9 +15,12 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save
 
+from tests import adapter_files
 from tests.e2e.hostile import hostile
 from tests.e2e.services import PATIENCE_SECONDS, Service, running, typed
+from zimage_client import Client
 from zimage_client._embedded.stack import demo_model
 from zimage_core.embeddings import Embedding, Numerics, Recipe
 from zimage_core.errors import InternalError, Unavailable
@@ -57,7 +60,7 @@ def _embedding(*, named: bool = False) -> types_pb2.PromptEmbedding:
     )
 
 
-def _spec(**content: Message) -> dit_pb2.GenerateRequest:
+def _spec(*adapters: dit_pb2.AdapterUse, **content: Message) -> dit_pb2.GenerateRequest:
     side = types_pb2.Conditioning(segments=[types_pb2.Segment(**content)])  # type: ignore[arg-type]
     return dit_pb2.GenerateRequest(
         spec=dit_pb2.GenerateSpec(
@@ -75,6 +78,7 @@ def _spec(**content: Message) -> dit_pb2.GenerateRequest:
             packing=types_pb2.PACKING_SHARED,
             previews=dit_pb2.Previews(interval_steps=1),
             priority=types_pb2.PRIORITY_NORMAL,
+            adapters=adapters,
         )
     )
 
@@ -82,6 +86,9 @@ def _spec(**content: Message) -> dit_pb2.GenerateRequest:
 PROMPT = types_pb2.Prompt(text="a red circle", system="s", thinking="t")
 LATENTS = tensors.to_wire(TensorData("float32", (16, 4, 4), bytes(4 * 16 * 16)))
 SHA256 = "0123456789abcdef" * 4
+_CHANGED = {"layers.0.attention.to_q": (192, 192)}  # of the demo model
+ADAPTER = save(adapter_files.LAYOUTS["bare"](adapter_files.random_lora(_CHANGED))[0])
+ADAPTER_SHA256 = hashlib.sha256(ADAPTER).hexdigest()
 ZEROS = hashlib.sha256(bytes(8 * WIDTH)).hexdigest()
 METHODS: dict[str, list[Message]] = {
     f"{_ENCODER}/Describe": [encoder_pb2.DescribeRequest()],
@@ -93,7 +100,18 @@ METHODS: dict[str, list[Message]] = {
         _spec(embedding=_embedding(named=True)),
         dit_pb2.GenerateRequest(chunk=dit_pb2.BlobChunk(sha256=ZEROS, data=bytes(8 * WIDTH))),
         _spec(prompt=PROMPT),
+        _spec(
+            dit_pb2.AdapterUse(name="style", scale=0.5),
+            dit_pb2.AdapterUse(digest=types_pb2.Digest(sha256=ADAPTER_SHA256)),
+            prompt=PROMPT,
+        ),
     ],
+    f"{_DIT}/AddAdapter": [
+        dit_pb2.AddAdapterRequest(name="style", sha256=ADAPTER_SHA256, replace=True)
+    ],
+    f"{_DIT}/GetAdapter": [dit_pb2.GetAdapterRequest(name="style")],
+    f"{_DIT}/ListAdapters": [dit_pb2.ListAdaptersRequest(page_size=3)],
+    f"{_DIT}/RemoveAdapter": [dit_pb2.RemoveAdapterRequest(name="style")],
     f"{_DIT}/EncodeImages": [dit_pb2.EncodeImagesRequest(item_id=1, image=_png())],
     f"{_DIT}/DecodeLatents": [dit_pb2.DecodeLatentsRequest(item_id=1, latents=LATENTS)],
     f"{_DIT}/Trace": [dit_pb2.TraceRequest(last=Duration(seconds=60))],
@@ -105,7 +123,14 @@ METHODS: dict[str, list[Message]] = {
     f"{_BLOBS}/Get": [blob_pb2.GetRequest(sha256=SHA256, offset=1)],
 }
 """What clients send, as a place to begin."""
-_UNARY = ("Describe", "Encode", "Find", "Trace")
+_UNARY = (
+    "Describe",
+    "Encode",
+    "Find",
+    "Trace",
+    *(f"{verb}Adapter" for verb in ("Add", "Get", "Remove")),
+    "ListAdapters",
+)
 
 
 # The demo model's tokenizer knows where words end, and so how much of them to remember.
@@ -122,6 +147,10 @@ def dit(encoder: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     flags = "--model", str(demo_model()), "--encoder", encoder.address, "--store", store
     with running("dit_service", *flags, *LIMITS) as service:
         service.wait_until("SERVING")
+        file = tmp_path_factory.mktemp("adapters") / "style.safetensors"
+        file.write_bytes(ADAPTER)
+        with Client(service.address) as client:
+            client.add_adapter("style", file)
         yield service
 
 

@@ -1,5 +1,6 @@
 """E2: whole pictures against diffusers' ZImagePipeline, pixel by pixel."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 from dit_service import messages
 from dit_service.engine.generate import Studio
 from dit_service.model import loading
+from zimage_client._embedded.stack import demo_model
 from zimage_core.planning import schedule
 from zimage_core.tensors import TensorData
 
@@ -120,6 +124,57 @@ def test_base(base_folder: Path, guidance: float, normalization: float, truncati
         cfg_truncation=truncation,
     )
     _assert_same(_ours(base_folder, request), theirs)
+
+
+def test_what_peft_trained_changes_the_picture_as_in_diffusers(tmp_path: Path) -> None:
+    folder = demo_model()
+    pipeline = _pipeline(folder)
+    request = messages.Generate(
+        positive=_embedding(pipeline, PROMPT),
+        negative=None,
+        seeds=(SEED,),
+        width_px=128,
+        height_px=128,
+        sigmas=schedule.sigmas(schedule.OFFICIAL, 8, pipeline.scheduler.config.shift),
+        guidance=0.0,
+        cfg_normalization=0.0,
+        cfg_truncation=1.0,
+        is_solo=True,
+    )
+    before = _theirs(pipeline, request)
+    _train(pipeline)
+    pipeline.save_lora_weights(
+        tmp_path,
+        get_peft_model_state_dict(pipeline.transformer),
+        transformer_lora_adapter_metadata=pipeline.transformer.peft_config["default"].to_dict(),
+    )
+    [file] = tmp_path.glob("*.safetensors")
+    theirs = _theirs(pipeline, request)
+    assert np.abs(theirs[0].astype(int) - before[0].astype(int)).mean() > 10
+    use = messages.AdapterUse("trained", file, 1.0)
+    _assert_same(_ours(folder, replace(request, adapters=(use,))), theirs)
+
+
+def _train(pipeline: Any) -> None:
+    """A few steps towards a picture that is white above and black below."""
+    transformer, vae = pipeline.transformer, pipeline.vae
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
+    transformer.add_adapter(LoraConfig(r=8, lora_alpha=12, target_modules=targets))
+    with torch.no_grad():
+        picture = torch.linspace(1, -1, 2).repeat_interleave(64).view(1, 1, 128, 1)
+        mean = vae.encode(picture.expand(1, 3, 128, 128)).latent_dist.mean
+        target = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        [words], _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    trained = [one for one in transformer.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(15):
+        noise, time = torch.randn(target.shape, generator=generator), torch.rand(1)
+        mixed = time * target + (1 - time) * noise
+        [velocity] = transformer([mixed[0].unsqueeze(1)], time, [words], return_dict=False)[0]
+        ((target - noise)[0] - velocity.squeeze(1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize(("step_count", "shift"), [(8, 3.0), (9, 3.0), (50, 6.0), (1, 3.0)])

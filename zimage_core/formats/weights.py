@@ -3,6 +3,7 @@
 A file is the header's length in eight bytes, the header in JSON, then the elements of all tensors.
 """
 
+import json
 import math
 import mmap
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ _PLAIN = {"F32", "BF16", "F16"}
 _SCALES = (".weight_scale", ".weight_scale_2", ".scale_weight", ".input_scale", ".scale_input")
 """How the names of the numbers end without which quantized weights mean nothing."""
 
+_METADATA = "__metadata__"
+_ALIGNMENT = 8
 _SUFFIX = ".safetensors"
 _INDEX = _SUFFIX + ".index.json"
 _MOST_DIMENSIONS, _LARGEST_SIZE = 8, 2**48
@@ -73,19 +76,29 @@ def read_all(folder: Path) -> dict[str, Weight]:
 
 def read_file(path: Path) -> Iterator[tuple[str, Weight]]:
     """The tensors of one file; raises InvalidModel for a file that is not what it should be."""
-    with path.open("rb") as file:
-        try:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except ValueError as error:  # an empty file cannot be mapped
-            raise InvalidModel.at(path, "the file is empty") from error
-    header_bytes = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or header_bytes > min(_LONGEST_HEADER, len(content) - 8):
-        raise InvalidModel.at(path, "not a safetensors file, or cut off within its header")
-    header = parse_json_object(path, bytes(content[8 : 8 + header_bytes]))
-    elements = content[8 + header_bytes :]
+    header, elements = _open(path)
     for name, entry in header.items():
-        if name != "__metadata__":
+        if name != _METADATA:
             yield name, _weight(path, name, entry, elements)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself; raises InvalidModel, too."""
+    metadata = _open(path)[0].get(_METADATA, {})
+    if not isinstance(metadata, dict):
+        raise InvalidModel.at(path, "its metadata is no JSON object")
+    return {str(name): str(value) for name, value in metadata.items()}
+
+
+def copy(path: Path, to: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a file that says more of itself."""
+    header, elements = _open(path)
+    header[_METADATA] = {**read_metadata(path), **metadata}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with to.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(elements)
 
 
 def refuse_quantized(path: Path, tensors: Mapping[str, Weight]) -> None:
@@ -97,6 +110,20 @@ def refuse_quantized(path: Path, tensors: Mapping[str, Weight]) -> None:
                 "take the bf16 file"
             )
             raise InvalidModel.at(path, what, "QUANTIZED")
+
+
+def _open(path: Path) -> tuple[dict[str, Any], memoryview]:
+    """The header, and the elements of all tensors."""
+    with path.open("rb") as file:
+        try:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except ValueError as error:  # an empty file cannot be mapped
+            raise InvalidModel.at(path, "the file is empty") from error
+    header_bytes = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or header_bytes > min(_LONGEST_HEADER, len(content) - 8):
+        raise InvalidModel.at(path, "not a safetensors file, or cut off within its header")
+    header = parse_json_object(path, bytes(content[8 : 8 + header_bytes]))
+    return header, content[8 + header_bytes :]
 
 
 def _weight(path: Path, name: str, entry: Any, elements: memoryview) -> Weight:

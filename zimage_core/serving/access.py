@@ -39,6 +39,10 @@ ROLES: dict[str, Role | None] = {
     "/zimage_rpc.dit.v1.DitService/Generate": "generate",
     "/zimage_rpc.dit.v1.DitService/EncodeImages": "generate",
     "/zimage_rpc.dit.v1.DitService/DecodeLatents": "generate",
+    "/zimage_rpc.dit.v1.DitService/AddAdapter": "train",
+    "/zimage_rpc.dit.v1.DitService/GetAdapter": "generate",
+    "/zimage_rpc.dit.v1.DitService/ListAdapters": "generate",
+    "/zimage_rpc.dit.v1.DitService/RemoveAdapter": "train",
     "/zimage_rpc.dit.v1.DitService/Trace": "admin",
 }
 """The role that a method needs; for None any token does, and an admin may do everything."""
@@ -62,7 +66,7 @@ class Token(BaseModel):
         None, pattern="^[0-9a-f]{64}$", description="or its digest, so that the file is no secret"
     )
     roles: frozenset[Role] = Field(min_length=1)
-    project: str = Field(DEFAULT_PROJECT, min_length=1)
+    project: str = Field(DEFAULT_PROJECT, pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     calls_per_minute: float | None = Field(None, gt=0, description="on average; as many at once")
     calls_at_once: int | None = Field(None, ge=1)
     device_seconds_per_hour: float | None = Field(

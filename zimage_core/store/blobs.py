@@ -5,13 +5,18 @@ and is what its digest says, it moves to the shelf. What no name points at goes 
 when there is no room.
 """
 
+import hashlib
 import json
 import logging
+import os
 import re
+import secrets
+import shutil
 import threading
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +33,7 @@ _IN_USE_SECONDS = 600.0
 """What came or was read so lately may be about to get a name."""
 _MOST_PARTS = 1000
 """Beginnings that nobody goes on with; each costs a look at every put."""
+_COPY_BYTES = 1 << 20
 _LOOK_SECONDS = 60.0
 """How long we believe what we saw on the shelf, which others may use, too."""
 
@@ -51,6 +57,9 @@ class Blobs:
         self._keep_seconds = keep_seconds
         # On the same disk where possible, so that what is whole is only renamed.
         self._gathering = (self._shelf.folder or scratch) / "incoming"
+        self._copies = scratch / "copies"
+        self._verified: dict[str, int] = {}
+        """The files that were what their digests say, by their inodes."""
         self._incoming: dict[str, Incoming] = {}
         self._registry = threading.Lock()
         """For the line above; held for no disk and no network."""
@@ -74,6 +83,31 @@ class Blobs:
             raise _missing(sha256) from None
         self._shelf.touch(key)
         return file
+
+    def local(self, sha256: str) -> Path:
+        """A blob as a file of this machine, which is what its digest says; raises NotFound. Where
+        the store is elsewhere, copies of late are kept, as many as may lie on the shelf."""
+        key = _key(sha256)
+        if self._shelf.folder is not None:
+            path = self._shelf.folder / key
+        else:
+            path = self._copies / sha256
+            if not path.exists():
+                self._copy(sha256, path)
+        try:
+            os.utime(path)
+            with on_disk(), path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino  # a file here is replaced, never changed
+                if self._verified.get(sha256) != inode:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                    if found != sha256:
+                        path.unlink(missing_ok=True)
+                        self.discard(sha256)
+                        raise _missing(sha256)
+                    self._verified[sha256] = inode
+        except FileNotFoundError:
+            raise _missing(sha256) from None
+        return path
 
     def receive(self, sha256: str, size_bytes: int) -> Incoming | None:
         """Goes on with a blob, in the place of whoever did so before; None for one that is there.
@@ -136,8 +170,7 @@ class Blobs:
 
     def names(self, kind: str) -> list[str]:
         """All of a kind."""
-        folder = f"{_NAMES}/{_checked(kind)}"
-        return sorted(entry.key.rpartition("/")[2] for entry in self._shelf.entries(folder))
+        return sorted(_last(entry.key) for entry in self._shelf.entries(_kind_key(kind)))
 
     def forget(self, kind: str, name: str) -> None:
         """Takes a name away; its blob goes when nothing else points at it and it is old."""
@@ -163,6 +196,23 @@ class Blobs:
         for entry in unused:
             if self._used_bytes + wanted_bytes > self._quota:
                 self._remove(entry)
+
+    def _copy(self, sha256: str, path: Path) -> None:
+        with on_disk():
+            self._copies.mkdir(parents=True, exist_ok=True, mode=0o700)
+        part = path.with_name(f".{secrets.token_hex(8)}")
+        try:
+            with self.open(sha256) as there, on_disk(), part.open("xb") as here:
+                shutil.copyfileobj(there, here, _COPY_BYTES)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        copies = sorted(self._copies.iterdir(), key=_modified, reverse=True)
+        sizes = accumulate(_size(copy) for copy in copies)
+        for copy, size in zip(copies, sizes, strict=True):
+            if size > self._quota and copy != path:
+                copy.unlink(missing_ok=True)
 
     def _pointed_at(self) -> set[str]:
         """Raises ValueError for a name that nobody can read: then nothing may go."""
@@ -265,12 +315,17 @@ def _key(sha256: str) -> str:
     return f"{_BLOBS}/{sha256[:2]}/{sha256}"
 
 
-def _name_key(kind: str, name: str) -> str:
-    return f"{_NAMES}/{_checked(kind)}/{_checked(name)}"
-
-
-def _checked(name: str) -> str:
+def check_name(name: str, field: str = "name") -> str:
+    """Raises InvalidRequest for what cannot be a name."""
     if not _NAME.fullmatch(name):
         allowed = "letters, digits, '.', '_', '-', 128 at most, a letter or digit first"
-        raise InvalidRequest.given("name", name[:200], allowed, "NAME")
+        raise InvalidRequest.given(field, name[:200] or "nothing", allowed, "NAME")
     return name
+
+
+def _name_key(kind: str, name: str) -> str:
+    return f"{_kind_key(kind)}/{check_name(name)}"
+
+
+def _kind_key(kind: str) -> str:
+    return "/".join((_NAMES, *map(check_name, kind.split("/"))))

@@ -10,5 +10,6 @@ DIT = (
     "priorities",
     "named_embeddings",
     "trace",
+    "adapters",
 )
 ENCODER = ("encode_stream",)

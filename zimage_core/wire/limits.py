@@ -19,6 +19,9 @@ PROMPTS_PER_ENCODE = 32
 PROMPT_BYTES = 1 << 20
 """The longest text in one prompt, all parts together."""
 
+ADAPTERS_PER_REQUEST = 16
+"""The most adapters that change one picture."""
+
 DIGESTS_PER_FIND = 1000
 """The most blobs in one Find."""
 
@@ -66,6 +69,9 @@ SERVICE_CONFIG = {
                 {"service": "zimage_rpc.encoder.v1.EncoderService", "method": "Encode"},
                 {"service": "zimage_rpc.encoder.v1.EncoderService", "method": "Describe"},
                 {"service": "zimage_rpc.dit.v1.DitService", "method": "Describe"},
+                {"service": "zimage_rpc.dit.v1.DitService", "method": "AddAdapter"},
+                {"service": "zimage_rpc.dit.v1.DitService", "method": "GetAdapter"},
+                {"service": "zimage_rpc.dit.v1.DitService", "method": "ListAdapters"},
                 {"service": "zimage_rpc.blob.v1.BlobService", "method": "Find"},
             ],
             "retryPolicy": _RETRY,

@@ -18,7 +18,7 @@ from zimage_client import (
     read_receipt,
 )
 from zimage_client._options import SEED_LIMIT, spec
-from zimage_client.cli import conditioning, output, previews, prompt, stack
+from zimage_client.cli import adapters, conditioning, output, previews, prompt, stack
 from zimage_client.cli.progress import ProgressText
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds
@@ -58,6 +58,8 @@ def add_flags(parser: ArgumentParser) -> None:
         action="store_true",
         help="share no step with other requests: the same picture to the last bit, and slower",
     )
+
+    adapters.add_use_flag(picture)
 
     guidance = parser.add_argument_group("guidance")
     guidance.add_argument(
@@ -186,6 +188,7 @@ def _options(args: Namespace, terminal: Terminal, receipt: Receipt | None) -> Op
         "metadata": args.metadata,
         "packing": "solo" if args.solo else None,
         "priority": args.priority,
+        "adapters": adapters.uses(args),
         "timeout": args.timeout,
     }
     options: dict[str, Any] = {"seed": secrets.randbelow(SEED_LIMIT)}

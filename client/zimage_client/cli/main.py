@@ -10,6 +10,7 @@ from importlib.metadata import version
 from io import TextIOWrapper
 
 from zimage_client.cli import (
+    adapters,
     certs,
     completion,
     doctor,
@@ -38,6 +39,7 @@ from zimage_core.settings import ClientSettings
 _COMMANDS = {
     "generate": (generate, "make pictures from a prompt or an encoded one"),
     "encode": (encode, "encode a prompt into a file"),
+    "adapters": (adapters, "keep LoRAs under names that pictures can ask for"),
     "completion": (completion, "print what a shell needs to complete commands and flags"),
     "info": (info, "show what the services are, configured or embedded, and how they are"),
     "inspect": (inspect, "show what a picture's file says of how it was made"),

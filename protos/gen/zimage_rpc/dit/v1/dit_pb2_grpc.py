@@ -55,6 +55,26 @@ class DitServiceStub:
                 request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.AddAdapter = channel.unary_unary(
+                '/zimage_rpc.dit.v1.DitService/AddAdapter',
+                request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.AddAdapterRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.AddAdapterResponse.FromString,
+                _registered_method=True)
+        self.GetAdapter = channel.unary_unary(
+                '/zimage_rpc.dit.v1.DitService/GetAdapter',
+                request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GetAdapterRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GetAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/zimage_rpc.dit.v1.DitService/ListAdapters',
+                request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
+        self.RemoveAdapter = channel.unary_unary(
+                '/zimage_rpc.dit.v1.DitService/RemoveAdapter',
+                request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.RemoveAdapterRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.RemoveAdapterResponse.FromString,
+                _registered_method=True)
         self.Trace = channel.unary_unary(
                 '/zimage_rpc.dit.v1.DitService/Trace',
                 request_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.TraceRequest.SerializeToString,
@@ -98,6 +118,36 @@ class DitServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddAdapter(self, request, context):
+        """Gives a name to an adapter whose file is in the store, so that every replica with that store knows it. Names belong to
+        the caller's project.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAdapter(self, request, context):
+        """Says what is known of an adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """Lists the adapters of the caller's project by their names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveAdapter(self, request, context):
+        """Takes the name of an adapter away. Requests that were accepted by that name are finished; its file goes when nothing
+        else names it and nobody used it for long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Trace(self, request, context):
         """Says what the device did of late, and for whom: between two steps, so it may wait for one. Forgets the oldest; a worker
         that was replaced knows nothing of the time before.
@@ -128,6 +178,26 @@ def add_DitServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeRequest.FromString,
                     response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeResponse.SerializeToString,
+            ),
+            'AddAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddAdapter,
+                    request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.AddAdapterRequest.FromString,
+                    response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.AddAdapterResponse.SerializeToString,
+            ),
+            'GetAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAdapter,
+                    request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GetAdapterRequest.FromString,
+                    response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GetAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'RemoveAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveAdapter,
+                    request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.RemoveAdapterRequest.FromString,
+                    response_serializer=zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.RemoveAdapterResponse.SerializeToString,
             ),
             'Trace': grpc.unary_unary_rpc_method_handler(
                     servicer.Trace,
@@ -244,6 +314,114 @@ class DitService:
             '/zimage_rpc.dit.v1.DitService/Describe',
             zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeRequest.SerializeToString,
             zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.dit.v1.DitService/AddAdapter',
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.AddAdapterRequest.SerializeToString,
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.AddAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.dit.v1.DitService/GetAdapter',
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GetAdapterRequest.SerializeToString,
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.GetAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.dit.v1.DitService/ListAdapters',
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.ListAdaptersRequest.SerializeToString,
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.dit.v1.DitService/RemoveAdapter',
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.RemoveAdapterRequest.SerializeToString,
+            zimage__rpc_dot_dit_dot_v1_dot_dit__pb2.RemoveAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,18 @@ class DitServiceStub:
     """Turns latents into pictures, likewise."""
     Describe: _grpc.UnaryUnaryMultiCallable[_dit_pb2.DescribeRequest, _dit_pb2.DescribeResponse]
     """Says which model this is and what it can do. Answers while the model loads."""
+    AddAdapter: _grpc.UnaryUnaryMultiCallable[_dit_pb2.AddAdapterRequest, _dit_pb2.AddAdapterResponse]
+    """Gives a name to an adapter whose file is in the store, so that every replica with that store knows it. Names belong to
+    the caller's project.
+    """
+    GetAdapter: _grpc.UnaryUnaryMultiCallable[_dit_pb2.GetAdapterRequest, _dit_pb2.GetAdapterResponse]
+    """Says what is known of an adapter."""
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_dit_pb2.ListAdaptersRequest, _dit_pb2.ListAdaptersResponse]
+    """Lists the adapters of the caller's project by their names."""
+    RemoveAdapter: _grpc.UnaryUnaryMultiCallable[_dit_pb2.RemoveAdapterRequest, _dit_pb2.RemoveAdapterResponse]
+    """Takes the name of an adapter away. Requests that were accepted by that name are finished; its file goes when nothing
+    else names it and nobody used it for long.
+    """
     Trace: _grpc.UnaryUnaryMultiCallable[_dit_pb2.TraceRequest, _dit_pb2.TraceResponse]
     """Says what the device did of late, and for whom: between two steps, so it may wait for one. Forgets the oldest; a worker
     that was replaced knows nothing of the time before.
@@ -71,6 +83,18 @@ class DitServiceAsyncStub(DitServiceStub):
     """Turns latents into pictures, likewise."""
     Describe: _aio.UnaryUnaryMultiCallable[_dit_pb2.DescribeRequest, _dit_pb2.DescribeResponse]  # type: ignore[assignment]
     """Says which model this is and what it can do. Answers while the model loads."""
+    AddAdapter: _aio.UnaryUnaryMultiCallable[_dit_pb2.AddAdapterRequest, _dit_pb2.AddAdapterResponse]  # type: ignore[assignment]
+    """Gives a name to an adapter whose file is in the store, so that every replica with that store knows it. Names belong to
+    the caller's project.
+    """
+    GetAdapter: _aio.UnaryUnaryMultiCallable[_dit_pb2.GetAdapterRequest, _dit_pb2.GetAdapterResponse]  # type: ignore[assignment]
+    """Says what is known of an adapter."""
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_dit_pb2.ListAdaptersRequest, _dit_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """Lists the adapters of the caller's project by their names."""
+    RemoveAdapter: _aio.UnaryUnaryMultiCallable[_dit_pb2.RemoveAdapterRequest, _dit_pb2.RemoveAdapterResponse]  # type: ignore[assignment]
+    """Takes the name of an adapter away. Requests that were accepted by that name are finished; its file goes when nothing
+    else names it and nobody used it for long.
+    """
     Trace: _aio.UnaryUnaryMultiCallable[_dit_pb2.TraceRequest, _dit_pb2.TraceResponse]  # type: ignore[assignment]
     """Says what the device did of late, and for whom: between two steps, so it may wait for one. Forgets the oldest; a worker
     that was replaced knows nothing of the time before.
@@ -116,6 +140,42 @@ class DitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_dit_pb2.DescribeResponse, _abc.Awaitable[_dit_pb2.DescribeResponse]]:
         """Says which model this is and what it can do. Answers while the model loads."""
+
+    @_abc_1.abstractmethod
+    def AddAdapter(
+        self,
+        request: _dit_pb2.AddAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dit_pb2.AddAdapterResponse, _abc.Awaitable[_dit_pb2.AddAdapterResponse]]:
+        """Gives a name to an adapter whose file is in the store, so that every replica with that store knows it. Names belong to
+        the caller's project.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAdapter(
+        self,
+        request: _dit_pb2.GetAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dit_pb2.GetAdapterResponse, _abc.Awaitable[_dit_pb2.GetAdapterResponse]]:
+        """Says what is known of an adapter."""
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _dit_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dit_pb2.ListAdaptersResponse, _abc.Awaitable[_dit_pb2.ListAdaptersResponse]]:
+        """Lists the adapters of the caller's project by their names."""
+
+    @_abc_1.abstractmethod
+    def RemoveAdapter(
+        self,
+        request: _dit_pb2.RemoveAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dit_pb2.RemoveAdapterResponse, _abc.Awaitable[_dit_pb2.RemoveAdapterResponse]]:
+        """Takes the name of an adapter away. Requests that were accepted by that name are finished; its file goes when nothing
+        else names it and nobody used it for long.
+        """
 
     @_abc_1.abstractmethod
     def Trace(

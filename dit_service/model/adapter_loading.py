@@ -1,0 +1,55 @@
+"""Adapters from their files onto the device."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dit_service.model.adapters import Adapter, Change
+from zimage_core.errors import InvalidRequest
+from zimage_core.formats.adapter_file import read_plan
+from zimage_core.planning.flops import DitShape
+from zimage_core.planning.linears import linears
+
+_PART = re.compile(r"(?P<part>(layers|noise_refiner|context_refiner)\.\d+|\w+)\.(\d+-1\.?)?")
+
+
+def load_adapter(path: Path, shape: DitShape, device: torch.device, dtype: torch.dtype) -> Adapter:
+    """Raises InvalidRequest for a file that cannot be used with a model of this shape."""
+    plan = read_plan(path, linears(shape))
+    parts: defaultdict[str, dict[str, Change]] = defaultdict(dict)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            names = {name for change in plan.changes for name in (change.down, change.up)}
+            halves = {
+                name: _half(name, tensors.get_tensor(name)).to(device, dtype, copy=True)
+                for name in names
+            }
+    except SafetensorError as error:
+        raise InvalidRequest(
+            f"the adapter cannot be used: {error}", reason="ADAPTER_FILE"
+        ) from error
+    for change in plan.changes:
+        up_OR = halves[change.up][change.first_row : change.first_row + change.row_count]
+        part, name = _place(change.linear)
+        parts[part][name] = Change(halves[change.down], up_OR, change.strength)
+    return Adapter(dict(parts))
+
+
+def _half(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.isfinite().all():
+        raise InvalidRequest(
+            f"the adapter cannot be used: {name} holds values that are no finite numbers",
+            reason="ADAPTER_NOT_FINITE",
+        )
+    return tensor.flatten(1)
+
+
+def _place(linear: str) -> tuple[str, str]:
+    """The part of the model that a linear is in, and its name there."""
+    found = _PART.match(linear)
+    assert found
+    return found["part"], linear[found.end() :]

@@ -1,0 +1,100 @@
+"""Adapters beside the weights: low-rank changes that each sample of a call chooses for itself.
+
+A linear runs once over all tokens, then each stretch of tokens gets what its own adapters add. So
+no weight is ever touched, and whoever uses none computes what it computes without them.
+Shapes: T packed tokens, I a linear's inputs, O its outputs, R a rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Change(NamedTuple):
+    """What an adapter adds to a linear: `strength` times up times down."""
+
+    down_RI: Tensor
+    up_OR: Tensor
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One on the device; its changes by the part of the model that a linear is in, such as
+    "layers.3" or "cap_embedder", and by its name there."""
+
+    parts: Mapping[str, Mapping[str, Change]]
+
+    @property
+    def bytes(self) -> int:
+        """The memory it takes; halves that several linears share count once."""
+        changes = (change for part in self.parts.values() for change in part.values())
+        halves = {half for change in changes for half in (change.down_RI, change.up_OR)}
+        return sum(half.nbytes for half in halves)
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """An adapter, and how strong it shall be: 1 is as it was trained."""
+
+    adapter: Adapter
+    scale: float
+
+
+Uses = tuple[Use, ...]
+"""What a sample uses, in the order in which it is added."""
+
+
+class _Stretch(NamedTuple):
+    begin: int
+    end: int
+    scale: float
+    parts: Mapping[str, Mapping[str, Change]]
+
+
+class Beside:
+    """What the adapters of a call add, by where its tokens lie."""
+
+    def __init__(self, stretches: Sequence[_Stretch]) -> None:
+        self._stretches = stretches
+
+    def of(self, part: str) -> "BesidePart":
+        """What they add in one part of the model."""
+        found = [(s, s.parts[part]) for s in self._stretches if part in s.parts]
+        return BesidePart(found) if found else NOTHING
+
+
+class BesidePart:
+    """What the adapters of a call add in one part of the model."""
+
+    def __init__(self, changes: Sequence[tuple[_Stretch, Mapping[str, Change]]]) -> None:
+        self._changes = changes
+
+    def through(self, linear: nn.Module, name: str, x_TI: Tensor) -> Tensor:
+        """The linear's output for all tokens with what adapters add to it."""
+        y_TO: Tensor = linear(x_TI)
+        for stretch, changes in self._changes:
+            if change := changes.get(name):
+                tokens = slice(stretch.begin, stretch.end)
+                low_TR = x_TI[tokens] @ change.down_RI.T
+                scale = stretch.scale * change.strength
+                y_TO[tokens].addmm_(low_TR, change.up_OR.T, alpha=scale)
+        return y_TO
+
+
+NOTHING = BesidePart(())
+
+
+def beside(uses: Sequence[Uses], lengths: Sequence[int]) -> Beside:
+    """For samples of so many tokens each; neighbours that use the same are one stretch."""
+    bounds = pairwise([0, *accumulate(lengths)])
+    stretches = []
+    for same, samples in groupby(zip(uses, bounds, strict=True), key=lambda one: one[0]):
+        tokens = [bound for _, bound in samples]
+        stretches += [
+            _Stretch(tokens[0][0], tokens[-1][1], use.scale, use.adapter.parts) for use in same
+        ]
+    return Beside(stretches)
