@@ -75,8 +75,9 @@ parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E
 bench-encoder: ## C1: a prompt against diffusers' encode_prompt
 	$(BIN)/python -m bench.encoder
 
-bench-dit: ## C5, C6, C7: a forward against diffusers and the bare matmuls, and what the services add
+bench-dit: ## C5, C6, C7, C9: a forward against diffusers and the bare matmuls, what adapters and services add
 	$(BIN)/python -m bench.dit
+	$(BIN)/python -m bench.adapters
 	$(BIN)/python -m bench.overhead
 
 bench-engine: ## C8: eight clients against a plain gRPC server around diffusers' pipeline; how long steps may become

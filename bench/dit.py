@@ -10,7 +10,7 @@ leaves it as the C library has it.
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn import functional
 from bench.timing import compare, machine, write_results
 from demo_model.random_model import Shape, build
 from dit_service.engine.heap import prepare_heap
+from dit_service.model.adapters import Uses
 from dit_service.model.layout import Layout
 from dit_service.model.loading import load_transformer
 from dit_service.model.transformer import Sample, ZImageTransformer
@@ -91,12 +92,12 @@ class Models:
         return lambda: self.theirs(latents, inputs.times, inputs.features, return_dict=False)
 
     def step(self, inputs: Inputs) -> Run:
-        samples, layout = self._samples(inputs), self._layout(inputs)
+        samples, layout = self.samples(inputs), self.layout(inputs)
         return lambda: self.ours(samples, layout)
 
     def whole(self, inputs: Inputs) -> Run:
-        layout = self._layout(inputs)
-        return lambda: self.ours(self._samples(inputs), layout)
+        layout = self.layout(inputs)
+        return lambda: self.ours(self.samples(inputs), layout)
 
     def step_floor(self, inputs: Inputs) -> "Floor":
         return Floor(self.ours.config, self.dtype).step(inputs)
@@ -104,14 +105,15 @@ class Models:
     def whole_floor(self, inputs: Inputs) -> "Floor":
         return Floor(self.ours.config, self.dtype).step(inputs).preparation(inputs)
 
-    def _samples(self, inputs: Inputs) -> list[Sample]:
+    def samples(self, inputs: Inputs, uses: Sequence[Uses] | None = None) -> list[Sample]:
         captions = self.ours.encode_captions(inputs.features)
         modulations = self.ours.modulate(inputs.times)
-        parts = zip(inputs.latents, captions, modulations, strict=True)
+        uses = uses or [()] * len(captions)
+        parts = zip(inputs.latents, captions, modulations, uses, strict=True)
         return [Sample(*part) for part in parts]
 
-    def _layout(self, inputs: Inputs) -> Layout:
-        samples = self._samples(inputs)
+    def layout(self, inputs: Inputs) -> Layout:
+        samples = self.samples(inputs)
         shapes = [self.ours.shape_of(sample.latents_CHW, sample.caption) for sample in samples]
         return self.ours.layout(shapes)
 

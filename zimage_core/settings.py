@@ -151,6 +151,11 @@ class DitSettings(ServiceSettings):
         description="how long a step may become by several requests sharing it: so long whoever "
         "comes waits for its first",
     )
+    attention_backend: str = Field(
+        "auto",
+        description="sdpa, sdpa_cudnn, torch_varlen, flash_attn_3, flash_attn_2, xformers or sage; "
+        "auto: the fastest that computes right here",
+    )
     max_step_bytes: int | None = Field(
         None, gt=0, description="memory of such a step; unset: most of what is free"
     )

@@ -7,10 +7,12 @@ import torch
 
 from dit_service import messages
 from dit_service.engine import device as devices
+from dit_service.engine.attention import choose
 from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
 from dit_service.engine.schedule import Room, Schedule
 from dit_service.model import loading
+from dit_service.model.attention.backend import Place
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.planning import variants
@@ -23,11 +25,6 @@ from zimage_core.wire.identities import encoder_identities
 
 _LOADING_SECONDS = 600.0
 """What a cold load of 12 GB from a slow disk may take; the watchdog allows several times that."""
-
-ATTENTION_BACKEND = "sdpa"
-_ATTENTION_REASONS = {
-    ATTENTION_BACKEND: "PyTorch's own kernels, which every device has: the only choice so far"
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,10 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
             f"{transformer.config.in_channels}; they do not belong together"
         )
         raise InvalidModel.at(settings.vae or settings.model / "vae", what, "FOREIGN_VAE")
-    studio = Studio(transformer, vae, ATTENTION_BACKEND, port.announce, settings.max_adapter_bytes)
+    config = transformer.config
+    place = Place.of(device, compute_type, config.head_dim)
+    attention = choose(settings.attention_backend, place, config.n_heads)
+    studio = Studio(transformer, vae, attention.backend, port.announce, settings.max_adapter_bytes)
     side_multiple_px = vae.factor * transformer.config.patch_size
     description = messages.Model(
         name=_name(settings.model),
@@ -81,8 +81,8 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         device=devices.describe(device),
         compute_type=devices.NAMES[compute_type],
         vae_compute_type=devices.NAMES[compute_type],
-        attention_backend=ATTENTION_BACKEND,
-        attention_reasons=_ATTENTION_REASONS,
+        attention_backend=attention.backend,
+        attention_reasons=attention.reasons,
         preview_r_squared=studio.preview.r_squared,
         latent_channels=vae.latent_channels,
         pixels_per_latent=vae.factor,

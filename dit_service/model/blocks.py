@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dit_service.model.adapters import NOTHING, BesidePart
-from dit_service.model.attention import BACKENDS
+from dit_service.model.attention.backends import attend
 from dit_service.model.config import TransformerConfig
 from dit_service.model.layout import Segments, per_token
 from dit_service.model.rope import rotate
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         q_THE = rotate(self.norm_q(self._heads("to_q", x_TD, beside)), segments.rope)
         k_THE = rotate(self.norm_k(self._heads("to_k", x_TD, beside)), segments.rope)
         v_THE = self._heads("to_v", x_TD, beside)
-        attended_THE = BACKENDS[backend](q_THE, k_THE, v_THE, segments)
+        attended_THE = attend(backend, q_THE, k_THE, v_THE, segments)
         return beside.through(self.to_out[0], "attention.to_out.0", attended_THE.flatten(1))
 
     def _heads(self, name: str, x_TD: Tensor, beside: BesidePart) -> Tensor:

@@ -44,6 +44,8 @@ class Segments:
 
     lengths: tuple[int, ...]
     bounds: Tensor
+    device_bounds: Tensor
+    """The same where kernels look for them."""
     sample_T: Tensor
     rope: Rope
 
@@ -84,9 +86,11 @@ def build_layout(shapes: Sequence[SampleShape], tables: RopeTables, device: torc
 def _segments(positions: list[Tensor], tables: RopeTables, device: torch.device) -> Segments:
     lengths = tuple(len(positions_T3) for positions_T3 in positions)
     counts_S = torch.tensor(lengths, device="cpu")
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
     return Segments(
         lengths=lengths,
-        bounds=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu"),
+        bounds=bounds,
+        device_bounds=bounds.to(device),
         sample_T=torch.repeat_interleave(counts_S, output_size=sum(lengths)).to(device),
         rope=tables.at(torch.cat(positions), device),
     )

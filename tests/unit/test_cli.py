@@ -484,6 +484,7 @@ class TestLiveLine:
             previews="",
             preview_interval=0,
             priority="normal",
+            adapters=(),
             forward_count=8,
             queue_position=2,
             expected_seconds=12.4,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dit_service import messages
+from dit_service.rpc.adapters import Adapters
 from dit_service.rpc.conditioning import Conditioner
 from dit_service.rpc.generate import DitServicer
 from tests.unit.test_spec import SETTINGS, TURBO
@@ -44,8 +45,9 @@ async def _front(store: Path) -> AsyncIterator[DitServicer]:
     settings = SETTINGS.model_copy(update={"max_queue_length": 0})
     try:
         await ready.wait()
-        blobs = BlobServicer(Blobs(str(store), store, 1 << 20, keep_seconds=1000.0))
-        yield DitServicer(worker, settings, Conditioner(settings, encoder=None), blobs)
+        blobs = Blobs(str(store), store, 1 << 20, keep_seconds=1000.0)
+        conditioner = Conditioner(settings, encoder=None)
+        yield DitServicer(worker, settings, conditioner, BlobServicer(blobs), Adapters(blobs))
     finally:
         supervision.cancel()
         await asyncio.gather(supervision, return_exceptions=True)
