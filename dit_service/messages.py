@@ -42,6 +42,8 @@ class AdapterUse:
 
     sha256: str
     """Of its file."""
+    size_bytes: int
+    """Its size."""
     file: Path
     """On this machine."""
     scale: float

@@ -160,7 +160,7 @@ class DitSettings(ServiceSettings):
         None, gt=0, description="memory of such a step; unset: most of what is free"
     )
     max_adapter_bytes: int = Field(
-        1 << 30, gt=0, description="memory of the adapters that stay on the device between requests"
+        1 << 30, gt=0, description="memory for adapters on the device, in use or used last"
     )
     max_queue_length: int = Field(64, ge=1, description="requests inside beside one")
     max_queue_seconds: float = Field(

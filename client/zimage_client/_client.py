@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
@@ -201,14 +201,20 @@ class AsyncClient:
         """Gives a LoRA a name that every replica of the DiT service knows which shares its store;
         sends the file if it is not there. A name that points at another file is only moved with
         `replace`. A folder is one that peft saved."""
-        near, way = Near(), self._channels.dit
-        replay = self._lasting(timeout)
-        with peft_folder.whole_file(Path(file)) as whole:
-            sha256 = await self._transfers().put(whole, replay, near)
+        near, replay, same_id = Near(), self._lasting(timeout), self._channels.metadata()
+        with ExitStack() as scratch:
+            whole = peft_folder.whole_file(Path(file))
+            whole_file = await asyncio.to_thread(scratch.enter_context, whole)
+            sha256 = await self._transfers().put(whole_file, replay, near)
         request = dit_pb2.AddAdapterRequest(name=name, sha256=sha256, replace=replace)
-        seconds = replay.within(_calls.ADAPTER_SECONDS)
-        with way.one_try(near) as channel:
-            return await _calls.add_adapter(channel, request, seconds, self._channels.metadata())
+        while True:
+            try:
+                with self._channels.dit.one_try(near) as channel:
+                    seconds = replay.within(_calls.ADAPTER_SECONDS)
+                    return await _calls.add_adapter(channel, request, seconds, same_id)
+            except Unavailable as error:  # such as while its model loads
+                pause = replay.pause_after(error)
+            await asyncio.sleep(pause)
 
     async def get_adapter(
         self, name: str, *, timeout: float | None = _calls.ADAPTER_SECONDS

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, aclosing
 from pathlib import Path
+from typing import TypeVar
 
 import grpc.aio
 
@@ -19,10 +20,13 @@ from zimage_client._replay import Replay
 from zimage_core import tracing
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import DeadlineTooShort, Unavailable, ZImageError
+from zimage_core.formats import peft_folder
 from zimage_core.wire import request_id
 from zimage_rpc.dit.v1 import dit_pb2
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Generation:
@@ -46,6 +50,8 @@ class Generation:
         self._files = files
         self._putting: dict[str, Putting] = {}
         """The same, once it is known what they are, by their digests."""
+        self._scratch = ExitStack()
+        """Files that are made for the occasion."""
         self._replay = replay
         self._encoded = not channels.has_encoder
         self._delivered = Delivered()
@@ -55,9 +61,10 @@ class Generation:
     async def events(self) -> AsyncGenerator[Event, None]:
         """What happens, until all is done; raises what another try would not mend."""
         try:
-            async with aclosing(self._tries()) as events:
-                async for event in events:
-                    yield event
+            with self._scratch:
+                async with aclosing(self._tries()) as events:
+                    async for event in events:
+                        yield event
         except BaseException as error:
             self._span.end(error)
             raise
@@ -123,7 +130,8 @@ class Generation:
 
     async def _say_files(self) -> None:
         for at, file in self._files.items():
-            putting = await Putting.of(file)
+            whole = peft_folder.whole_file(file)
+            putting = await Putting.of(await asyncio.to_thread(self._scratch.enter_context, whole))
             self._putting[putting.sha256] = putting
             self._request.adapters[at].digest.sha256 = putting.sha256
 
@@ -131,8 +139,10 @@ class Generation:
         """Those that this replica lacks."""
         if not self._putting:
             return
-        seconds = self._replay.within(_calls.DESCRIBE_SECONDS)
-        there = await _calls.find_blobs(channel, [*self._putting], seconds, self._metadata())
+        there = await self._soon(
+            lambda seconds: _calls.find_blobs(channel, [*self._putting], seconds, self._metadata()),
+            "which files it has",
+        )
         for sha256 in self._putting.keys() - there:
             yield Progress("sending")
             await self._putting[sha256].once(channel, self._replay, self._metadata())
@@ -170,15 +180,22 @@ class Generation:
         return description.model.default_guidance > 0
 
     async def _described(self, channel: grpc.aio.Channel) -> DitDescription:
+        return await self._soon(
+            lambda seconds: _calls.describe_dit(channel, seconds, self._metadata()), "what it is"
+        )
+
+    async def _soon(self, call: Callable[[float | None], Awaitable[T]], what: str) -> T:
+        """What a short call answers. One that takes long is a fault of the service, and not of a
+        caller who set no timeout."""
         most = _calls.DESCRIBE_SECONDS
         seconds = self._replay.within(most)
         try:
-            return await _calls.describe_dit(channel, seconds, self._metadata())
+            return await call(seconds)
         except DeadlineTooShort as error:
             if seconds != most:
                 raise
-            what = f"the DiT service did not say within {most:g} s what it is"
-            raise Unavailable(what, reason="UNREACHABLE") from error
+            said = f"the DiT service did not say within {most:g} s {what}"
+            raise Unavailable(said, reason="UNREACHABLE") from error
 
     async def _encode(self, prompts: Sequence[Prompt]) -> Sequence[Embedding]:
         seconds = self._replay.within(None)  # a busy encoder is no reason to give up

@@ -177,7 +177,10 @@ def options(spec: dit_pb2.GenerateSpec) -> Options:
     if not spec.output.HasField("quality"):
         del found["quality"]
     if spec.adapters:
-        found["adapters"] = {use.digest.sha256: use.scale for use in spec.adapters}
+        scales: dict[str, float] = {}
+        for use in spec.adapters:  # the same file by two names adds up
+            scales[use.digest.sha256] = scales.get(use.digest.sha256, 0.0) + use.scale
+        found["adapters"] = scales
     if not spec.HasField("previews"):
         del found["previews"], found["preview_interval"]
     if spec.schedule.sigmas:

@@ -74,15 +74,15 @@ def library_versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "diffusers": diffusers.__version__}
 
 
-def room_bytes(device: torch.device) -> float:
-    """The memory that steps may take, now that the model is loaded."""
+def room_bytes(device: torch.device, promised: int) -> float:
+    """The memory that steps may take, now that the model is loaded; so much is promised besides."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return _FREE_FOR_STEPS * free
-    if device.type == "mps":
-        held = torch.mps.driver_allocated_memory()
-        return _FREE_FOR_STEPS * (torch.mps.recommended_max_memory() - held)
-    return _HOST_BYTES_FOR_STEPS
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    else:
+        return _HOST_BYTES_FOR_STEPS
+    return _FREE_FOR_STEPS * max(0, free - promised)
 
 
 class Fence:

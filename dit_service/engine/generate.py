@@ -82,7 +82,7 @@ class Studio:
         adapter_bytes: float = math.inf,
     ) -> None:
         self._model = model
-        self._adapters = Adapters(model, adapter_bytes)
+        self._adapters = Adapters(model, adapter_bytes, announce)
         self._vae = vae
         self.preview = preview.fit(vae)
         self.diary = Diary()
@@ -97,13 +97,19 @@ class Studio:
     def work(self, request: messages.Generate, emit: Emit) -> Work:
         """A request from its conditioning to its last picture. Emits an event before every step,
         each picture when it is done, and last what it took."""
+        adapters = yield from self._adapters.borrowed(request.adapters)
+        try:
+            yield from self._work(request, adapters, emit)
+        finally:
+            self._adapters.give_back(request.adapters)
+
+    def _work(self, request: messages.Generate, adapters: Uses, emit: Emit) -> Work:
         emit(messages.Denoised(0, 0))  # the request is under way: what breaks now may be its fault
         spent = messages.Spent()
         forward_count = len(request.seeds) * schedule.forward_count(
             request.sigmas, request.guidance, request.cfg_truncation
         )
         try:
-            adapters = yield from self._adapters.fetched(request.adapters)
             with self._conditioning.working(request.token_count) as piece:
                 shared = self._condition(request, adapters)
             self.diary.enter("condition", piece.seconds, part())

@@ -62,8 +62,11 @@ class Packer:
 
     def flops(self, asked: Asked) -> int:
         """How much arithmetic a call for this is."""
-        shapes = ((shape.image_tokens, shape.caption_rows) for shape in self._shapes(asked))
-        return dit_step_flops(self._model.config, shapes)
+        shapes = self._shapes(asked)
+        rows = sum(shape.image_rows + shape.caption_rows for shape in shapes)
+        adapters = sum(use.adapter.value_count for use in asked.shared.adapters)
+        tokens = ((shape.image_tokens, shape.caption_rows) for shape in shapes)
+        return dit_step_flops(self._model.config, tokens) + 2 * rows * adapters
 
     def bytes(self, asked: Asked) -> int:
         """How much memory a call for this takes while it runs."""

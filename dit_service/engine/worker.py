@@ -46,7 +46,7 @@ def main(port: Port, settings: DitSettings) -> None:
 
 
 def _room(settings: DitSettings, loaded: _Loaded) -> Room:
-    free = devices.room_bytes(loaded.device)
+    free = devices.room_bytes(loaded.device, settings.max_adapter_bytes)
     return Room(settings.max_step_ms / 1000, settings.max_step_bytes or free)
 
 

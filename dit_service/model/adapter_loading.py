@@ -24,19 +24,26 @@ def load_adapter(path: Path, shape: DitShape, device: torch.device, dtype: torch
     try:
         with safe_open(path, framework="pt", device="cpu") as tensors:
             names = {name for change in plan.changes for name in (change.down, change.up)}
-            halves = {
-                name: _half(name, tensors.get_tensor(name)).to(device, dtype, copy=True)
-                for name in names
+            hosted = {
+                name: _half(name, tensors.get_tensor(name)).to(dtype, copy=True) for name in names
             }
     except SafetensorError as error:
         raise InvalidRequest(
             f"the adapter cannot be used: {error}", reason="ADAPTER_FILE"
         ) from error
+    halves = {name: _fetched(half, device) for name, half in hosted.items()}
     for change in plan.changes:
         up_OR = halves[change.up][change.first_row : change.first_row + change.row_count]
         part, name = _place(change.linear)
         parts[part][name] = Change(halves[change.down], up_OR, change.strength)
     return Adapter(dict(parts))
+
+
+def _fetched(half: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory a GPU fetches it when it comes to it; nobody waits behind its steps."""
+    if device.type == "cuda":
+        return half.pin_memory().to(device, non_blocking=True)
+    return half.to(device)
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:

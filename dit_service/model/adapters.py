@@ -7,6 +7,7 @@ Shapes: T packed tokens, I a linear's inputs, O its outputs, R a rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
@@ -28,12 +29,11 @@ class Adapter:
 
     parts: Mapping[str, Mapping[str, Change]]
 
-    @property
-    def bytes(self) -> int:
-        """The memory it takes; halves that several linears share count once."""
+    @cached_property
+    def value_count(self) -> int:
+        """How many multiplications it adds to each token."""
         changes = (change for part in self.parts.values() for change in part.values())
-        halves = {half for change in changes for half in (change.down_RI, change.up_OR)}
-        return sum(half.nbytes for half in halves)
+        return sum(change.down_RI.numel() + change.up_OR.numel() for change in changes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,9 +68,9 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
         spec = await uploads.spec()
         model = self._worker.loaded(messages.Model)
         resolved = Resolver(model, self._settings).resolve(spec)
-        await self._adapters.decide(resolved.spec.adapters)
         request = Request(resolved, self._conditioner, self._adapters, model, self._costs)
         with self._admission.place() as place:
+            await self._adapters.decide(resolved.spec.adapters)
             place.expect(request.cost, context.time_remaining())
             async with aclosing(request.answers(self._worker, place, uploads)) as answers:
                 async for answer in answers:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from demo_model.random_model import Shape
 from dit_service.model.config import TransformerConfig
@@ -33,7 +34,7 @@ from zimage_client.cli.main import main as command
 from zimage_core.planning.linears import linears
 
 PROMPT = "a red circle on a blue background"
-WISH = Options(steps=3, seed=4, width=64, height=64)
+WISH = Options(steps=6, seed=4, width=64, height=64)
 ALONE = Options(**WISH, packing="solo")
 
 
@@ -52,7 +53,7 @@ def encoder(model_folder: Path) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def dit(model_folder: Path, encoder: Service, store: Path) -> Iterator[Service]:
     flags = "--model", str(model_folder), "--encoder", encoder.address, "--store", str(store)
-    with running("dit_service", *flags, "--max-adapter-bytes", "2000000") as service:
+    with running("dit_service", *flags, "--max-adapter-bytes", "4000000") as service:
         service.wait_until("SERVING")
         yield service
 
@@ -160,13 +161,15 @@ def test_a_receipt_names_the_files(
     file = _file(tmp_path, 5)
     out, again = tmp_path / "out.png", tmp_path / "again.png"
     flags = ["--server", dit.address, "--isolated"]
-    assert command(["adapters", *flags, "add", "sketch", str(file)]) == 0
-    wish = ["--steps", "3", "--width", "64", "--height", "64", "--solo"]
+    assert command(["adapters", "add", "sketch", str(file), *flags]) == 0
+    wish = ["--steps", "6", "--width", "64", "--height", "64", "--solo"]
     made = ["generate", PROMPT, *flags, *wish, "--adapter", "sketch:0.8", "-o", str(out)]
     assert command(made) == 0
     sha256 = client.get_adapter("sketch").sha256
     assert read_receipt(out).options["adapters"] == {sha256: 0.8}
-    assert command(["adapters", *flags, "remove", "sketch"]) == 0
+    assert command(["inspect", str(out)]) == 0
+    assert f"{sha256}, 0.8" in capsys.readouterr().out
+    assert command(["adapters", "remove", "sketch", *flags]) == 0
     assert command(["generate", *flags, "--from", str(out), "-o", str(again)]) == 0
     assert read_receipt(again).pixels_sha256 == read_receipt(out).pixels_sha256
     assert command(["verify", *flags, str(out)]) == 0
@@ -178,17 +181,46 @@ def test_the_command_line_shows_them(
 ) -> None:
     flags = ["--server", dit.address, "--isolated"]
     path = _file(tmp_path, 6, "transformer, settings")
-    assert command(["adapters", *flags, "add", "ink", str(path)]) == 0
-    assert command(["adapters", *flags, "list"]) == 0
-    assert command(["adapters", *flags, "show", "ink"]) == 0
+    assert command(["adapters", "add", "ink", str(path), *flags]) == 0
+    assert command(["adapters", "list", *flags]) == 0
+    assert command(["adapters", "show", "ink", *flags]) == 0
     shown = capsys.readouterr().out
     assert shown.count("ink  0.") == 3
     assert "lora_adapter_metadata: {" in shown
-    assert command(["adapters", "--json", *flags, "show", "ink"]) == 0
+    assert command(["adapters", "show", "ink", "--json", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["rank"] == 4
-    assert command(["adapters", *flags, "remove", "ink"]) == 0
-    assert command(["adapters", *flags, "show", "ink"]) == 3
+    assert command(["adapters", "remove", "ink", *flags]) == 0
+    assert command(["adapters", "show", "ink", *flags]) == 3
     assert "there is no adapter ink" in capsys.readouterr().err
+
+
+def test_a_file_by_two_names_adds_up_and_a_folder_of_peft_is_one(
+    client: Client, tmp_path: Path
+) -> None:
+    lora = _lora(8)
+    file = adapter_files.write(tmp_path / "8.safetensors", lora, "peft")
+    for name in ("one", "other"):
+        client.add_adapter(name, file)
+    twice = client.generate(PROMPT, **ALONE, adapters={"one": 0.5, "other": 0.3})
+    picture = tmp_path / "twice.png"
+    picture.write_bytes(twice.pictures[0].data)
+    options = read_receipt(picture).options
+    assert list((options["adapters"] or {}).values()) == [0.8]
+    assert _pixels(client, Options(**ALONE, adapters={"one": 0.8})) == (
+        twice.pictures[0].pixels_sha256
+    )
+    for name in ("one", "other"):
+        client.remove_adapter(name)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    tensors, _ = adapter_files.LAYOUTS["peft"](lora)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "lora_alpha": lora.strength * lora.rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for source in (folder, folder / "adapter_model.safetensors"):
+        assert _pixels(client, Options(**ALONE, adapters={source: 0.8})) == (
+            twice.pictures[0].pixels_sha256
+        )
 
 
 def test_what_cannot_be_used_is_refused_by_name(client: Client, tmp_path: Path) -> None:
@@ -205,7 +237,7 @@ def test_what_cannot_be_used_is_refused_by_name(client: Client, tmp_path: Path) 
     large = adapter_files.write(tmp_path / "large.safetensors", _lora(1, rank=64), "peft")
     with pytest.raises(Overloaded, match="max_adapter_bytes"):
         client.generate(PROMPT, **WISH, adapters={large: 1.0})
-    with pytest.raises(NotFound, match="not in this service's store"):
+    with pytest.raises(NotFound, match="there is no adapter 0000"):
         client.generate(PROMPT, **WISH, adapters={"0" * 64: 1.0})
     with pytest.raises(InvalidRequest, match=r"adapters\[0\]\.scale: nan given"):
         client.generate(PROMPT, **WISH, adapters={"x": float("nan")})

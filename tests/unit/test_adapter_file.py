@@ -71,6 +71,9 @@ def test_other_kinds_are_called_by_their_names(path: Path, name: str, kind: str)
         ({"layers.0.attention.to_q.bias": (24,)}, "no part of a LoRA is called layers.0"),
         (_halves("transformer.layers.7.attention.to_q"), "no linear transformer.layers.7"),
         (_halves(f"lora_unet_{TO_Q.replace('.', '_')}"), f"changes {TO_Q} twice"),
+        ({f"transformer.{TO_Q}.lora_A.second.weight": (2, 24)}, "only one can be used"),
+        ({f"transformer.{TO_Q}.lora_up.weight": (24, 2)}, "only one can be used"),
+        ({".lora_B" * 100: (1,)}, r"no part of a LoRA is called \.lora_B"),
         ({"layers.1.attention.to_q.lora_A.weight": (2, 24)}, "lacks a second half"),
         ({"layers.1.attention.to_q.lora_B.weight": (24, 2)}, "lacks a first half"),
         ({"layers.1.attention.to_q.alpha": (1,)}, "lacks a first half"),
@@ -119,8 +122,10 @@ def test_strength_is_as_peft_has_it(
 
 
 @pytest.mark.parametrize(
-    "settings", ["[", "3", '{"lora_alpha": "much"}', '{"lora_alpha": NaN}',
-                 '{"alpha_pattern": {"(a+)+$": 1}}']
+    "settings", ["[", "3", "[1]", '{"lora_alpha": "much"}', '{"lora_alpha": NaN}',
+                 '{"lora_alpha": 1e300}', '{"lora_alpha": 1' + 400 * "0" + "}",
+                 '{"alpha_pattern": {"(a+)+$": 1}}',
+                 json.dumps({"alpha_pattern": {f"q{i}": 1 for i in range(1001)}})]
 )  # fmt: skip
 def test_settings_that_cannot_be_meant_are_refused(path: Path, settings: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
@@ -135,6 +140,38 @@ def test_an_alpha_may_be_any_number(path: Path, kind: torch.dtype) -> None:
     assert plan.changes[0].strength == 3.0
 
 
+def test_what_is_written_twice_is_read_once(path: Path) -> None:
+    """By the names of diffusers, and by those of the original code beside them."""
+    lora = _lora(*(f"layers.0.attention.to_{one}" for one in ("q", "k", "v", "out.0")))
+    split, _ = adapter_files.LAYOUTS["diffusion_model, alpha"](lora)
+    both, _ = adapter_files.LAYOUTS["native, fused, A and B"](lora)
+    plan = _plan(path, split | both)
+    assert {change.linear for change in plan.changes} == lora.halves.keys()
+    assert plan.rank == lora.rank
+    del split["diffusion_model.layers.0.attention.to_q.lora_A.weight"]
+    with pytest.raises(InvalidRequest, match="lacks a first half"):
+        _plan(path, split | both)
+
+
+def test_names_may_be_separated_at_every_underscore(path: Path) -> None:
+    plan = _plan(path, _halves("layers.0.attention.to.q"))
+    assert [change.linear for change in plan.changes] == [TO_Q]
+
+
+def test_what_needs_other_weights_beside_it_is_refused(path: Path) -> None:
+    settings = json.dumps({"lora_alpha": 2, "init_lora_weights": "pissa_niter_4"})
+    with pytest.raises(InvalidRequest, match="pissa_niter_4 of peft changes the weights"):
+        _plan(path, _halves(), {SETTINGS: settings})
+
+
+def test_the_header_of_a_stranger_may_not_be_endless(path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="its header has"):
+        _plan(path, _halves(), {"tags": "x" * (9 << 20)})
+    path.write_bytes((40).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[Infinity]}}')
+    with pytest.raises(InvalidRequest, match="malformed"):
+        read_plan(path, LINEARS)
+
+
 def test_a_folder_of_peft_says_its_strength(tmp_path: Path) -> None:
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     save_file(_halves("base_model.model." + TO_Q), weights, {"format": "pt"})
@@ -144,8 +181,10 @@ def test_a_folder_of_peft_says_its_strength(tmp_path: Path) -> None:
         assert load_file(whole).keys() == load_file(weights).keys()
     assert plan.changes[0].strength == 4.0
     assert plan.metadata["format"] == "pt"
-    with whole_file(weights) as same:
-        assert same == weights
+    with whole_file(weights) as whole:
+        assert read_plan(whole, LINEARS) == plan
+    with whole_file(tmp_path / "other.safetensors") as same:
+        assert same == tmp_path / "other.safetensors"
     config.write_text(json.dumps({"peft_type": "LOKR"}))
     with pytest.raises(InvalidRequest, match="LOKR of peft"), whole_file(tmp_path):
         pass

@@ -21,10 +21,22 @@ from zimage_core.formats.weights import Weight
 SETTINGS = "lora_adapter_metadata"
 """Under which name of a file's metadata diffusers keeps the settings of peft."""
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+_LONGEST_HEADER = 8 << 20
+"""Of strangers' files: parsing it keeps this process from all else. A usual one has 0.2 MB."""
+_LONGEST_NAME = 300
+_MOST_PATTERNS = 1000
+_LARGEST_STRENGTH = 1e4
+_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "module.",
+    "_orig_mod.",
+)
 _JOINED_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-_DOWN = re.compile(r"\.(lora_A(\.\w+)?|lora_down|lora\.down)\.weight$")
-_UP = re.compile(r"\.(lora_B(\.\w+)?|lora_up|lora\.up)\.weight$")
+_DOWN = re.compile(r"\.(lora_A(\.[^.]+)?|lora_down|lora\.down)\.weight$")
+_UP = re.compile(r"\.(lora_B(\.[^.]+)?|lora_up|lora\.up)\.weight$")
 _ALPHA = re.compile(r"\.alpha$")
 _OTHER_KINDS = {
     "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector)\b"),
@@ -36,7 +48,10 @@ _OTHER_KINDS = {
     "whole differences of weights": re.compile(r"\.diff(_b)?$"),
     "an adapter of the text encoder": re.compile(r"^(text_encoder|lora_te)"),
 }
-_FUSED, _SPLIT = ".attention.qkv", (".attention.to_q", ".attention.to_k", ".attention.to_v")
+_FUSED = (".attention.qkv", ".attention.to_qkv")
+_SPLIT = (".attention.to_q", ".attention.to_k", ".attention.to_v")
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways of peft to begin that take something out of the weights: the rest is not what we have."""
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 _FLOATS = ("F32", "F16", "BF16")
 _NAMED_IN_ERRORS = 3
@@ -76,8 +91,7 @@ def read_plan(path: Path, linears: Mapping[str, tuple[int, int]]) -> AdapterPlan
     """The plan of a file for a model with these linears, by their outputs and inputs. Raises
     InvalidRequest for what is no LoRA, not for this model, or not understood to its last tensor."""
     try:
-        tensors = dict(weights.read_file(path))
-        metadata = weights.read_metadata(path)
+        tensors, metadata = weights.read_whole(path, _LONGEST_HEADER)
     except InvalidModel as error:  # where this machine keeps it is not its sender's business
         what = error.message.removeprefix(f"{path}: ")
         raise _refusal("ADAPTER_FILE", f"this is no usable safetensors file: {what}") from None
@@ -86,8 +100,11 @@ def read_plan(path: Path, linears: Mapping[str, tuple[int, int]]) -> AdapterPlan
     if unknown := [name for name in modules if _bare(name) not in places]:
         raise _refusal("ADAPTER_KEYS", f"this model has no linear {_few(unknown)}")
     changes: dict[str, Change] = {}
-    for name, module in modules.items():
-        for change in module.changes(name, places[_bare(name)], linears, strengths):
+    for name in sorted(modules, key=lambda name: places[_bare(name)].is_original):
+        place = places[_bare(name)]
+        if place.is_original and all(linear in changes for linear in place.linears):
+            continue  # some trainers write the same a second time, by the names of the original
+        for change in modules[name].changes(name, place.linears, linears, strengths):
             if change.linear in changes:
                 raise _refusal("ADAPTER_KEYS", f"it changes {change.linear} twice")
             changes[change.linear] = change
@@ -103,11 +120,15 @@ class _Strengths:
         self._settings: dict[str, Any] = {}
         if SETTINGS in metadata:
             try:
-                settings = json.loads(metadata[SETTINGS])
-                self._settings = {_without_prefix(name): settings[name] for name in settings}
+                settings = dict(json.loads(metadata[SETTINGS]))
             except (ValueError, TypeError, RecursionError):
                 what = f"its metadata {SETTINGS} is no readable JSON object"
                 raise _refusal("ADAPTER_FILE", what) from None
+            self._settings = {_without_prefix(name): settings[name] for name in settings}
+        beginning = str(self._settings.get("init_lora_weights"))
+        if beginning.startswith(_CHANGES_THE_BASE):
+            what = f"{beginning} of peft changes the weights of the model, too, and is not in it"
+            raise _refusal("ADAPTER_KIND", what)
 
     def of(self, linear: str, rank: int, alpha: float | None) -> float:
         """By how much the product of the halves counts."""
@@ -116,18 +137,20 @@ class _Strengths:
             alpha = self._alpha(linear, rank)
             if self._settings.get("use_rslora"):
                 divisor = math.sqrt(rank)
-        if not math.isfinite(alpha):
-            raise _refusal("ADAPTER_FILE", f"the alpha of {linear} is {alpha}")
+        if not abs(alpha / divisor) <= _LARGEST_STRENGTH:  # nor is what is no number
+            raise _refusal("ADAPTER_FILE", f"the alpha of {linear} is {alpha}, its rank {rank}")
         return alpha / divisor
 
     def _alpha(self, linear: str, rank: int) -> float:
         patterns = self._settings.get("alpha_pattern") or {}
         try:
+            if len(patterns) > _MOST_PATTERNS:
+                raise ValueError(f"{len(patterns)} patterns, {_MOST_PATTERNS} at most are taken")
             for pattern, alpha in patterns.items():
                 if _is_meant(linear, pattern):
                     return float(alpha)
             return float(self._settings.get("lora_alpha", rank))
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"its metadata {SETTINGS} has no usable alpha: {error}"
             raise _refusal("ADAPTER_FILE", what) from None
 
@@ -148,6 +171,18 @@ class _Module:
     down: tuple[str, Weight] | None = None
     up: tuple[str, Weight] | None = None
     alpha: float | None = None
+
+    def take_down(self, name: str, weight: Weight) -> None:
+        """The first half."""
+        if self.down:
+            raise _refusal("ADAPTER_KEYS", f"{self.down[0]} and {name}: only one can be used")
+        self.down = name, weight
+
+    def take_up(self, name: str, weight: Weight) -> None:
+        """The second."""
+        if self.up:
+            raise _refusal("ADAPTER_KEYS", f"{self.up[0]} and {name}: only one can be used")
+        self.up = name, weight
 
     def changes(
         self,
@@ -181,13 +216,15 @@ def _modules(tensors: Mapping[str, Weight]) -> dict[str, _Module]:
     modules: dict[str, _Module] = {}
     unknown = []
     for name, weight in tensors.items():
+        if len(name) > _LONGEST_NAME:
+            raise _refusal("ADAPTER_KEYS", f"no part of a LoRA is called {name[:80]}...")
         _refuse_other_kinds(name)
         if ending := _DOWN.search(name):
             module = modules.setdefault(name[: ending.start()], _Module())
-            module.down = name, weight
+            module.take_down(name, weight)
         elif ending := _UP.search(name):
             module = modules.setdefault(name[: ending.start()], _Module())
-            module.up = name, weight
+            module.take_up(name, weight)
         elif ending := _ALPHA.search(name):
             module = modules.setdefault(name[: ending.start()], _Module())
             module.alpha = _scalar(name, weight)
@@ -198,22 +235,32 @@ def _modules(tensors: Mapping[str, Weight]) -> dict[str, _Module]:
     return modules
 
 
-def _places(linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[str, ...]]:
-    """What a name may mean: a linear, or the three that are one in the original code. Some tools
-    join the parts of a name by underscores."""
-    places: dict[str, tuple[str, ...]] = {}
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a name means: a linear, or the three that are one in the original code."""
+
+    linears: tuple[str, ...]
+    is_original: bool = False
+
+
+def _places(linears: Mapping[str, tuple[int, int]]) -> dict[str, _Place]:
+    """By all names that they go by. Some tools join the parts of a name by underscores, some
+    separate at those that belong to it."""
+    places: dict[str, _Place] = {}
     for linear in linears:
-        for name in _spellings(linear):
-            places[name] = (linear,)
+        places[linear] = _Place((linear,))
+        for name in _original(linear):
+            places[name] = _Place((linear,), is_original=True)
         block, found, _ = linear.partition(_SPLIT[0])
         if found:
-            places[block + _FUSED] = tuple(block + part for part in _SPLIT)
-    return places | {name.replace(".", "_"): meant for name, meant in places.items()}
+            split = tuple(block + part for part in _SPLIT)
+            places |= {block + name: _Place(split, is_original=True) for name in _FUSED}
+    joined = {name.replace(".", "_"): place for name, place in places.items()}
+    return {name.replace("_", "."): place for name, place in places.items()} | joined | places
 
 
-def _spellings(linear: str) -> Iterator[str]:
-    """A linear's name in diffusers, and in the original code."""
-    yield linear
+def _original(linear: str) -> Iterator[str]:
+    """A linear's names in the original code."""
     if linear.endswith(".attention.to_out.0"):
         yield linear.removesuffix(".0")
         yield linear.replace(".to_out.0", ".out")

@@ -13,29 +13,34 @@ from zimage_core.formats.json_object import read_json_object
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KIND = "LORA"
-_OF_STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+_OF_STRENGTH = ("lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file as it is; of a folder, its weights in a file that says all, as long as the block
+    """A file as it is; of such a folder, or its weights, a file that says all, as long as the block
     lasts. Raises InvalidRequest for a folder of another kind."""
-    if not path.is_dir():
+    folder = path if path.is_dir() else path.parent
+    if path != folder and (path.name != _WEIGHTS or not (folder / _CONFIG).is_file()):
         yield path
         return
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / _WEIGHTS
+        _write(folder, file)
+        yield file
+
+
+def _write(folder: Path, file: Path) -> None:
+    config = read_json_object(folder / _CONFIG)
+    if config.get("peft_type") != _KIND:
+        what = f"this is a {config.get('peft_type')} of peft, and {_KIND} is what can be used"
+        raise InvalidModel.at(folder, what, "ADAPTER_KIND")
+    settings = {name: config[name] for name in _OF_STRENGTH if name in config}
     try:
-        config = read_json_object(path / _CONFIG)
-        if config.get("peft_type") != _KIND:
-            what = f"this is a {config.get('peft_type')} of peft, and {_KIND} is what can be used"
-            raise InvalidModel.at(path, what, "ADAPTER_KIND")
-        settings = {name: config[name] for name in _OF_STRENGTH if name in config}
-        with TemporaryDirectory() as scratch:
-            file = Path(scratch) / _WEIGHTS
-            weights.copy(path / _WEIGHTS, file, {SETTINGS: json.dumps(settings)})
-            yield file
+        weights.copy(folder / _WEIGHTS, file, {SETTINGS: json.dumps(settings)})
     except OSError as error:
         raise InvalidRequest(
-            f"{path}: {_WEIGHTS} and {_CONFIG} are wanted in a folder: {error.strerror}",
+            f"{folder}: {_WEIGHTS} and {_CONFIG} are wanted in a folder: {error.strerror}",
             reason="FILE",
-            fields={"field": "file", "given": str(path)},
+            fields={"field": "file", "given": str(folder)},
         ) from error

@@ -82,18 +82,20 @@ def read_file(path: Path) -> Iterator[tuple[str, Weight]]:
             yield name, _weight(path, name, entry, elements)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a file says of itself; raises InvalidModel, too."""
-    metadata = _open(path)[0].get(_METADATA, {})
+def read_whole(path: Path, longest_header: int) -> tuple[dict[str, Weight], dict[str, str]]:
+    """The tensors of one file, and what it says of itself; raises InvalidModel, too."""
+    header, elements = _open(path, longest_header)
+    metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict):
         raise InvalidModel.at(path, "its metadata is no JSON object")
-    return {str(name): str(value) for name, value in metadata.items()}
+    tensors = {name: _weight(path, name, entry, elements) for name, entry in header.items()}
+    return tensors, {str(name): str(value) for name, value in metadata.items()}
 
 
 def copy(path: Path, to: Path, metadata: Mapping[str, str]) -> None:
     """Writes a file that says more of itself."""
     header, elements = _open(path)
-    header[_METADATA] = {**read_metadata(path), **metadata}
+    header[_METADATA] = {**header.get(_METADATA, {}), **metadata}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with to.open("wb") as file:
@@ -112,7 +114,7 @@ def refuse_quantized(path: Path, tensors: Mapping[str, Weight]) -> None:
             raise InvalidModel.at(path, what, "QUANTIZED")
 
 
-def _open(path: Path) -> tuple[dict[str, Any], memoryview]:
+def _open(path: Path, longest_header: int = _LONGEST_HEADER) -> tuple[dict[str, Any], memoryview]:
     """The header, and the elements of all tensors."""
     with path.open("rb") as file:
         try:
@@ -120,8 +122,11 @@ def _open(path: Path) -> tuple[dict[str, Any], memoryview]:
         except ValueError as error:  # an empty file cannot be mapped
             raise InvalidModel.at(path, "the file is empty") from error
     header_bytes = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or header_bytes > min(_LONGEST_HEADER, len(content) - 8):
+    if len(content) < 8 or header_bytes > len(content) - 8:
         raise InvalidModel.at(path, "not a safetensors file, or cut off within its header")
+    if header_bytes > longest_header:
+        what = f"its header has {header_bytes} bytes, {longest_header} at most are read"
+        raise InvalidModel.at(path, what)
     header = parse_json_object(path, bytes(content[8 : 8 + header_bytes]))
     return header, content[8 + header_bytes :]
 
@@ -133,7 +138,7 @@ def _weight(path: Path, name: str, entry: Any, elements: memoryview) -> Weight:
         if len(shape) > _MOST_DIMENSIONS or not all(0 <= size < _LARGEST_SIZE for size in shape):
             raise ValueError
         expected = math.prod(shape) * ELEMENT_BYTES[element_type]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidModel.at(path, f"{name}: malformed or unknown entry {entry}") from error
     if not 0 <= begin <= end <= len(elements):
         raise InvalidModel.at(path, f"{name}: the file ends before this tensor does; it is cut off")

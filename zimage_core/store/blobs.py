@@ -90,23 +90,18 @@ class Blobs:
         key = _key(sha256)
         if self._shelf.folder is not None:
             path = self._shelf.folder / key
+            self._shelf.touch(key)
+            is_right = self._is_right(sha256, path)
         else:
             path = self._copies / sha256
-            if not path.exists():
+            is_right = path.exists() and self._is_right(sha256, path)
+            if not is_right:  # or no more: what a machine lost power over is half written
                 self._copy(sha256, path)
-        try:
-            os.utime(path)
-            with on_disk(), path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino  # a file here is replaced, never changed
-                if self._verified.get(sha256) != inode:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                    if found != sha256:
-                        path.unlink(missing_ok=True)
-                        self.discard(sha256)
-                        raise _missing(sha256)
-                    self._verified[sha256] = inode
-        except FileNotFoundError:
-            raise _missing(sha256) from None
+                is_right = self._is_right(sha256, path)
+        if not is_right:
+            path.unlink(missing_ok=True)
+            self.discard(sha256)
+            raise _missing(sha256)
         return path
 
     def receive(self, sha256: str, size_bytes: int) -> Incoming | None:
@@ -197,6 +192,19 @@ class Blobs:
             if self._used_bytes + wanted_bytes > self._quota:
                 self._remove(entry)
 
+    def _is_right(self, sha256: str, path: Path) -> bool:
+        """Whether a file is what its digest says; raises NotFound where there is none."""
+        try:
+            with on_disk(), path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino  # a file here is replaced, never changed
+                if self._verified.get(sha256) != inode:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                        return False
+                    self._verified[sha256] = inode
+        except FileNotFoundError:
+            raise _missing(sha256) from None
+        return True
+
     def _copy(self, sha256: str, path: Path) -> None:
         with on_disk():
             self._copies.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -208,7 +216,8 @@ class Blobs:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        copies = sorted(self._copies.iterdir(), key=_modified, reverse=True)
+        whole = (copy for copy in self._copies.iterdir() if not copy.name.startswith("."))
+        copies = sorted(whole, key=_modified, reverse=True)
         sizes = accumulate(_size(copy) for copy in copies)
         for copy, size in zip(copies, sizes, strict=True):
             if size > self._quota and copy != path:

@@ -17,9 +17,8 @@ _SUFFIX = ".safetensors"
 _SHORT_DIGEST = 12
 
 
-def add_flags(parser: ArgumentParser) -> None:
-    """What can be done, each with its arguments."""
-    parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
+    """What can be done, each with its arguments; the settings go with these."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, purpose in (
         ("add", "give a LoRA a name; its file goes to the service"),
@@ -32,6 +31,9 @@ def add_flags(parser: ArgumentParser) -> None:
         )
         if action != "list":
             of_action.add_argument("name", metavar="NAME")
+        of_action.add_argument(
+            "--json", action="store_true", help="one JSON object a line on stdout"
+        )
         if action == "add":
             of_action.add_argument(
                 "file", type=Path, metavar="FILE", help="a safetensors file, or a folder of peft"
@@ -39,6 +41,7 @@ def add_flags(parser: ArgumentParser) -> None:
             of_action.add_argument(
                 "--replace", action="store_true", help="also if the name has another file"
             )
+    return list(actions.choices.values())
 
 
 def add_use_flag(parser: argparse._ActionsContainer) -> None:
@@ -61,7 +64,7 @@ def uses(args: Namespace) -> dict[str | Path, float] | None:
     for source, scale in args.adapter:
         if source in found:
             raise wrong("--adapter", f"--adapter {source} is given twice")
-        if isinstance(source, Path) and not source.is_file():
+        if isinstance(source, Path) and not source.exists():
             raise wrong("--adapter", f"--adapter {source}: there is no such file")
         found[source] = scale
     return found

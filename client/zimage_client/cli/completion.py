@@ -31,4 +31,5 @@ def _parsers(parser: ArgumentParser) -> Iterator[ArgumentParser]:
     yield parser
     for action in parser._actions:
         if isinstance(action, _SubParsersAction):
-            yield from action.choices.values()
+            for choice in action.choices.values():
+                yield from _parsers(choice)

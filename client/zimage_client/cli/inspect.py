@@ -45,6 +45,8 @@ def _lines(receipt: Receipt) -> Iterator[tuple[str, object]]:
         yield "steps", f"{options['steps']}, {options['schedule']}"
     yield "shift", f"{options['shift']:g}"
     yield "guidance", f"{options['guidance']:g}"
+    for sha256, scale in (options.get("adapters") or {}).items():
+        yield "adapter", f"{sha256}, {scale:g}"
     yield "model", f"{receipt.model_name}, encoder {receipt.positive_provenance.identity[:12]}"
     yield (
         "computed",

@@ -129,8 +129,8 @@ def _parser() -> ArgumentParser:
         of_command = commands.add_parser(
             name, help=purpose, description=purpose, allow_abbrev=False
         )
-        command.add_flags(of_command)
-        settings.add_flags(of_command, ClientSettings)
+        for parsed in command.add_flags(of_command) or [of_command]:
+            settings.add_flags(parsed, ClientSettings)
     return parser
 
 
