@@ -189,6 +189,8 @@ class Model:
     attention_backend: str
     attention_reasons: dict[str, str]
     """Why each backend is in use or is not, by name."""
+    is_compiled: bool
+    compilation_reason: str
     preview_r_squared: float
     latent_channels: int
     pixels_per_latent: int

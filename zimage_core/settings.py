@@ -156,6 +156,11 @@ class DitSettings(ServiceSettings):
         description="sdpa, sdpa_cudnn, torch_varlen, flash_attn_3, flash_attn_2, xformers or sage; "
         "auto: the fastest that computes right here",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="run compiled blocks, which takes up to a minute of the first start and is "
+        "kept; auto: on an NVIDIA or AMD GPU",
+    )
     max_step_bytes: int | None = Field(
         None, gt=0, description="memory of such a step; unset: most of what is free"
     )
@@ -394,6 +399,14 @@ _KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _KERNELS = "32"
 """In bfloat16 on a CPU a kernel takes half a megabyte, and every number of tokens is another shape:
 the usual 1,024 grew an encoder of 1 MB to 1.2 GB. A forward needs about ten."""
+
+
+def keep_compiled_code() -> None:
+    """Where PyTorch and Triton keep what they compiled for the next start, unless their user said
+    so already: by themselves, where it is gone after a restart of the machine."""
+    folder = platformdirs.user_cache_path("zimage") / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def bound_kernel_caches() -> None:

@@ -75,6 +75,8 @@ class DitDescription:
     features: tuple[str, ...]
     """What its version can do that another may not."""
     attention_backends: tuple[AttentionBackend, ...]
+    compilation: str
+    """Why blocks run compiled, or why not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,8 @@ class NumericPlan:
     library_versions: Mapping[str, str]
     packing: str
     """"shared" or "solo"; empty where no request is spoken of."""
+    compiled: bool
+    """Whether the transformer's blocks ran as compiled code."""
 
 
 @dataclass(frozen=True, slots=True)

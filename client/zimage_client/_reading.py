@@ -177,6 +177,7 @@ def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
             AttentionBackend(backend.name, backend.chosen, backend.reason)
             for backend in message.attention_backends
         ),
+        compilation=message.compilation,
     )
 
 
@@ -297,6 +298,7 @@ def numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
         thread_count=message.thread_count,
         library_versions=dict(message.library_versions),
         packing=names.name_of(message.packing, names.PACKINGS),
+        compiled=message.compiled,
     )
 
 

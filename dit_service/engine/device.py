@@ -86,29 +86,28 @@ def room_bytes(device: torch.device, promised: int) -> float:
 
 
 class Fence:
-    """Lets the host run one step ahead of the device, and no further."""
+    """Lets the host run one step ahead of the device, and no further. Whoever wants to know hears
+    how long a step took when it is done: on a GPU by its own clock, and not the host's."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before: _Timed | None = None
 
     @contextmanager
-    def step(self, flops: float, learn: Callable[[float, float], None]) -> Iterator[None]:
-        """A step that the block hands to the device. Waits for the one before it, and tells `learn`
-        the operations and seconds of the one that is done."""
+    def step(self, done: Callable[[float], None]) -> Iterator[None]:
+        """A step that the block hands to the device; waits for the one before it. `done` hears of
+        its seconds, at once or while the next is under way."""
         if self._device.type == "cpu":  # the host does the work itself
             began = time.monotonic()
             yield
-            learn(flops, time.monotonic() - began)
+            done(time.monotonic() - began)
             return
-        step = _Timed(flops, self._event(), self._event())
+        step = _Timed(done, self._event(), self._event())
         step.began.record()
         yield
         step.ended.record()
         if self._before is not None:
-            self._before.ended.synchronize()
-            milliseconds = self._before.began.elapsed_time(self._before.ended)
-            learn(self._before.flops, milliseconds / 1000)
+            self._before.tell()
         self._before = step
 
     def _event(self) -> torch.Event:
@@ -119,9 +118,14 @@ class Fence:
 class _Timed:
     """A step on the device's own clock."""
 
-    flops: float
+    done: Callable[[float], None]
     began: torch.Event
     ended: torch.Event
+
+    def tell(self) -> None:
+        """Waits for its end."""
+        self.ended.synchronize()
+        self.done(self.began.elapsed_time(self.ended) / 1000)
 
 
 class Download:

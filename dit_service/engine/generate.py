@@ -149,9 +149,13 @@ class Studio:
         """A step of some requests, in one call of the model."""
         flops = [self._packer.flops(one) for one in asked]
         total = sum(flops)
-        with self._denoising.working(total) as step, self._fence.step(total, self._learn):
+
+        def done(seconds: float) -> None:
+            self._step_durations.learn(total, total, seconds)
+            self.diary.enter("denoise", seconds, *(one.who for one in asked))
+
+        with self._denoising.working(total) as step, self._fence.step(done):
             velocities = iter(self._packer.predict(asked))
-        self.diary.enter("denoise", step.seconds, *(one.who for one in asked))
         return [
             Predicted(
                 velocities=tuple(islice(velocities, len(one.forwards))),
@@ -181,9 +185,6 @@ class Studio:
                 else:
                     asked.wait()
                     asked = next(work)
-
-    def _learn(self, flops: float, seconds: float) -> None:
-        self._step_durations.learn(flops, flops, seconds)
 
     def _condition(self, request: messages.Generate, adapters: Uses) -> Conditioned:
         """What all pictures and steps of the request share."""

@@ -113,6 +113,7 @@ class Lines(Generic[T]):
         """Those of the next step: of each line as much as brings all to the same point, the nearest
         at which a line is through or the step is full. Somebody takes part, whatever the room."""
         self._lines = {share: line for share, line in self._lines.items() if line.waiting}
+        self._count_from_the_last()
         lines = sorted(self._lines.values(), key=lambda line: line.served)
         if not lines:
             return []
@@ -132,6 +133,12 @@ class Lines(Generic[T]):
             if len(line.waiting) < before:
                 line.count(oldest)
         return taken.members
+
+    def _count_from_the_last(self) -> None:
+        """Only how far lines are from each other matters; large numbers would round that away."""
+        last = min((line.served for line in self._lines.values()), default=0.0)
+        for line in self._lines.values():
+            line.served -= last
 
 
 class _Step(Generic[T]):

@@ -5,6 +5,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NoReturn
 
+import torch
+
 from dit_service import messages
 from dit_service.engine.events import Events
 from dit_service.engine.generate import Awaited, Predicted, Studio, Work
@@ -14,6 +16,11 @@ from zimage_core.serving.child import Port, is_sticky
 from zimage_core.serving.pipe import Submit
 
 _log = logging.getLogger(__name__)
+
+_LEFT_AFTER_TOO_MUCH = 0.8
+"""Of what a step wanted that found no memory."""
+_REGAINED_IN_A_STEP = 1.001
+"""What took the memory may have gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,8 @@ class Schedule:
         self._studio = studio
         self._port = port
         self._room = room
+        self._bytes = room.bytes
+        """Less for a while after a step that was too much."""
         self._conversions: deque[Submit] = deque()
         self._lines = Lines[tuple[_Live, Asked]]()
         """Who waits for a step."""
@@ -102,28 +111,41 @@ class Schedule:
         for live, _ in self._lines.drop(lambda one: not self._is_wanted(one[0])):
             self._drop(live)
         flops = self._studio.flops_within(self._room.seconds)
-        return self._lines.take(Load(flops, self._room.bytes))
+        return self._lines.take(Load(flops, self._bytes))
 
     def _step(self, together: _Together) -> None:
         if predicted := self._predict(together):
             for (live, _), own in zip(together, predicted, strict=True):
                 self._go_on(live, own)
         elif len(together) > 1:  # one of them or all together are too much
-            for one in together:
-                self._step([one])
+            middle = len(together) // 2
+            for half in (together[:middle], together[middle:]):
+                for live, _ in half:
+                    if not self._is_wanted(live):
+                        self._drop(live)
+                if wanted := [one for one in half if self._is_wanted(one[0])]:
+                    self._step(wanted)
 
     def _predict(self, together: _Together) -> list[Predicted]:
         """What came of a step; nothing when it failed, which a request alone has for its answer."""
         try:
-            return self._studio.predict([asked for _, asked in together])
+            predicted = self._studio.predict([asked for _, asked in together])
         except Exception as error:
             if len(together) == 1:
                 self._port.fail(together[0][0].submitted, error)
             elif is_sticky(error):
                 raise
             else:
-                _log.warning("a step of %s requests failed: %s", len(together), error)
+                self._make_smaller(together, error)
             return []  # another try comes later: the error holds the tensors of this one
+        self._bytes = min(self._room.bytes, self._bytes * _REGAINED_IN_A_STEP)
+        return predicted
+
+    def _make_smaller(self, together: _Together, error: Exception) -> None:
+        _log.warning("a step of %s requests failed: %s", len(together), error)
+        if isinstance(error, torch.OutOfMemoryError):
+            tried = sum(self._studio.load(asked).bytes for _, asked in together)
+            self._bytes = min(self._bytes, _LEFT_AFTER_TOO_MUCH * tried)
 
     def _go_on(self, live: _Live, predicted: Predicted | None) -> None:
         """Goes on with a request until it waits for something again, or is done."""

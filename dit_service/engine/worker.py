@@ -8,6 +8,7 @@ import torch
 from dit_service import messages
 from dit_service.engine import device as devices
 from dit_service.engine.attention import choose
+from dit_service.engine.compiling import compile_blocks
 from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
 from dit_service.engine.schedule import Room, Schedule
@@ -23,6 +24,7 @@ from zimage_core.settings import DitSettings
 from zimage_core.tensors import TensorData
 from zimage_core.wire.identities import encoder_identities
 
+_COMPILING_SECONDS = 600.0
 _LOADING_SECONDS = 600.0
 """What a cold load of 12 GB from a slow disk may take; the watchdog allows several times that."""
 
@@ -65,6 +67,8 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     config = transformer.config
     place = Place.of(device, compute_type, config.head_dim)
     attention = choose(settings.attention_backend, place, config.n_heads)
+    port.announce("compile", _COMPILING_SECONDS)
+    compilation = compile_blocks(transformer, settings.compile, attention.backend)
     studio = Studio(transformer, vae, attention.backend, port.announce, settings.max_adapter_bytes)
     side_multiple_px = vae.factor * transformer.config.patch_size
     description = messages.Model(
@@ -83,6 +87,8 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         vae_compute_type=devices.NAMES[compute_type],
         attention_backend=attention.backend,
         attention_reasons=attention.reasons,
+        is_compiled=compilation.is_compiled,
+        compilation_reason=compilation.reason,
         preview_r_squared=studio.preview.r_squared,
         latent_channels=vae.latent_channels,
         pixels_per_latent=vae.factor,

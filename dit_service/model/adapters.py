@@ -8,9 +8,11 @@ Shapes: T packed tokens, I a linear's inputs, O its outputs, R a rank.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, count, groupby, pairwise
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 
@@ -68,21 +70,53 @@ class Beside:
 
 
 class BesidePart:
-    """What the adapters of a call add in one part of the model."""
+    """What the adapters of a call add in one part of the model. A compiled graph sees whether they
+    add anything, and one opaque operation: it serves all adapters."""
 
     def __init__(self, changes: Sequence[tuple[_Stretch, Mapping[str, Change]]]) -> None:
         self._changes = changes
+        self.is_nothing = not changes
+        self.handle = _handle(self)
 
     def through(self, linear: nn.Module, name: str, x_TI: Tensor) -> Tensor:
         """The linear's output for all tokens with what adapters add to it."""
         y_TO: Tensor = linear(x_TI)
+        if not self.is_nothing:
+            if torch.compiler.is_compiling():
+                _opaque_add(y_TO, x_TI, self.handle, name)
+            else:
+                self.add(y_TO, x_TI, name)
+        return y_TO
+
+    def add(self, y_TO: Tensor, x_TI: Tensor, name: str) -> None:
+        """What they add alone, to the output of the linear of that name."""
         for stretch, changes in self._changes:
             if change := changes.get(name):
                 tokens = slice(stretch.begin, stretch.end)
                 low_TR = x_TI[tokens] @ change.down_RI.T
                 scale = stretch.scale * change.strength
                 y_TO[tokens].addmm_(low_TR, change.up_OR.T, alpha=scale)
-        return y_TO
+
+
+_by_handle: WeakValueDictionary[int, BesidePart] = WeakValueDictionary()
+"""How the opaque operation finds what it adds: operations take tensors and numbers alone."""
+_handles = count()
+
+
+def _handle(part: BesidePart) -> Tensor:
+    number = next(_handles)
+    _by_handle[number] = part
+    return torch.tensor(number, device="cpu")
+
+
+@torch.library.custom_op("zimage::add_adapters", mutates_args=("y_TO",))
+def _opaque_add(y_TO: Tensor, x_TI: Tensor, handle: Tensor, name: str) -> None:
+    _by_handle[int(handle)].add(y_TO, x_TI, name)
+
+
+@_opaque_add.register_fake
+def _(y_TO: Tensor, x_TI: Tensor, handle: Tensor, name: str) -> None:
+    pass
 
 
 NOTHING = BesidePart(())

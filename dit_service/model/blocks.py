@@ -135,3 +135,16 @@ class Block(nn.Module):
             )
         )
         return torch.addcmul(x_TD, per_token(after_ffn, segments), fed_TD)
+
+
+def run_block(
+    block: Block,
+    x_TD: Tensor,
+    norm_weights_S4D: Tensor,
+    segments: Segments,
+    backend: str,
+    beside: BesidePart,
+) -> Tensor:
+    """A block's step, as the one thing that is compiled for all blocks."""
+    out_TD: Tensor = block(x_TD, norm_weights_S4D, segments, backend, beside)
+    return out_TD

@@ -7,7 +7,7 @@ Shapes: C latent channels of H x W, T packed tokens, S samples, N moments of a s
 blocks, L prompt tokens of width F, D the model's width, A the time embedding's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_service.model.adapters import Uses, beside
-from dit_service.model.blocks import Block, RMSNorm
+from dit_service.model.blocks import Block, RMSNorm, run_block
 from dit_service.model.config import TransformerConfig
 from dit_service.model.final_layer import FinalLayer
 from dit_service.model.layout import Layout, SampleShape, build_layout, caption_segments
@@ -71,6 +71,7 @@ class ZImageTransformer(nn.Module):
         self.noise_refiner = _blocks(config, config.n_refiner_layers, modulated=True)
         self.context_refiner = _blocks(config, config.n_refiner_layers, modulated=False)
         self.layers = _blocks(config, config.n_layers, modulated=True)
+        self._run: Callable[..., Tensor] = run_block
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,6 +82,13 @@ class ZImageTransformer(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.x_pad_token.device
+
+    def compile_blocks(self, *, compiled: bool = True) -> None:
+        """Lets blocks run as compiled code, which is made when they are first run, or eagerly. One
+        code serves all blocks and all shapes; several samples, or adapters, take another."""
+        self._run = (
+            torch.compile(run_block, fullgraph=True, dynamic=True) if compiled else run_block
+        )
 
     def encode_captions(
         self, features: Sequence[Tensor], backend: str = "sdpa", adapters: Uses = ()
@@ -97,7 +105,9 @@ class ZImageTransformer(nn.Module):
         of_rows = beside([adapters], [sum(rows)])
         for name, block in _named("context_refiner", self.context_refiner):
             weights_14D = block.norm_weights()
-            tokens_TD = block(tokens_TD, weights_14D, segments, backend, of_rows.of(name))
+            tokens_TD = self._run(
+                block, tokens_TD, weights_14D, segments, backend, of_rows.of(name)
+            )
         # A copy each: captions are kept, and a view would keep its neighbours too.
         return [Caption(rows_TD.clone()) for rows_TD in tokens_TD.split(rows)]
 
@@ -138,12 +148,16 @@ class ZImageTransformer(nn.Module):
 
         image_TD = self._embed_images(samples)
         for (name, block), weights_S4D in zip(self._refiner, refiner_weights, strict=True):
-            image_TD = block(image_TD, weights_S4D, layout.image, backend, of_image.of(name))
+            image_TD = self._run(
+                block, image_TD, weights_S4D, layout.image, backend, of_image.of(name)
+            )
 
         joint_TD = join(image_TD, [sample.caption.rows_TD for sample in samples], layout)
         del image_TD
         for (name, block), weights_S4D in zip(self._layers, layer_weights, strict=True):
-            joint_TD = block(joint_TD, weights_S4D, layout.joint, backend, of_joint.of(name))
+            joint_TD = self._run(
+                block, joint_TD, weights_S4D, layout.joint, backend, of_joint.of(name)
+            )
 
         values_TP = self._final_layer(
             image_rows(joint_TD, layout),

@@ -47,6 +47,7 @@ def response(
     for name, reason in model.attention_reasons.items():
         is_chosen = name == model.attention_backend
         answer.attention_backends.add(name=name, chosen=is_chosen, reason=reason)
+    answer.compilation = model.compilation_reason
     if pinned := conditioner.pin.usual(model):
         answer.model.encoder_identity.sha256 = pinned
     return answer
@@ -60,5 +61,6 @@ def numeric_plan(model: messages.Model) -> types_pb2.NumericPlan:
         vae_compute_type=tensors.element_type_to_wire(model.vae_compute_type),
         attention_backend=model.attention_backend,
         thread_count=model.thread_count,
+        compiled=model.is_compiled,
         library_versions=model.library_versions,
     )

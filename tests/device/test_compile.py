@@ -1,6 +1,7 @@
-"""D4: a block compiles to one graph around its opaque attention and serves every shape."""
+"""D4: blocks compile to one graph around opaque attention and adapters; it serves every shape."""
 
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from demo_model.random_model import Shape
-from dit_service.model.blocks import Block
+from dit_service.engine.compiling import compile_blocks
+from dit_service.model.adapters import Adapter, Change, Use, Uses
 from dit_service.model.config import TransformerConfig
-from dit_service.model.layout import SampleShape, Segments, build_layout
-from dit_service.model.rope import RopeTables
+from dit_service.model.transformer import Sample, ZImageTransformer
 
 CONFIG = TransformerConfig.from_values(
     {
@@ -23,7 +24,6 @@ CONFIG = TransformerConfig.from_values(
         **Shape().transformer,
     }
 )
-TABLES = RopeTables(CONFIG)
 TOLERANCE = 1e-4  # of the largest absolute value
 
 needs_compiler = pytest.mark.skipif(
@@ -31,42 +31,99 @@ needs_compiler = pytest.mark.skipif(
     reason="torch.compile needs a C++ compiler on the CPU, and there is none",
 )
 
-
-def inputs(*shapes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Segments]:
-    layout = build_layout([SampleShape(*shape) for shape in shapes], TABLES, torch.device("cpu"))
-    segments = layout.joint
-    generator = torch.Generator().manual_seed(len(shapes))
-    x_TD = torch.randn(sum(segments.lengths), CONFIG.dim, generator=generator)
-    norm_weights_S4D = torch.randn(len(shapes), 4, CONFIG.dim, generator=generator)
-    return x_TD, norm_weights_S4D, segments
-
-
-SINGLE = [((8, 8, 32),), ((10, 7, 64),), ((16, 16, 32),), ((5, 9, 224),)]
-PACKED = [
-    ((8, 8, 32), (10, 7, 64)),
-    ((4, 4, 32), (4, 4, 32), (4, 4, 32)),
-    ((16, 16, 160), (5, 9, 32), (8, 8, 32), (7, 7, 96), (4, 6, 32)),
+_Wish = tuple[int, int, int, float]
+"""Height and width of the latents, prompt tokens, a time."""
+SINGLE: list[list[_Wish]] = [[(16, 16, 70, 0.2)], [(20, 14, 33, 0.7)], [(10, 18, 224, 0.5)]]
+PACKED: list[list[_Wish]] = [
+    [(16, 16, 20, 0.1), (20, 14, 64, 0.3)],
+    [(8, 8, 9, 0.4), (8, 8, 9, 0.4), (8, 8, 9, 0.4)],
+    [(32, 32, 150, 0.9), (10, 18, 3, 0.8), (16, 16, 32, 0.2), (14, 14, 90, 0.2), (8, 12, 31, 0.1)],
 ]
+
+
+@pytest.fixture(autouse=True)
+def _compiles_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    yield
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def model() -> ZImageTransformer:
+    torch.manual_seed(0)
+    model = ZImageTransformer(CONFIG).eval().requires_grad_(False)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, 0.0, 0.05)
+    return model
+
+
+def _adapter(rank: int) -> Adapter:
+    """For some linears of some blocks."""
+
+    def change(out_width: int, width: int) -> Change:
+        return Change(0.1 * torch.randn(rank, width), 0.1 * torch.randn(out_width, rank), 1.5)
+
+    dim, ffn_dim = CONFIG.dim, CONFIG.ffn_dim
+    return Adapter(
+        {
+            "layers.1": {
+                "attention.to_k": change(dim, dim),
+                "feed_forward.w2": change(dim, ffn_dim),
+            },
+            "noise_refiner.0": {"feed_forward.w1": change(ffn_dim, dim)},
+            "context_refiner.0": {"attention.to_out.0": change(dim, dim)},
+        }
+    )
+
+
+def _velocities(
+    model: ZImageTransformer, wishes: Sequence[_Wish], uses: Sequence[Uses]
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(len(wishes))
+    samples = []
+    for (height, width, tokens, time), own in zip(wishes, uses, strict=True):
+        features = torch.randn(tokens, CONFIG.cap_feat_dim, generator=generator)
+        [caption] = model.encode_captions([features], adapters=own)
+        [moment] = model.modulate(torch.tensor([time]), own)
+        latents = torch.randn(16, height, width, generator=generator)
+        samples.append(Sample(latents, caption, moment, own))
+    layout = model.layout([model.shape_of(one.latents_CHW, one.caption) for one in samples])
+    velocities: list[Tensor] = model(samples, layout)
+    return velocities
 
 
 @needs_compiler
 @torch.inference_mode()
-def test_one_graph_for_all_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches show it all there is to see: one sample, and several."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch.manual_seed(0)
-    block = Block(CONFIG, modulated=True)
-    compiled = torch.compile(block, fullgraph=True)
-    for shapes in (SINGLE[0], PACKED[0]):
-        x_TD, norm_weights_S4D, segments = inputs(*shapes)
-        for tensor in (x_TD, segments.sample_T, *segments.rope):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        if len(shapes) > 1:
-            torch._dynamo.mark_dynamic(norm_weights_S4D, 0)
-            torch._dynamo.mark_dynamic(segments.bounds, 0)
-        compiled(x_TD, norm_weights_S4D, segments, "sdpa")
+def test_four_graphs_for_all_shapes_and_adapters(model: ZImageTransformer) -> None:
+    torch.manual_seed(1)
+    small, large = (Use(_adapter(2), 0.8),), (Use(_adapter(16), 0.5), Use(_adapter(3), -0.3))
+    cases = [(wishes, [uses] * len(wishes)) for wishes in SINGLE for uses in ((), small, large)]
+    for wishes in PACKED:
+        own = [((), small, large)[index % 3] for index in range(len(wishes))]
+        cases += [(wishes, [()] * len(wishes)), (wishes, own), (wishes, [small] * len(wishes))]
+    eager = [_velocities(model, *case) for case in cases]
+    torch._dynamo.utils.counters.clear()
+    compilation = compile_blocks(model, "on", "sdpa")
+    assert compilation.is_compiled, compilation.reason
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     with torch.compiler.set_stance("fail_on_recompile"):
-        for shapes in (*SINGLE, *PACKED):
-            arguments = inputs(*shapes)
-            result, reference = compiled(*arguments, "sdpa"), block(*arguments, "sdpa")
-            assert (result - reference).abs().max() <= TOLERANCE * reference.abs().max()
+        for case, expected in zip(cases, eager, strict=True):
+            for velocity, other in zip(_velocities(model, *case), expected, strict=True):
+                assert (velocity - other).abs().max() <= TOLERANCE * other.abs().max()
+
+
+@torch.inference_mode()
+def test_a_compiler_that_fails_costs_no_picture(model: ZImageTransformer) -> None:
+    expected = _velocities(model, SINGLE[0], [()])[0]
+    broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with torch._inductor.config.patch(broken):
+        compilation = compile_blocks(model, "on", "sdpa")
+    assert not compilation.is_compiled
+    assert compilation.reason.startswith("it failed: ")
+    assert _velocities(model, SINGLE[0], [()])[0].equal(expected)
+
+
+def test_a_cpu_compiles_only_where_it_is_asked_to(model: ZImageTransformer) -> None:
+    assert not compile_blocks(model, "auto", "sdpa").is_compiled
+    assert not compile_blocks(model, "off", "sdpa").is_compiled

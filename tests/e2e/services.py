@@ -43,12 +43,10 @@ class Service:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def wait_until(self, state: str) -> None:
+    def wait_until(self, state: str, seconds: float = PATIENCE_SECONDS) -> None:
         """Waits for gRPC's health service to say SERVING or NOT_SERVING."""
         health = health_pb2_grpc.HealthStub(self.channel)
-        watch = health.Watch(
-            health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=PATIENCE_SECONDS
-        )
+        watch = health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=seconds)
         wanted = health_pb2.HealthCheckResponse.ServingStatus.Value(state)
         try:
             assert any(answer.status == wanted for answer in watch), f"never {state}"

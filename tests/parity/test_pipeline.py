@@ -151,7 +151,7 @@ def test_what_peft_trained_changes_the_picture_as_in_diffusers(tmp_path: Path) -
     [file] = tmp_path.glob("*.safetensors")
     theirs = _theirs(pipeline, request)
     assert np.abs(theirs[0].astype(int) - before[0].astype(int)).mean() > 10
-    use = messages.AdapterUse("trained", file, 1.0)
+    use = messages.AdapterUse("trained", file.stat().st_size, file, 1.0)
     _assert_same(_ours(folder, replace(request, adapters=(use,))), theirs)
 
 

@@ -18,6 +18,8 @@ class Durations:
 
     def learn(self, piece: float, units: float, seconds: float) -> None:
         """Enters what some pieces of this size took, `units` all together."""
+        if seconds <= 0:  # too little for the clock
+            return
         size, took = _size(piece), seconds / units
         self._pieces += 1
         self._learned_at[size] = self._pieces

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from zimage_core.errors import Cancelled, InternalError, Overloaded, ZImageError
 from zimage_core.serving import logs, memory, pipe
-from zimage_core.settings import bound_kernel_caches
+from zimage_core.settings import bound_kernel_caches, keep_compiled_code
 from zimage_core.wire import request_id
 
 _log = logging.getLogger(__name__)
@@ -185,6 +185,7 @@ def run(front: socket.socket, entry: str, settings: object, beat_seconds: float)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front drains first, then hangs up
     bound_kernel_caches()
+    keep_compiled_code()
     logs.configure()
     port = Port(front, beat_seconds)
     module, _, function = entry.partition(":")

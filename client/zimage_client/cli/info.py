@@ -113,6 +113,7 @@ def _of_dit(it: DitDescription) -> Iterator[tuple[str, str]]:
     for backend in it.attention_backends:
         use = "" if backend.chosen else "not in use: "
         yield "attention", f"{backend.name}, {use}{backend.reason}"
+    yield "compiled", f"{'yes' if plan.compiled else 'no'}: {it.compilation}"
     good = "from latents" if previews.is_good(model.preview_r_squared) else "by the VAE alone"
     yield "previews", f"{good} (R squared {model.preview_r_squared:.2f})"
     defaults = f"{model.default_steps} steps, guidance {model.default_guidance:g}"

@@ -9,7 +9,8 @@ _MARKS = {"condition": "c", "denoise": "#", "decode": "d", "encode": "e"}
 _OTHER, _WAITING, _IDLE = "?", ".", " "
 _ID_LETTERS = 8
 _MOST_LANES = 40
-_DEVICE = "device"
+_DEVICE = ""
+"""The lane of the device: no request is called so."""
 
 Lane = list[tuple[float, float, str]]
 """From when to when, in seconds after the first, with a mark."""
@@ -37,7 +38,7 @@ def text(spans: Sequence[Span], width: int) -> Iterator[str]:
     shown = sorted(lanes.items(), key=lambda lane: (lane[0] != _DEVICE, lane[1][0][0]))
     for name, lane in shown[: _MOST_LANES + 1]:
         waits = _IDLE if name == _DEVICE else _WAITING
-        yield f"{name[:_ID_LETTERS]:<{_ID_LETTERS}} |{_drawn(lane, whole, columns, waits)}|"
+        yield f"{_title(name)[:_ID_LETTERS]:<{_ID_LETTERS}} |{_drawn(lane, whole, columns, waits)}|"
     if len(shown) > _MOST_LANES + 1:
         yield f"and {len(shown) - _MOST_LANES - 1} more; -o FILE has all of them"
     yield "c condition, # a step, d decode, e encode, . waits; device: how many shared a step"
@@ -59,7 +60,7 @@ def chrome(spans: Sequence[Span]) -> dict[str, object]:
             args = {"image": part.image_index, "step": part.step, **together}
             events.append({"ph": "X", "pid": 1, "tid": lane, "name": span.work, **at, "args": args})
     names = [
-        {"ph": "M", "pid": 1, "tid": lane, "name": "thread_name", "args": {"name": name}}
+        {"ph": "M", "pid": 1, "tid": lane, "name": "thread_name", "args": {"name": _title(name)}}
         for name, lane in lanes.items()
     ]
     return {"displayTimeUnit": "ms", "traceEvents": [*names, *events]}
@@ -93,6 +94,10 @@ def _drawn(lane: Lane, whole: float, columns: int, waits: str) -> str:
         mark or (waits if there[0] < column < there[-1] else _IDLE)
         for column, mark in enumerate(marked)
     )
+
+
+def _title(lane: str) -> str:
+    return lane or "device"
 
 
 def _digit(count: int) -> str:

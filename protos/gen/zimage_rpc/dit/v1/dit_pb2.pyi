@@ -1203,12 +1203,15 @@ class DescribeResponse(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     ATTENTION_BACKENDS_FIELD_NUMBER: _builtins.int
+    COMPILATION_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of the service."""
     ready: _builtins.bool
     """False while the model loads; what follows is then not yet known."""
     has_encoder: _builtins.bool
     """Whether prompts can be given: an encoder is configured."""
+    compilation: _builtins.str
+    """Why blocks run compiled, or why not."""
     @_builtins.property
     def model(self) -> Global___Model:
         """The model."""
@@ -1245,10 +1248,11 @@ class DescribeResponse(_message.Message):
         worker: _types_pb2.Worker | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         attention_backends: _abc.Iterable[Global___AttentionBackend] | None = ...,
+        compilation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backends", b"attention_backends", "features", b"features", "has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backends", b"attention_backends", "compilation", b"compilation", "features", b"features", "has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1734,7 +1738,7 @@ class Span(_message.Message):
 
     @_builtins.property
     def took(self) -> _duration_pb2.Duration:
-        """How long it took. On a GPU the host runs one step ahead: it is the time until the step before was done."""
+        """How long it took. On a GPU a step is entered, by the device's own clock, when the next one is under way."""
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpanPart]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fzimage_rpc/types/v1/types.proto\x12\x13zimage_rpc.types.v1\"\x8a\x01\n\x06Tensor\x12\x36\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12+\n\x06\x64igest\x18\x04 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\"@\n\x06\x44igest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x12\n\nmedia_type\x18\x03 \x01(\t\"\xa8\x01\n\x06Prompt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\x10\n\x08thinking\x18\x03 \x01(\t\x12\x11\n\tassistant\x18\x04 \x01(\t\x12\x19\n\x11\x66orce_think_block\x18\x05 \x01(\x08\x12\x14\n\x0cstrip_quotes\x18\x06 \x01(\x08\x12\x19\n\x0chidden_layer\x18\x07 \x01(\x05H\x00\x88\x01\x01\x42\x0f\n\r_hidden_layer\"!\n\x0f\x45ncoderIdentity\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"P\n\x0e\x45ncodingRecipe\x12\x13\n\x0b\x63hat_format\x18\x01 \x01(\x05\x12\x14\n\x0chidden_layer\x18\x02 \x01(\x05\x12\x13\n\x0btoken_limit\x18\x03 \x01(\x05\"\x99\x01\n\x08Numerics\x12\x36\n\x0c\x63ompute_type\x18\x01 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x35\n\x0bweight_type\x18\x02 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\xef\x02\n\x0fPromptEmbedding\x12\x42\n\x07tensors\x18\x01 \x03(\x0b\x32\x31.zimage_rpc.types.v1.PromptEmbedding.TensorsEntry\x12\x36\n\x08identity\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.EncoderIdentity\x12\x33\n\x06recipe\x18\x03 \x01(\x0b\x32#.zimage_rpc.types.v1.EncodingRecipe\x12/\n\x08numerics\x18\x04 \x01(\x0b\x32\x1d.zimage_rpc.types.v1.Numerics\x12\x13\n\x0btoken_count\x18\x05 \x01(\x05\x12\x18\n\x10token_ids_sha256\x18\x06 \x01(\t\x1aK\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Tensor:\x02\x38\x01\"\xb7\x01\n\x07Segment\x12-\n\x06prompt\x18\x01 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.PromptH\x00\x12\x39\n\tembedding\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.PromptEmbeddingH\x00\x12\x37\n\x10\x65mbedding_digest\x18\x03 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.DigestH\x00\x42\t\n\x07\x63ontent\">\n\x0c\x43onditioning\x12.\n\x08segments\x18\x01 \x03(\x0b\x32\x1c.zimage_rpc.types.v1.Segment\"\xfa\x02\n\x0bNumericPlan\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x36\n\x0c\x63ompute_type\x18\x02 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12:\n\x10vae_compute_type\x18\x03 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x19\n\x11\x61ttention_backend\x18\x04 \x01(\t\x12\x14\n\x0cthread_count\x18\x05 \x01(\x05\x12O\n\x10library_versions\x18\x06 \x03(\x0b\x32\x35.zimage_rpc.types.v1.NumericPlan.LibraryVersionsEntry\x12-\n\x07packing\x18\x07 \x01(\x0e\x32\x1c.zimage_rpc.types.v1.Packing\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc9\x01\n\x06Worker\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.zimage_rpc.types.v1.Worker.State\x12\x0c\n\x04work\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x05\x12\x15\n\rrestart_count\x18\x04 \x01(\x05\"T\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0e\n\nSTATE_IDLE\x10\x02\x12\x11\n\rSTATE_WORKING\x10\x03\"\xa1\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x38\n\x06\x66ields\x18\x04 \x03(\x0b\x32(.zimage_rpc.types.v1.Failure.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*z\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x02\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x03*H\n\x07Packing\x12\x17\n\x13PACKING_UNSPECIFIED\x10\x00\x12\x12\n\x0ePACKING_SHARED\x10\x01\x12\x10\n\x0cPACKING_SOLO\x10\x02*l\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fzimage_rpc/types/v1/types.proto\x12\x13zimage_rpc.types.v1\"\x8a\x01\n\x06Tensor\x12\x36\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12+\n\x06\x64igest\x18\x04 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\"@\n\x06\x44igest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x12\n\nmedia_type\x18\x03 \x01(\t\"\xa8\x01\n\x06Prompt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\x10\n\x08thinking\x18\x03 \x01(\t\x12\x11\n\tassistant\x18\x04 \x01(\t\x12\x19\n\x11\x66orce_think_block\x18\x05 \x01(\x08\x12\x14\n\x0cstrip_quotes\x18\x06 \x01(\x08\x12\x19\n\x0chidden_layer\x18\x07 \x01(\x05H\x00\x88\x01\x01\x42\x0f\n\r_hidden_layer\"!\n\x0f\x45ncoderIdentity\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"P\n\x0e\x45ncodingRecipe\x12\x13\n\x0b\x63hat_format\x18\x01 \x01(\x05\x12\x14\n\x0chidden_layer\x18\x02 \x01(\x05\x12\x13\n\x0btoken_limit\x18\x03 \x01(\x05\"\x99\x01\n\x08Numerics\x12\x36\n\x0c\x63ompute_type\x18\x01 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x35\n\x0bweight_type\x18\x02 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\xef\x02\n\x0fPromptEmbedding\x12\x42\n\x07tensors\x18\x01 \x03(\x0b\x32\x31.zimage_rpc.types.v1.PromptEmbedding.TensorsEntry\x12\x36\n\x08identity\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.EncoderIdentity\x12\x33\n\x06recipe\x18\x03 \x01(\x0b\x32#.zimage_rpc.types.v1.EncodingRecipe\x12/\n\x08numerics\x18\x04 \x01(\x0b\x32\x1d.zimage_rpc.types.v1.Numerics\x12\x13\n\x0btoken_count\x18\x05 \x01(\x05\x12\x18\n\x10token_ids_sha256\x18\x06 \x01(\t\x1aK\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Tensor:\x02\x38\x01\"\xb7\x01\n\x07Segment\x12-\n\x06prompt\x18\x01 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.PromptH\x00\x12\x39\n\tembedding\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.PromptEmbeddingH\x00\x12\x37\n\x10\x65mbedding_digest\x18\x03 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.DigestH\x00\x42\t\n\x07\x63ontent\">\n\x0c\x43onditioning\x12.\n\x08segments\x18\x01 \x03(\x0b\x32\x1c.zimage_rpc.types.v1.Segment\"\x8c\x03\n\x0bNumericPlan\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x36\n\x0c\x63ompute_type\x18\x02 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12:\n\x10vae_compute_type\x18\x03 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x19\n\x11\x61ttention_backend\x18\x04 \x01(\t\x12\x14\n\x0cthread_count\x18\x05 \x01(\x05\x12O\n\x10library_versions\x18\x06 \x03(\x0b\x32\x35.zimage_rpc.types.v1.NumericPlan.LibraryVersionsEntry\x12-\n\x07packing\x18\x07 \x01(\x0e\x32\x1c.zimage_rpc.types.v1.Packing\x12\x10\n\x08\x63ompiled\x18\x08 \x01(\x08\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc9\x01\n\x06Worker\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.zimage_rpc.types.v1.Worker.State\x12\x0c\n\x04work\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x05\x12\x15\n\rrestart_count\x18\x04 \x01(\x05\"T\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0e\n\nSTATE_IDLE\x10\x02\x12\x11\n\rSTATE_WORKING\x10\x03\"\xa1\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x38\n\x06\x66ields\x18\x04 \x03(\x0b\x32(.zimage_rpc.types.v1.Failure.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*z\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x02\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x03*H\n\x07Packing\x12\x17\n\x13PACKING_UNSPECIFIED\x10\x00\x12\x12\n\x0ePACKING_SHARED\x10\x01\x12\x10\n\x0cPACKING_SOLO\x10\x02*l\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,12 +37,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_FAILURE_FIELDSENTRY']._loaded_options = None
   _globals['_FAILURE_FIELDSENTRY']._serialized_options = b'8\001'
-  _globals['_ELEMENTTYPE']._serialized_start=2076
-  _globals['_ELEMENTTYPE']._serialized_end=2198
-  _globals['_PACKING']._serialized_start=2200
-  _globals['_PACKING']._serialized_end=2272
-  _globals['_PRIORITY']._serialized_start=2274
-  _globals['_PRIORITY']._serialized_end=2382
+  _globals['_ELEMENTTYPE']._serialized_start=2094
+  _globals['_ELEMENTTYPE']._serialized_end=2216
+  _globals['_PACKING']._serialized_start=2218
+  _globals['_PACKING']._serialized_end=2290
+  _globals['_PRIORITY']._serialized_start=2292
+  _globals['_PRIORITY']._serialized_end=2400
   _globals['_TENSOR']._serialized_start=57
   _globals['_TENSOR']._serialized_end=195
   _globals['_DIGEST']._serialized_start=197
@@ -64,15 +64,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONDITIONING']._serialized_start=1263
   _globals['_CONDITIONING']._serialized_end=1325
   _globals['_NUMERICPLAN']._serialized_start=1328
-  _globals['_NUMERICPLAN']._serialized_end=1706
-  _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_start=1652
-  _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_end=1706
-  _globals['_WORKER']._serialized_start=1709
-  _globals['_WORKER']._serialized_end=1910
-  _globals['_WORKER_STATE']._serialized_start=1826
-  _globals['_WORKER_STATE']._serialized_end=1910
-  _globals['_FAILURE']._serialized_start=1913
-  _globals['_FAILURE']._serialized_end=2074
-  _globals['_FAILURE_FIELDSENTRY']._serialized_start=2029
-  _globals['_FAILURE_FIELDSENTRY']._serialized_end=2074
+  _globals['_NUMERICPLAN']._serialized_end=1724
+  _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_start=1670
+  _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_end=1724
+  _globals['_WORKER']._serialized_start=1727
+  _globals['_WORKER']._serialized_end=1928
+  _globals['_WORKER_STATE']._serialized_start=1844
+  _globals['_WORKER_STATE']._serialized_end=1928
+  _globals['_FAILURE']._serialized_start=1931
+  _globals['_FAILURE']._serialized_end=2092
+  _globals['_FAILURE_FIELDSENTRY']._serialized_start=2047
+  _globals['_FAILURE_FIELDSENTRY']._serialized_end=2092
 # @@protoc_insertion_point(module_scope)
