@@ -78,11 +78,19 @@ bench-encoder: ## C1: a prompt against diffusers' encode_prompt
 bench-dit: ## C5, C6, C7, C9: a forward against diffusers and the bare matmuls, what adapters and services add
 	$(BIN)/python -m bench.dit
 	$(BIN)/python -m bench.adapters
+	$(BIN)/python -m bench.compiled
 	$(BIN)/python -m bench.overhead
 
 bench-engine: ## C8: eight clients against a plain gRPC server around diffusers' pipeline; how long steps may become
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.sharing
+
+bench-gpu: ## G1 to G5 on the GPU that is here, in parts of less than eight minutes; SMALL=1 runs them on anything
+	for part in forward picture throughput; do \
+	  $(BIN)/python -m bench.gpu $$part $(if $(SMALL),--small,--write) || exit 1; done
+
+gpu-status: ## what changed of a GPU's code since its figures were taken
+	@$(BIN)/python -m bench.gpu_status
 
 # Where a step allocates what the last one freed, glibc would fetch every page anew.
 demo-model: export MALLOC_MMAP_MAX_ = 0
@@ -110,4 +118,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast fuzz fault soak parity bench-encoder bench-dit bench-engine demo-model demo-eval proto proto-check docs clean
+.PHONY: help setup run test check test-fast fuzz fault soak parity bench-encoder bench-dit bench-engine bench-gpu gpu-status demo-model demo-eval proto proto-check docs clean

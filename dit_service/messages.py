@@ -191,6 +191,8 @@ class Model:
     """Why each backend is in use or is not, by name."""
     is_compiled: bool
     compilation_reason: str
+    vae_tile_px: int
+    """0 for what is usual."""
     preview_r_squared: float
     latent_channels: int
     pixels_per_latent: int

@@ -161,6 +161,13 @@ class DitSettings(ServiceSettings):
         description="run compiled blocks, which takes up to a minute of the first start and is "
         "kept; auto: on an NVIDIA or AMD GPU",
     )
+    vae_tile_px: int | None = Field(
+        None,
+        ge=128,
+        multiple_of=64,
+        description="side of the tiles in which pictures with a longer one are encoded and "
+        "decoded: smaller ones take less memory; unset: 1024, for pictures beyond 1536x1536 alone",
+    )
     max_step_bytes: int | None = Field(
         None, gt=0, description="memory of such a step; unset: most of what is free"
     )

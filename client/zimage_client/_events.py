@@ -167,6 +167,8 @@ class NumericPlan:
     """"shared" or "solo"; empty where no request is spoken of."""
     compiled: bool
     """Whether the transformer's blocks ran as compiled code."""
+    vae_tile_px: int
+    """The side of the VAE's tiles; 0 for what is usual."""
 
 
 @dataclass(frozen=True, slots=True)

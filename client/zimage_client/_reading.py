@@ -299,6 +299,7 @@ def numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
         library_versions=dict(message.library_versions),
         packing=names.name_of(message.packing, names.PACKINGS),
         compiled=message.compiled,
+        vae_tile_px=message.vae_tile_px,
     )
 
 

@@ -57,7 +57,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     compute_type = devices.choose_type(settings.dtype, device)
     variant, shift = _variant(settings)
     transformer = loading.load_transformer(settings.model, device, compute_type)
-    vae = loading.load_vae(settings.model, device, compute_type, settings.vae)
+    vae = loading.load_vae(settings.model, device, compute_type, settings.vae, settings.vae_tile_px)
     if vae.latent_channels != transformer.config.in_channels:
         what = (
             f"the VAE has {vae.latent_channels} latent channels and the transformer "
@@ -89,6 +89,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         attention_reasons=attention.reasons,
         is_compiled=compilation.is_compiled,
         compilation_reason=compilation.reason,
+        vae_tile_px=settings.vae_tile_px or 0,
         preview_r_squared=studio.preview.r_squared,
         latent_channels=vae.latent_channels,
         pixels_per_latent=vae.factor,

@@ -59,7 +59,13 @@ def load_transformer(model: Path, device: torch.device, dtype: torch.dtype) -> Z
     return transformer.eval().requires_grad_(False)
 
 
-def load_vae(model: Path, device: torch.device, dtype: torch.dtype, vae: Path | None = None) -> Vae:
+def load_vae(
+    model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae: Path | None = None,
+    tile_px: int | None = None,
+) -> Vae:
     """Reads the VAE: that of the model folder, or another, in a folder or a single file."""
     if vae is None:
         _check_family(model)
@@ -74,7 +80,7 @@ def load_vae(model: Path, device: torch.device, dtype: torch.dtype, vae: Path | 
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidModel.at(path, f"the VAE cannot be loaded: {error}") from error
-    return Vae(loaded.to(device))
+    return Vae(loaded.to(device), tile_px)
 
 
 def read_scheduler(folder: Path) -> SchedulerConfig:

@@ -62,5 +62,6 @@ def numeric_plan(model: messages.Model) -> types_pb2.NumericPlan:
         attention_backend=model.attention_backend,
         thread_count=model.thread_count,
         compiled=model.is_compiled,
+        vae_tile_px=model.vae_tile_px,
         library_versions=model.library_versions,
     )

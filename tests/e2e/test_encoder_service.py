@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -54,6 +55,10 @@ def _describe(service: Service) -> encoder_pb2.DescribeResponse:
 def _fill_queue(service: Service, *texts: str) -> list[Any]:
     """With a worker that stands still: calls until one finds the queue full, that one left out."""
     calls = [_begin(service, _request(text)) for text in texts]
+    until = time.monotonic() + PATIENCE_SECONDS
+    while f"zimage_queue_calls {len(texts)}.0" not in service.metrics_page():
+        assert time.monotonic() < until
+        time.sleep(0.01)
     with pytest.raises(Overloaded) as refusal:
         _encode(service, _request("one too many"))
     assert refusal.value.reason == "QUEUE_FULL"

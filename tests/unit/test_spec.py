@@ -33,6 +33,7 @@ TURBO = messages.Model(
     attention_reasons={"sdpa": "there is nothing else"},
     is_compiled=False,
     compilation_reason="it was asked for so",
+    vae_tile_px=0,
     preview_r_squared=0.9,
     latent_channels=16,
     pixels_per_latent=8,

@@ -472,6 +472,7 @@ class NumericPlan(_message.Message):
     LIBRARY_VERSIONS_FIELD_NUMBER: _builtins.int
     PACKING_FIELD_NUMBER: _builtins.int
     COMPILED_FIELD_NUMBER: _builtins.int
+    VAE_TILE_PX_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device's kind and name, such as "cpu AVX512"."""
     compute_type: Global___ElementType.ValueType
@@ -486,6 +487,8 @@ class NumericPlan(_message.Message):
     """Whether steps were shared with other requests. Unset where no request is spoken of."""
     compiled: _builtins.bool
     """Whether the transformer's blocks ran as compiled code."""
+    vae_tile_px: _builtins.int
+    """The side of the tiles in which the VAE works on larger pictures, in pixels; 0 for what is usual."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The libraries that matter and their versions, such as "torch" to "2.13.0"."""
@@ -501,10 +504,11 @@ class NumericPlan(_message.Message):
         library_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         packing: Global___Packing.ValueType = ...,
         compiled: _builtins.bool = ...,
+        vae_tile_px: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "compiled", b"compiled", "compute_type", b"compute_type", "device", b"device", "library_versions", b"library_versions", "packing", b"packing", "thread_count", b"thread_count", "vae_compute_type", b"vae_compute_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "compiled", b"compiled", "compute_type", b"compute_type", "device", b"device", "library_versions", b"library_versions", "packing", b"packing", "thread_count", b"thread_count", "vae_compute_type", b"vae_compute_type", "vae_tile_px", b"vae_tile_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
