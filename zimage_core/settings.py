@@ -412,6 +412,10 @@ def keep_compiled_code() -> None:
     """Where PyTorch and Triton keep what they compiled for the next start, unless their user said
     so already: by themselves, where it is gone after a restart of the machine."""
     folder = platformdirs.user_cache_path("zimage") / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that may only be read
+        return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 

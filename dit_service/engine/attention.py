@@ -3,6 +3,7 @@ against exact arithmetic, and the fastest of those that computed right is taken.
 
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from dit_service.model.attention.backend import Backend, Place
 from dit_service.model.attention.backends import BACKENDS
 from zimage_core.errors import InvalidSettings
 from zimage_core.files import write_whole
-from zimage_core.serving.child import is_sticky
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ def choose(wanted: str, place: Place, head_count: int, memory: Path | None = Non
         else:
             continue
         candidates.remove(name)
+    if not candidates:
+        raise _refusal("sdpa", reasons["sdpa"])
     if len(candidates) == 1:
         return Choice(
             candidates[0], reasons | {candidates[0]: "it is the only one that works here"}
@@ -70,7 +72,8 @@ def choose(wanted: str, place: Place, head_count: int, memory: Path | None = Non
     seconds = race.seconds(candidates)
     best = min(candidates, key=seconds.__getitem__)
     for name in candidates:
-        reasons[name] = f"{seconds[name] * 1e3:.2f} ms for {sum(_RACE_LENGTHS)} tokens"
+        took = f"{seconds[name] * 1e3:.2f} ms for {sum(_RACE_LENGTHS)} tokens"
+        reasons[name] = took if seconds[name] < math.inf else "it failed at the size of pictures"
     return Choice(best, reasons | {best: f"it is the fastest: {reasons[best]}"})
 
 
@@ -90,7 +93,7 @@ def _fault(name: str, place: Place) -> str:
     try:
         attended_THE = _attended(backend, qkv, _TRIAL_LENGTHS).float().cpu()
     except Exception as error:
-        if is_sticky(error):
+        if not _still_computes(place.device):
             raise _refusal(name, f"it broke the device at its trial: {error}") from error
         _log.debug("the trial of attention backend %s", name, exc_info=True)
         return f"its trial failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -102,6 +105,14 @@ def _fault(name: str, place: Place) -> str:
     if wrong <= allowed:  # not so where it is no number
         return ""
     return f"it computes wrong numbers: {wrong:.2g} of the largest, allowed is {allowed}"
+
+
+def _still_computes(device: torch.device) -> bool:
+    """Whether the device is there after a fault; after many it is, as for want of a kernel."""
+    try:
+        return bool(torch.ones(1, device=device).add(1).item() == 2)
+    except Exception:  # noqa: BLE001 - whatever it says, it does not
+        return False
 
 
 def _random(place: Place, heads: int, tokens: int) -> list[Tensor]:
@@ -132,18 +143,24 @@ class _Race:
         known = self._remembered().get(self._key, {})
         if not set(names) <= known.keys():
             known = {name: self._measured(name) for name in names}
-            self._remember(known)
+            if math.inf not in known.values():  # it may have been the memory
+                self._remember(known)
         return known
 
     def _measured(self, name: str) -> float:
-        qkv = _random(self.place, self.head_count, sum(_RACE_LENGTHS))
+        """Infinity for one that fails."""
         took = []
-        for _ in range(1 + _RACE_ROUNDS):
-            began = time.perf_counter()
-            _attended(BACKENDS[name], qkv, _RACE_LENGTHS)
-            if self.place.device.type != "cpu":
-                torch.accelerator.synchronize(self.place.device)
-            took.append(time.perf_counter() - began)
+        try:
+            qkv = _random(self.place, self.head_count, sum(_RACE_LENGTHS))
+            for _ in range(1 + _RACE_ROUNDS):
+                began = time.perf_counter()
+                _attended(BACKENDS[name], qkv, _RACE_LENGTHS)
+                if self.place.device.type != "cpu":
+                    torch.accelerator.synchronize(self.place.device)
+                took.append(time.perf_counter() - began)
+        except Exception:  # noqa: BLE001 - there are others
+            _log.warning("attention backend %s is not used", name, exc_info=True)
+            return math.inf
         return statistics.median(took[1:])  # the first chooses kernels
 
     @property
@@ -159,7 +176,10 @@ class _Race:
     def _remembered(self) -> dict[str, dict[str, float]]:
         try:
             times = json.loads(self._file.read_text())
-            return {str(key): dict(value) for key, value in times.items()}
+            return {
+                key: {name: float(seconds) for name, seconds in value.items()}
+                for key, value in times.items()
+            }
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 

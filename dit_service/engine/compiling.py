@@ -2,18 +2,20 @@
 
 import logging
 from dataclasses import dataclass
-from itertools import product
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from dit_service.model.adapters import Adapter, Change, Use, Uses
 from dit_service.model.transformer import Sample, ZImageTransformer
-from zimage_core.serving.child import is_sticky
 
 _log = logging.getLogger(__name__)
 
 _SIZES = ((8, 8, 20), (4, 12, 40))
 """Height and width of latents, prompt tokens: one sample, and beside it another."""
+_LEAST_LIKENESS = 0.99
+"""Rounding is another where operations are one; a compiler's fault is no rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,15 @@ def compile_blocks(model: ZImageTransformer, wanted: str, backend: str) -> Compi
         return Compilation(False, "it was asked for so")
     if wanted == "auto" and model.device.type != "cuda":
         return Compilation(False, "it is only on an NVIDIA or AMD GPU unless it is asked for")
+    forms = [(1, ()), (1, _nothing(model)), (2, ()), (2, _nothing(model))]
+    eager = [_run(model, *form, backend) for form in forms]
     model.compile_blocks()
     try:
-        for samples, is_adapted in product((1, 2), (False, True)):
-            _run(model, samples, _nothing(model) if is_adapted else (), backend)
-    except Exception as error:
-        if is_sticky(error):
-            raise
+        compiled = [_run(model, *form, backend) for form in forms]
+        likeness = min(map(_likeness, compiled, eager))
+        if not likeness >= _LEAST_LIKENESS:  # nor is what is no number
+            raise ArithmeticError(f"compiled code computes something else: cosine {likeness:.3f}")
+    except Exception as error:  # noqa: BLE001 - whatever a compiler says, eager blocks are there
         model.compile_blocks(compiled=False)
         torch.compiler.reset()
         _log.warning("blocks are not compiled", exc_info=True)
@@ -48,23 +52,26 @@ def compile_blocks(model: ZImageTransformer, wanted: str, backend: str) -> Compi
     return Compilation(True, "it worked")
 
 
-def _run(model: ZImageTransformer, samples: int, uses: Uses, backend: str) -> None:
-    sizes = _SIZES[:samples]
-    features = [
-        torch.zeros(tokens, model.config.cap_feat_dim, device=model.device) for *_, tokens in sizes
-    ]
+def _likeness(one: Tensor, other: Tensor) -> float:
+    return float(functional.cosine_similarity(one, other, dim=0))
+
+
+def _run(model: ZImageTransformer, samples: int, uses: Uses, backend: str) -> Tensor:
+    """The velocities of some small samples, in a row."""
+    generator, sizes = torch.Generator().manual_seed(0), _SIZES[:samples]
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(model.device)
+
+    features = [drawn(tokens, model.config.cap_feat_dim) for *_, tokens in sizes]
     captions = model.encode_captions(features, backend, uses)
     moments = model.modulate(torch.linspace(0.2, 0.6, samples, device=model.device), uses)
     packed = [
-        Sample(
-            torch.zeros(model.config.in_channels, height, width, device=model.device),
-            caption,
-            moment,
-            uses,
-        )
+        Sample(drawn(model.config.in_channels, height, width), caption, moment, uses)
         for (height, width, _), caption, moment in zip(sizes, captions, moments, strict=True)
     ]
-    model(packed, model.layout([model.shape_of(s.latents_CHW, s.caption) for s in packed]), backend)
+    layout = model.layout([model.shape_of(one.latents_CHW, one.caption) for one in packed])
+    return torch.cat([velocity.flatten() for velocity in model(packed, layout, backend)])
 
 
 def _nothing(model: ZImageTransformer) -> Uses:

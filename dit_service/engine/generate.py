@@ -148,11 +148,11 @@ class Studio:
     def predict(self, asked: Sequence[Asked]) -> list[Predicted]:
         """A step of some requests, in one call of the model."""
         flops = [self._packer.flops(one) for one in asked]
-        total = sum(flops)
+        total, whose = sum(flops), [one.who for one in asked]  # and not what they hold
 
         def done(seconds: float) -> None:
             self._step_durations.learn(total, total, seconds)
-            self.diary.enter("denoise", seconds, *(one.who for one in asked))
+            self.diary.enter("denoise", seconds, *whose)
 
         with self._denoising.working(total) as step, self._fence.step(done):
             velocities = iter(self._packer.predict(asked))

@@ -84,4 +84,4 @@ class Vae:
         if not is_large:
             return work(slice(0, height), slice(0, width))
         tiling = Tiling(side_px // self.factor, overlap_px // self.factor)
-        return tiled(work, grid, resolution, tiling)
+        return tiled(work, grid, resolution, tiling, self._model.device)

@@ -147,7 +147,7 @@ def _no_numbers(*qkv_and_bounds: torch.Tensor) -> torch.Tensor:
 
 
 def _lacks_its_kernel(*_: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
+    raise torch.AcceleratorError("CUDA error: no kernel image is available for execution\nmore")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def _lacks_its_kernel(*_: torch.Tensor) -> torch.Tensor:
         (_wrong_scale, "it computes wrong numbers"),
         (_mixes_samples, "it computes wrong numbers"),
         (_no_numbers, "it computes wrong numbers: nan"),
-        (_lacks_its_kernel, "its trial failed: RuntimeError: CUDA error: no kernel image"),
+        (_lacks_its_kernel, "its trial failed: AcceleratorError: CUDA error: no kernel image"),
     ],
 )
 def test_wrong_numbers_are_not_chosen(
@@ -170,6 +170,28 @@ def test_wrong_numbers_are_not_chosen(
     assert why in choice.reasons["flash_attn_2"]
     with pytest.raises(InvalidSettings, match=why):
         choose("flash_attn_2", _place(), 2, tmp_path)
+
+
+def test_who_fails_at_the_size_of_pictures_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fakes.install(monkeypatch)
+    monkeypatch.setattr(attention, "_RACE_LENGTHS", (640, 320))
+
+    def cramped(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if len(q) > 500:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fakes.flash_attn_2(q, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", cramped)
+    choice = choose("auto", _place(), 2, tmp_path)
+    assert choice.backend != "flash_attn_2"
+    assert choice.reasons["flash_attn_2"] == "it failed at the size of pictures"
+    assert not (tmp_path / "attention.json").exists()
+
+
+def test_heads_of_any_width_have_one(tmp_path: Path) -> None:
+    assert choose("auto", Place.of(CPU, torch.float32, 20), 2, tmp_path).backend == "sdpa"
 
 
 def test_without_packages_torchs_own_is_used(tmp_path: Path) -> None:

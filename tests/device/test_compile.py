@@ -12,7 +12,7 @@ from demo_model.random_model import Shape
 from dit_service.engine.compiling import compile_blocks
 from dit_service.model.adapters import Adapter, Change, Use, Uses
 from dit_service.model.config import TransformerConfig
-from dit_service.model.transformer import Sample, ZImageTransformer
+from dit_service.model.transformer import Modulation, Sample, ZImageTransformer
 
 CONFIG = TransformerConfig.from_values(
     {
@@ -81,13 +81,15 @@ def _velocities(
     model: ZImageTransformer, wishes: Sequence[_Wish], uses: Sequence[Uses]
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(len(wishes))
-    samples = []
+    samples: list[Sample] = []
+    moments: dict[object, Modulation] = {}
     for (height, width, tokens, time), own in zip(wishes, uses, strict=True):
         features = torch.randn(tokens, CONFIG.cap_feat_dim, generator=generator)
         [caption] = model.encode_captions([features], adapters=own)
-        [moment] = model.modulate(torch.tensor([time]), own)
+        if (time, own) not in moments:  # guidance has two samples of one moment
+            [moments[time, own]] = model.modulate(torch.tensor([time]), own)
         latents = torch.randn(16, height, width, generator=generator)
-        samples.append(Sample(latents, caption, moment, own))
+        samples.append(Sample(latents, caption, moments[time, own], own))
     layout = model.layout([model.shape_of(one.latents_CHW, one.caption) for one in samples])
     velocities: list[Tensor] = model(samples, layout)
     return velocities

@@ -62,6 +62,14 @@ def test_a_break_without_our_trailer_is_the_transports(code: grpc.StatusCode) ->
     assert error.fields["grpc_code"] == code.name
 
 
+@pytest.mark.parametrize("message", ["CANCELLED", "Received RST_STREAM with error code 8"])
+def test_who_cancels_a_call_at_the_other_side_breaks_it(message: str) -> None:
+    error = status.from_status(grpc.StatusCode.CANCELLED, message, [])
+    assert (type(error), error.reason) == (errors.Unavailable, "UNREACHABLE")
+    mine = status.from_status(grpc.StatusCode.CANCELLED, "Locally cancelled by application!", [])
+    assert type(mine) is errors.Cancelled
+
+
 def test_a_foreign_server_is_named() -> None:
     error = status.from_status(grpc.StatusCode.UNIMPLEMENTED, "Method not found", [])
     assert isinstance(error, errors.Unimplemented)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from dit_service.model.loading import load_vae
 from dit_service.model.tiling import Tiling, tiled
@@ -34,7 +35,7 @@ def test_what_looks_at_one_cell_alone_gives_the_same(
         return part_CHW.repeat_interleave(resolution, 1).repeat_interleave(resolution, 2)
 
     whole = grid_CHW.repeat_interleave(resolution, 1).repeat_interleave(resolution, 2)
-    torch.testing.assert_close(tiled(work, (height, width), resolution, tiling), whole)
+    torch.testing.assert_close(tiled(work, (height, width), resolution, tiling, CPU), whole)
 
 
 def test_a_tile_counts_less_towards_its_neighbour_and_fully_at_the_border() -> None:
@@ -44,7 +45,7 @@ def test_a_tile_counts_less_towards_its_neighbour_and_fully_at_the_border() -> N
         value = float(columns.start > 0)
         return torch.full((1, rows.stop - rows.start, columns.stop - columns.start), value)
 
-    [row] = tiled(work, (1, 13), 1, Tiling(8, 3)).squeeze(0).tolist()
+    [row] = tiled(work, (1, 13), 1, Tiling(8, 3), CPU).squeeze(0).tolist()
     assert row == pytest.approx([0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
 
 
@@ -63,7 +64,8 @@ def test_a_picture_in_tiles_is_nearly_the_whole_one() -> None:
     )
     picture_HW3 = _picture(256, 384)
     latents_CHW = whole.encode(picture_HW3)
-    assert in_tiles.encode(picture_HW3).shape == latents_CHW.shape
+    tiled_latents = in_tiles.encode(picture_HW3)
+    assert cosine_similarity(tiled_latents.flatten(), latents_CHW.flatten(), dim=0) > 0.95
     reference, given = (vae.decode(latents_CHW)[0].float() for vae in (whole, in_tiles))
     error = (reference - given).square()
     assert 10 * torch.log10(255**2 / error.mean()) > 35
@@ -72,6 +74,17 @@ def test_a_picture_in_tiles_is_nearly_the_whole_one() -> None:
     assert edge.mean() < 4 * error.mean() + 1
     small_CHW = latents_CHW[:, :16, :16]
     assert torch.equal(whole.decode(small_CHW)[0], in_tiles.decode(small_CHW)[0])
+
+
+@torch.inference_mode()
+def test_by_itself_only_large_pictures_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, side in {"_WHOLE_PX": 160, "_TILE_PX": 128, "_OVERLAP_PX": 16}.items():
+        monkeypatch.setattr(f"dit_service.model.vae.{name}", side)
+    usual, in_tiles = (load_vae(demo_model(), CPU, torch.float32, tile_px=px) for px in (None, 128))
+    whole = load_vae(demo_model(), CPU, torch.float32, tile_px=1024)
+    large_CHW, small_CHW = torch.ones(16, 24, 24), torch.ones(16, 20, 16)
+    assert torch.equal(usual.decode(large_CHW)[0], in_tiles.decode(large_CHW)[0])
+    assert torch.equal(usual.decode(small_CHW)[0], whole.decode(small_CHW)[0])
 
 
 @torch.inference_mode()

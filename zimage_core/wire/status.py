@@ -139,10 +139,15 @@ def from_failure(failure: types_pb2.Failure) -> errors.ZImageError:
     return cls(failure.message, reason=failure.reason or None, fields=dict(failure.fields))
 
 
+def _was_cut(message: str) -> bool:
+    """Whether the other side cancelled it: a proxy, or a server that stops as the call comes."""
+    return "RST_STREAM" in message or message == "CANCELLED"
+
+
 def _transport_error(code: grpc.StatusCode, message: str) -> errors.ZImageError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineTooShort("the deadline passed before the answer came")
-    if code is grpc.StatusCode.CANCELLED and "RST_STREAM" not in message:  # that is a proxy's doing
+    if code is grpc.StatusCode.CANCELLED and not _was_cut(message):
         return errors.Cancelled("the call was cancelled")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return errors.Unimplemented(

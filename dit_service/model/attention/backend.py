@@ -44,6 +44,7 @@ class Backend:
     for any device."""
     dtypes: Sequence[torch.dtype] = (*HALVES, torch.float32)
     max_head_dim: int = 256
+    head_dim_multiple: int = 8
     is_lossy: bool = False
     """Whether it computes with fewer bits than it is given: for pictures, not for training."""
 
@@ -58,8 +59,9 @@ class Backend:
         if place.dtype not in self.dtypes:
             allowed = " or ".join(str(one).removeprefix("torch.") for one in self.dtypes)
             return f"it needs {allowed}"
-        if place.head_dim > self.max_head_dim or place.head_dim % 8:
-            return f"it needs heads of {self.max_head_dim} at most, and of multiples of 8"
+        if place.head_dim > self.max_head_dim or place.head_dim % self.head_dim_multiple:
+            multiple = f"and of multiples of {self.head_dim_multiple}"
+            return f"it needs heads of {self.max_head_dim} at most, {multiple}"
         return ""
 
 

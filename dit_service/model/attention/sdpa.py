@@ -40,5 +40,5 @@ def _equal(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, samples: int) -> Tensor:
     )
 
 
-SDPA = Backend(_usual, max_head_dim=1 << 16)
+SDPA = Backend(_usual, max_head_dim=1 << 16, head_dim_multiple=1)
 CUDNN = Backend(_cudnn, capabilities=((8, 0), (99, 0)), dtypes=HALVES, max_head_dim=128)
