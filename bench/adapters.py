@@ -7,7 +7,6 @@ adapter for all samples: what diffusers computes with a LoRA that is loaded and 
 it computes without.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors.torch import save_file
 
 from bench.dit import MIXED, SIZES, Inputs, Models, Run
-from bench.timing import compare, machine, write_results
+from bench.timing import compare, flags, machine, write_results
 from demo_model.random_model import Shape, build
 from dit_service.engine.heap import prepare_heap
 from dit_service.model.adapter_loading import load_adapter
@@ -88,13 +87,7 @@ def _measured(folder: Path, rounds: int, case: tuple[str, int, tuple[int, ...]])
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help="keep the figures in bench/results")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = flags(__doc__).parse_args()
     prepare_heap()
     torch.set_num_threads(arguments.threads)
     rows = []

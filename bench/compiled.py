@@ -3,7 +3,6 @@
 python -m bench.compiled [--write]
 """
 
-import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.dit import MIXED, SIZES, Inputs, Models
-from bench.timing import compare, machine, write_results
+from bench.timing import compare, flags, machine, write_results
 from demo_model.random_model import Shape, build
 from dit_service.engine.compiling import compile_blocks
 from dit_service.engine.heap import prepare_heap
@@ -24,13 +23,7 @@ CASES = [(16, (30,)), (32, MIXED), (64, (120,))]
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help="keep the figures in bench/results")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = flags(__doc__).parse_args()
     prepare_heap()
     torch.set_num_threads(arguments.threads)
     rows: list[dict[str, Any]] = []

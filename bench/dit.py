@@ -8,7 +8,6 @@ computes anew in every forward. Processes run with the heap that our worker sets
 leaves it as the C library has it.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from bench.timing import compare, machine, write_results
+from bench.timing import compare, flags, machine, write_results
 from demo_model.random_model import Shape, build
 from dit_service.engine.heap import prepare_heap
 from dit_service.model.adapters import Uses
@@ -243,13 +242,8 @@ def _measured(folder: Path, only: str | None, rounds: int) -> Iterator[dict[str,
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help="keep the figures in bench/results")
+    parser = flags(__doc__)
     parser.add_argument("--only", choices=["C5", "C6"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stock-heap", action="store_true")
     arguments = parser.parse_args()
     if not arguments.stock_heap:

@@ -4,6 +4,7 @@ import json
 import platform
 import statistics
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,6 +54,15 @@ def machine(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
+
+
+def flags(description: str | None) -> ArgumentParser:
+    """Those of every benchmark of a forward."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="keep the figures in bench/results")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
 
 
 def write_results(name: str, results: dict[str, Any]) -> Path:

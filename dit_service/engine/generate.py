@@ -59,10 +59,10 @@ class Awaited(Protocol):
 
     @property
     def is_there(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Whether it is worth to go on."""
 
     def wait(self) -> None:
-        """Returns when it is there."""
+        """Returns when it is, or after a moment: whoever came meanwhile is looked after."""
 
 
 Work = Generator[Asked | Awaited, Predicted | None, None]

@@ -9,8 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dit_service.model.adapters import Adapter, Change
-from zimage_core.errors import InvalidRequest
-from zimage_core.formats.adapter_file import read_plan
+from zimage_core.formats.adapter_file import read_plan, refusal
 from zimage_core.planning.flops import DitShape
 from zimage_core.planning.linears import linears
 
@@ -28,9 +27,7 @@ def load_adapter(path: Path, shape: DitShape, device: torch.device, dtype: torch
                 name: _half(name, tensors.get_tensor(name)).to(dtype, copy=True) for name in names
             }
     except SafetensorError as error:
-        raise InvalidRequest(
-            f"the adapter cannot be used: {error}", reason="ADAPTER_FILE"
-        ) from error
+        raise refusal("ADAPTER_FILE", str(error)) from error
     halves = {name: _fetched(half, device) for name, half in hosted.items()}
     for change in plan.changes:
         up_OR = halves[change.up][change.first_row : change.first_row + change.row_count]
@@ -48,10 +45,7 @@ def _fetched(half: Tensor, device: torch.device) -> Tensor:
 
 def _half(name: str, tensor: Tensor) -> Tensor:
     if not tensor.isfinite().all():
-        raise InvalidRequest(
-            f"the adapter cannot be used: {name} holds values that are no finite numbers",
-            reason="ADAPTER_NOT_FINITE",
-        )
+        raise refusal("ADAPTER_NOT_FINITE", f"{name} holds values that are no finite numbers")
     return tensor.flatten(1)
 
 

@@ -94,11 +94,11 @@ def read_plan(path: Path, linears: Mapping[str, tuple[int, int]]) -> AdapterPlan
         tensors, metadata = weights.read_whole(path, _LONGEST_HEADER)
     except InvalidModel as error:  # where this machine keeps it is not its sender's business
         what = error.message.removeprefix(f"{path}: ")
-        raise _refusal("ADAPTER_FILE", f"this is no usable safetensors file: {what}") from None
+        raise refusal("ADAPTER_FILE", f"this is no usable safetensors file: {what}") from None
     modules, strengths = _modules(tensors), _Strengths(metadata)
     places = _places(linears)
     if unknown := [name for name in modules if _bare(name) not in places]:
-        raise _refusal("ADAPTER_KEYS", f"this model has no linear {_few(unknown)}")
+        raise refusal("ADAPTER_KEYS", f"this model has no linear {_few(unknown)}")
     changes: dict[str, Change] = {}
     for name in sorted(modules, key=lambda name: places[_bare(name)].is_original):
         place = places[_bare(name)]
@@ -106,10 +106,10 @@ def read_plan(path: Path, linears: Mapping[str, tuple[int, int]]) -> AdapterPlan
             continue  # some trainers write the same a second time, by the names of the original
         for change in modules[name].changes(name, place.linears, linears, strengths):
             if change.linear in changes:
-                raise _refusal("ADAPTER_KEYS", f"it changes {change.linear} twice")
+                raise refusal("ADAPTER_KEYS", f"it changes {change.linear} twice")
             changes[change.linear] = change
     if not changes:
-        raise _refusal("ADAPTER_KEYS", "there is no LoRA in it")
+        raise refusal("ADAPTER_KEYS", "there is no LoRA in it")
     return AdapterPlan(tuple(changes.values()), metadata)
 
 
@@ -123,12 +123,12 @@ class _Strengths:
                 settings = dict(json.loads(metadata[SETTINGS]))
             except (ValueError, TypeError, RecursionError):
                 what = f"its metadata {SETTINGS} is no readable JSON object"
-                raise _refusal("ADAPTER_FILE", what) from None
+                raise refusal("ADAPTER_FILE", what) from None
             self._settings = {_without_prefix(name): settings[name] for name in settings}
         beginning = str(self._settings.get("init_lora_weights"))
         if beginning.startswith(_CHANGES_THE_BASE):
             what = f"{beginning} of peft changes the weights of the model, too, and is not in it"
-            raise _refusal("ADAPTER_KIND", what)
+            raise refusal("ADAPTER_KIND", what)
 
     def of(self, linear: str, rank: int, alpha: float | None) -> float:
         """By how much the product of the halves counts."""
@@ -138,7 +138,7 @@ class _Strengths:
             if self._settings.get("use_rslora"):
                 divisor = math.sqrt(rank)
         if not abs(alpha / divisor) <= _LARGEST_STRENGTH:  # nor is what is no number
-            raise _refusal("ADAPTER_FILE", f"the alpha of {linear} is {alpha}, its rank {rank}")
+            raise refusal("ADAPTER_FILE", f"the alpha of {linear} is {alpha}, its rank {rank}")
         return alpha / divisor
 
     def _alpha(self, linear: str, rank: int) -> float:
@@ -152,7 +152,7 @@ class _Strengths:
             return float(self._settings.get("lora_alpha", rank))
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"its metadata {SETTINGS} has no usable alpha: {error}"
-            raise _refusal("ADAPTER_FILE", what) from None
+            raise refusal("ADAPTER_FILE", what) from None
 
 
 def _is_meant(linear: str, pattern: str) -> bool:
@@ -175,13 +175,13 @@ class _Module:
     def take_down(self, name: str, weight: Weight) -> None:
         """The first half."""
         if self.down:
-            raise _refusal("ADAPTER_KEYS", f"{self.down[0]} and {name}: only one can be used")
+            raise refusal("ADAPTER_KEYS", f"{self.down[0]} and {name}: only one can be used")
         self.down = name, weight
 
     def take_up(self, name: str, weight: Weight) -> None:
         """The second."""
         if self.up:
-            raise _refusal("ADAPTER_KEYS", f"{self.up[0]} and {name}: only one can be used")
+            raise refusal("ADAPTER_KEYS", f"{self.up[0]} and {name}: only one can be used")
         self.up = name, weight
 
     def changes(
@@ -196,7 +196,7 @@ class _Module:
             half = (
                 "second half (lora_B, lora_up)" if self.down else "first half (lora_A, lora_down)"
             )
-            raise _refusal("ADAPTER_KEYS", f"{name} lacks a {half}")
+            raise refusal("ADAPTER_KEYS", f"{name} lacks a {half}")
         (down, down_weight), (up, up_weight) = self.down, self.up
         rank = down_weight.shape[0] if down_weight.shape else 0
         width = linears[places[0]][1]
@@ -217,7 +217,7 @@ def _modules(tensors: Mapping[str, Weight]) -> dict[str, _Module]:
     unknown = []
     for name, weight in tensors.items():
         if len(name) > _LONGEST_NAME:
-            raise _refusal("ADAPTER_KEYS", f"no part of a LoRA is called {name[:80]}...")
+            raise refusal("ADAPTER_KEYS", f"no part of a LoRA is called {name[:80]}...")
         _refuse_other_kinds(name)
         if ending := _DOWN.search(name):
             module = modules.setdefault(name[: ending.start()], _Module())
@@ -231,7 +231,7 @@ def _modules(tensors: Mapping[str, Weight]) -> dict[str, _Module]:
         else:
             unknown.append(name)
     if unknown:
-        raise _refusal("ADAPTER_KEYS", f"no part of a LoRA is called {_few(unknown)}")
+        raise refusal("ADAPTER_KEYS", f"no part of a LoRA is called {_few(unknown)}")
     return modules
 
 
@@ -286,17 +286,17 @@ def _refuse_other_kinds(name: str) -> None:
     for kind, sign in _OTHER_KINDS.items():
         if sign.search(name):
             what = f"{name} makes it {kind}, and LoRA is what can be used"
-            raise _refusal("ADAPTER_KIND", what)
+            raise refusal("ADAPTER_KIND", what)
 
 
 def _check_shape(name: str, weight: Weight, wanted: tuple[int, int]) -> None:
     """As a linear or as a convolution of one pixel."""
     if weight.element_type not in _FLOATS:
         allowed = ", ".join(_FLOATS)
-        raise _refusal("ADAPTER_FILE", f"{name} is {weight.element_type}, allowed are {allowed}")
+        raise refusal("ADAPTER_FILE", f"{name} is {weight.element_type}, allowed are {allowed}")
     if not wanted[0] or weight.shape not in (wanted, (*wanted, 1, 1)):
         what = f"{name} is {list(weight.shape)}, for this model it would be {list(wanted)}"
-        raise _refusal("ADAPTER_SHAPE", what)
+        raise refusal("ADAPTER_SHAPE", what)
 
 
 def _scalar(name: str, weight: Weight) -> float:
@@ -306,7 +306,7 @@ def _scalar(name: str, weight: Weight) -> float:
         if form := _SCALARS.get(weight.element_type):
             return float(struct.unpack(form, weight.data)[0])
     what = f"{name} is no number but {weight.element_type} {list(weight.shape)}"
-    raise _refusal("ADAPTER_FILE", what)
+    raise refusal("ADAPTER_FILE", what)
 
 
 def _few(names: list[str]) -> str:
@@ -314,5 +314,6 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:_NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")
 
 
-def _refusal(reason: str, what: str) -> InvalidRequest:
+def refusal(reason: str, what: str) -> InvalidRequest:
+    """The error of a file that cannot be used as an adapter."""
     return InvalidRequest(f"the adapter cannot be used: {what}", reason=reason)
