@@ -96,6 +96,7 @@ def _velocities(
 
 
 @needs_compiler
+@pytest.mark.timeout(300)  # a C++ compiler takes a minute for four graphs on a busy core
 @torch.inference_mode()
 def test_four_graphs_for_all_shapes_and_adapters(model: ZImageTransformer) -> None:
     torch.manual_seed(1)
