@@ -186,6 +186,11 @@ class Model:
     device: str
     compute_type: str
     vae_compute_type: str
+    weights: str
+    """The form that the transformer's large weights are in."""
+    weights_reason: str
+    streamed_block_count: int
+    """How many blocks take turns on the device."""
     attention_backend: str
     attention_reasons: dict[str, str]
     """Why each backend is in use or is not, by name."""

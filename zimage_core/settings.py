@@ -161,6 +161,27 @@ class DitSettings(ServiceSettings):
         description="run compiled blocks, which takes up to a minute of the first start and is "
         "kept; auto: on an NVIDIA or AMD GPU",
     )
+    weights: Literal["auto", "full", "int8", "fp8", "fp8_matmul", "fastest"] = Field(
+        "auto",
+        description="form of the transformer's large weights on the device: full, as the compute "
+        "type; int8 or fp8, a byte each; fp8_matmul, multiplied as they are (NVIDIA from compute "
+        "capability 8.9 on); fastest, fp8_matmul where it is; auto: as the file has them",
+    )
+    weights_gate: bool = Field(
+        True,
+        description="refuse weights that lose more than the file has, by a picture drawn at the "
+        "first start: latents' cosine below 0.995, or PSNR below 30 dB",
+    )
+    max_weight_bytes: int | None = Field(
+        None,
+        gt=0,
+        description="memory of the device for the transformer's weights: blocks that do not fit "
+        "stay in host memory and come for their turn in every step; unset: what a GPU has free "
+        "besides adapters and 2 GiB",
+    )
+    vae_device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="device of the VAE; auto: that of the transformer"
+    )
     vae_tile_px: int | None = Field(
         None,
         ge=128,

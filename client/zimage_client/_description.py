@@ -77,6 +77,10 @@ class DitDescription:
     attention_backends: tuple[AttentionBackend, ...]
     compilation: str
     """Why blocks run compiled, or why not."""
+    weights_reason: str
+    """Why the transformer's large weights are in the form they are in."""
+    streamed_block_count: int
+    """Blocks whose weights are in host memory and come to the device for their turn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,8 @@ class NumericPlan:
     """Whether the transformer's blocks ran as compiled code."""
     vae_tile_px: int
     """The side of the VAE's tiles; 0 for what is usual."""
+    weights: str
+    """The form of the transformer's large weights, such as "full" or "fp8"."""
 
 
 @dataclass(frozen=True, slots=True)

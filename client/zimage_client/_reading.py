@@ -178,6 +178,8 @@ def dit_description(message: dit_pb2.DescribeResponse) -> DitDescription:
             for backend in message.attention_backends
         ),
         compilation=message.compilation,
+        weights_reason=message.weights_reason,
+        streamed_block_count=message.streamed_block_count,
     )
 
 
@@ -300,6 +302,7 @@ def numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
         packing=names.name_of(message.packing, names.PACKINGS),
         compiled=message.compiled,
         vae_tile_px=message.vae_tile_px,
+        weights=message.weights,
     )
 
 

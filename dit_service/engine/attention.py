@@ -1,7 +1,6 @@
 """Which attention backend a worker uses: whatever can work here is tried on a small pack of samples
 against exact arithmetic, and the fastest of those that computed right is taken."""
 
-import json
 import logging
 import math
 import statistics
@@ -11,15 +10,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from dit_service.engine.device import describe, library_versions
+from dit_service.engine.notes import Notes
 from dit_service.model.attention.backend import Backend, Place
 from dit_service.model.attention.backends import BACKENDS
 from zimage_core.errors import InvalidSettings
-from zimage_core.files import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +66,7 @@ def choose(wanted: str, place: Place, head_count: int, memory: Path | None = Non
         return Choice(
             candidates[0], reasons | {candidates[0]: "it is the only one that works here"}
         )
-    race = _Race(place, head_count, memory or platformdirs.user_cache_path("zimage"))
+    race = _Race(place, head_count, Notes("attention.json", memory))
     seconds = race.seconds(candidates)
     best = min(candidates, key=seconds.__getitem__)
     for name in candidates:
@@ -136,15 +134,15 @@ class _Race:
 
     place: Place
     head_count: int
-    folder: Path
+    notes: Notes
 
     def seconds(self, names: Sequence[str]) -> dict[str, float]:
         """Of each."""
-        known = self._remembered().get(self._key, {})
-        if not set(names) <= known.keys():
+        known = self.notes.get(self._key)
+        if not all(isinstance(known.get(name), int | float) for name in names):
             known = {name: self._measured(name) for name in names}
             if math.inf not in known.values():  # it may have been the memory
-                self._remember(known)
+                self.notes.keep(self._key, known)
         return known
 
     def _measured(self, name: str) -> float:
@@ -168,25 +166,3 @@ class _Race:
         place = self.place
         what = f"{place.dtype} {self.head_count}x{place.head_dim}"
         return f"{describe(place.device)}, torch {library_versions()['torch']}, {what}"
-
-    @property
-    def _file(self) -> Path:
-        return self.folder / "attention.json"
-
-    def _remembered(self) -> dict[str, dict[str, float]]:
-        try:
-            times = json.loads(self._file.read_text())
-            return {
-                key: {name: float(seconds) for name, seconds in value.items()}
-                for key, value in times.items()
-            }
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
-
-    def _remember(self, seconds: dict[str, float]) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            times = self._remembered() | {self._key: seconds}
-            write_whole(self._file, json.dumps(times, indent=1).encode())
-        except OSError as error:
-            _log.warning("the times of attention backends are not kept: %s", error)

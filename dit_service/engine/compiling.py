@@ -33,6 +33,8 @@ def compile_blocks(model: ZImageTransformer, wanted: str, backend: str) -> Compi
         return Compilation(False, "it was asked for so")
     if wanted == "auto" and model.device.type != "cuda":
         return Compilation(False, "it is only on an NVIDIA or AMD GPU unless it is asked for")
+    torch.compiler.set_stance("default")  # a model before this one may have had the last word
+    torch.compiler.reset()
     forms = [(1, ()), (1, _nothing(model)), (2, ()), (2, _nothing(model))]
     eager = [_run(model, *form, backend) for form in forms]
     model.compile_blocks()

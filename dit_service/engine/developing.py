@@ -1,5 +1,8 @@
 """A picture between its latents and the host: the device goes on with others meanwhile."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 from torch import Tensor
 
 from dit_service import messages
@@ -8,6 +11,28 @@ from dit_service.engine.pace import Pace
 from dit_service.model.vae import Vae
 from zimage_core.errors import InvalidRequest
 
+_beside = ThreadPoolExecutor(1, thread_name_prefix="vae")
+
+
+class _Aside:
+    """A VAE on another device, such as the host: it works in its own thread, one picture after the
+    other, while the transformer goes on."""
+
+    def __init__(self, vae: Vae, latents_CHW: Tensor) -> None:
+        self._decoded = _beside.submit(self._decode, vae, latents_CHW)
+
+    @property
+    def is_there(self) -> bool:
+        return self._decoded.done()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        return self._decoded.result()
+
+    @staticmethod
+    @torch.inference_mode()  # counts in its own thread alone
+    def _decode(vae: Vae, latents_CHW: Tensor) -> tuple[Tensor, ...]:
+        return Download(*vae.decode(latents_CHW)).wait()
+
 
 class Developing:
     """The VAE's work on some latents, begun."""
@@ -15,7 +40,10 @@ class Developing:
     def __init__(self, vae: Vae, latents_CHW: Tensor, pace: Pace) -> None:
         _, height, width = latents_CHW.shape
         self._piece = pace.begin(height * width * vae.factor**2)
-        self._download = Download(*vae.decode(latents_CHW))
+        if vae.device == latents_CHW.device:
+            self._download: Download | _Aside = Download(*vae.decode(latents_CHW))
+        else:
+            self._download = _Aside(vae, latents_CHW)
 
     @property
     def is_there(self) -> bool:

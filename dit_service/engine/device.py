@@ -1,6 +1,7 @@
 """The device that a worker runs on, and what of it can move the last bits of a picture."""
 
 import ctypes
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.errors import InvalidSettings
+from zimage_core.settings import DitSettings
 from zimage_core.tensors import TensorData, byte_count
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,6 +25,8 @@ NAMES = {kind: name for name, kind in TYPES.items()}
 _FREE_FOR_STEPS = 0.8
 """The rest is for pictures being developed, and for what fits between pieces."""
 _HOST_BYTES_FOR_STEPS = 2.0**31
+_BYTES_FOR_PICTURES = 2.0**31
+"""A step and the VAE at 1024x1024."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -46,17 +50,20 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_type(wanted: str, device: torch.device) -> torch.dtype:
-    """The type that transformer and VAE compute in; real weights overflow in float16."""
-    if wanted == "auto":
-        wanted = "float32" if device.type == "cpu" else "bfloat16"
-    if wanted == "float16":
-        allowed = "bfloat16, float32"
-        raise InvalidSettings(
-            f"dtype float16: Z-Image's activations do not fit it; allowed are {allowed}",
-            reason="DTYPE",
-            fields={"field": "dtype", "given": wanted, "allowed": allowed},
-        )
-    return TYPES[wanted]
+    """The type that the transformer computes in: float16 by itself only where a GPU is too old for
+    bfloat16, as its rounding is finer but its range is narrow."""
+    if wanted != "auto":
+        return TYPES[wanted]
+    if device.type == "cpu":
+        return torch.float32
+    is_old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if is_old else torch.bfloat16
+
+
+def choose_vae_type(wanted: str, device: torch.device) -> torch.dtype:
+    """The type that the VAE computes in; its values leave the range of float16."""
+    dtype = choose_type(wanted, device)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def describe(device: torch.device) -> str:
@@ -72,6 +79,18 @@ def library_versions() -> dict[str, str]:
     """The libraries that do the arithmetic. In plain words: to unpickle torch's own kind of version
     the front would import torch."""
     return {"torch": str(torch.__version__), "diffusers": diffusers.__version__}
+
+
+def weight_room(device: torch.device, settings: DitSettings) -> float:
+    """The memory that the transformer's weights may take: as set; else what a GPU has besides what
+    adapters are promised and a picture takes. Elsewhere the device's memory is the host's."""
+    if settings.max_weight_bytes is not None:
+        return settings.max_weight_bytes
+    if device.type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()  # a model that was tried before may have left its memory there
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free - settings.max_adapter_bytes - _BYTES_FOR_PICTURES)
 
 
 def room_bytes(device: torch.device, promised: int) -> float:

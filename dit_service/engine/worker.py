@@ -7,13 +7,13 @@ import torch
 
 from dit_service import messages
 from dit_service.engine import device as devices
-from dit_service.engine.attention import choose
-from dit_service.engine.compiling import compile_blocks
+from dit_service.engine.fitting import Fitting
 from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
 from dit_service.engine.schedule import Room, Schedule
 from dit_service.model import loading
-from dit_service.model.attention.backend import Place
+from dit_service.model.config import TransformerConfig
+from dit_service.model.vae import Vae
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.planning import variants
@@ -24,7 +24,6 @@ from zimage_core.settings import DitSettings
 from zimage_core.tensors import TensorData
 from zimage_core.wire.identities import encoder_identities
 
-_COMPILING_SECONDS = 600.0
 _LOADING_SECONDS = 600.0
 """What a cold load of 12 GB from a slow disk may take; the watchdog allows several times that."""
 
@@ -56,39 +55,35 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     device = devices.choose_device(settings.device)
     compute_type = devices.choose_type(settings.dtype, device)
     variant, shift = _variant(settings)
-    transformer = loading.load_transformer(settings.model, device, compute_type)
-    vae = loading.load_vae(settings.model, device, compute_type, settings.vae, settings.vae_tile_px)
-    if vae.latent_channels != transformer.config.in_channels:
-        what = (
-            f"the VAE has {vae.latent_channels} latent channels and the transformer "
-            f"{transformer.config.in_channels}; they do not belong together"
-        )
-        raise InvalidModel.at(settings.vae or settings.model / "vae", what, "FOREIGN_VAE")
-    config = transformer.config
-    place = Place.of(device, compute_type, config.head_dim)
-    attention = choose(settings.attention_backend, place, config.n_heads)
-    port.announce("compile", _COMPILING_SECONDS)
-    compilation = compile_blocks(transformer, settings.compile, attention.backend)
-    studio = Studio(transformer, vae, attention.backend, port.announce, settings.max_adapter_bytes)
-    side_multiple_px = vae.factor * transformer.config.patch_size
+    vae = _load_vae(settings, device)
+    config, _ = loading.read_config(settings.model)
+    _check_vae(settings, vae, config)
+    fitted = Fitting(settings, device, compute_type, port.announce).fit(vae, shift)
+    transformer = fitted.transformer
+    backend = fitted.attention.backend
+    studio = Studio(transformer, vae, backend, port.announce, settings.max_adapter_bytes)
+    side_multiple_px = vae.factor * config.patch_size
     description = messages.Model(
         name=_name(settings.model),
         variant=variant.name,
         shift=shift,
-        shape=_shape(transformer.config),
-        caption_width=transformer.config.cap_feat_dim,
-        max_token_count=caption_token_limit(transformer.config.axes_lens),
+        shape=_shape(config),
+        caption_width=config.cap_feat_dim,
+        max_token_count=caption_token_limit(config.axes_lens),
         side_multiple_px=side_multiple_px,
-        max_side_px=side_limit_px(transformer.config.axes_lens, side_multiple_px),
+        max_side_px=side_limit_px(config.axes_lens, side_multiple_px),
         default_side_px=vae.sample_side_px,
         encoder_identities=_identities(settings.model),
         device=devices.describe(device),
         compute_type=devices.NAMES[compute_type],
-        vae_compute_type=devices.NAMES[compute_type],
-        attention_backend=attention.backend,
-        attention_reasons=attention.reasons,
-        is_compiled=compilation.is_compiled,
-        compilation_reason=compilation.reason,
+        vae_compute_type=devices.NAMES[vae.dtype],
+        weights=fitted.precision.form,
+        weights_reason=fitted.precision.reason,
+        streamed_block_count=transformer.streamed_block_count,
+        attention_backend=backend,
+        attention_reasons=fitted.attention.reasons,
+        is_compiled=fitted.compilation.is_compiled,
+        compilation_reason=fitted.compilation.reason,
         vae_tile_px=settings.vae_tile_px or 0,
         preview_r_squared=studio.preview.r_squared,
         latent_channels=vae.latent_channels,
@@ -97,6 +92,23 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         library_versions=devices.library_versions(),
     )
     return _Loaded(device, studio, description)
+
+
+def _load_vae(settings: DitSettings, device: torch.device) -> Vae:
+    """On a device of its own where one is named: pictures are developed beside the steps then."""
+    if settings.vae_device != "auto":
+        device = devices.choose_device(settings.vae_device)
+    dtype = devices.choose_vae_type(settings.dtype, device)
+    return loading.load_vae(settings.model, device, dtype, settings.vae, settings.vae_tile_px)
+
+
+def _check_vae(settings: DitSettings, vae: Vae, config: TransformerConfig) -> None:
+    if vae.latent_channels != config.in_channels:
+        what = (
+            f"the VAE has {vae.latent_channels} latent channels and the transformer "
+            f"{config.in_channels}; they do not belong together"
+        )
+        raise InvalidModel.at(settings.vae or settings.model / "vae", what, "FOREIGN_VAE")
 
 
 def _shape(config: DitShape) -> DitShape:

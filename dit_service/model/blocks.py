@@ -14,6 +14,9 @@ from dit_service.model.config import TransformerConfig
 from dit_service.model.layout import Segments, per_token
 from dit_service.model.rope import rotate
 
+_FLOAT16_SHARE = 2.0**-5
+"""What attention and feed-forward part give is larger than float16 can hold in a trained model. So
+there they give a share, and the norm behind each makes up for it exactly."""
 _HEAD_NORM_EPS = 1e-5  # fixed by the architecture; norm_eps of the config is for the rows
 
 
@@ -25,9 +28,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def normalised(self, x: Tensor) -> Tensor:
-        """The rows before the weight, rounded to the weight's type as the reference does."""
-        return functional.rms_norm(x, self.weight.shape, eps=self.eps).to(self.weight.dtype)
+    def normalised(self, x: Tensor, share: float = 1.0) -> Tensor:
+        """The rows before the weight, rounded to the weight's type as the reference does; of rows
+        that are but that share of what they should be, the same."""
+        eps = self.eps * share**2
+        return functional.rms_norm(x, self.weight.shape, eps=eps).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole norm."""
@@ -53,8 +58,8 @@ class Attention(nn.Module):
         q_THE = rotate(self.norm_q(self._heads("to_q", x_TD, beside)), segments.rope)
         k_THE = rotate(self.norm_k(self._heads("to_k", x_TD, beside)), segments.rope)
         v_THE = self._heads("to_v", x_TD, beside)
-        attended_THE = attend(backend, q_THE, k_THE, v_THE, segments)
-        return beside.through(self.to_out[0], "attention.to_out.0", attended_THE.flatten(1))
+        attended_TD = attend(backend, q_THE, k_THE, v_THE, segments).flatten(1)
+        return beside.through(self.to_out[0], "attention.to_out.0", _shared(attended_TD))
 
     def _heads(self, name: str, x_TD: Tensor, beside: BesidePart) -> Tensor:
         through_TD = beside.through(getattr(self, name), f"attention.{name}", x_TD)
@@ -74,7 +79,7 @@ class FeedForward(nn.Module):
     def forward(self, x_TD: Tensor, beside: BesidePart) -> Tensor:
         """In place where it can be: these are the widest tensors of a forward."""
         gate = functional.silu(beside.through(self.w1, "feed_forward.w1", x_TD), inplace=True)
-        gated = gate.mul_(beside.through(self.w3, "feed_forward.w3", x_TD))
+        gated = _shared(gate).mul_(beside.through(self.w3, "feed_forward.w3", x_TD))
         return beside.through(self.w2, "feed_forward.w2", gated)
 
 
@@ -119,22 +124,34 @@ class Block(nn.Module):
         """One step of the residual stream; `norm_weights_S4D` may be one row for all samples. What
         has no name here is gone at once: the feed-forward part wants the memory."""
         before_attention, after_attention, before_ffn, after_ffn = norm_weights_S4D.unbind(1)
+        share = _share(x_TD.dtype)
         attended_TD = self.attention_norm2.normalised(
             self.attention(
                 self.attention_norm1.normalised(x_TD).mul_(per_token(before_attention, segments)),
                 segments,
                 backend,
                 beside,
-            )
+            ),
+            share,
         )
         x_TD = torch.addcmul(x_TD, per_token(after_attention, segments), attended_TD)
         del attended_TD
         fed_TD = self.ffn_norm2.normalised(
             self.feed_forward(
                 self.ffn_norm1.normalised(x_TD).mul_(per_token(before_ffn, segments)), beside
-            )
+            ),
+            share,
         )
         return torch.addcmul(x_TD, per_token(after_ffn, segments), fed_TD)
+
+
+def _share(dtype: torch.dtype) -> float:
+    return _FLOAT16_SHARE if dtype == torch.float16 else 1.0
+
+
+def _shared(x_TD: Tensor) -> Tensor:
+    share = _share(x_TD.dtype)
+    return x_TD if share == 1 else x_TD.mul_(share)
 
 
 def run_block(

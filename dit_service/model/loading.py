@@ -1,6 +1,7 @@
 """Model folders in diffusers' layout and single files, onto a device; what is wrong is said before
 anything runs."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,16 @@ from torch import Tensor
 
 from dit_service.model import single_file, vae_file
 from dit_service.model.config import TransformerConfig
+from dit_service.model.narrow import AS_STORED, FULL, SCALE
+from dit_service.model.stored import Stored
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.model.vae import Vae
-from zimage_core.errors import InvalidModel
+from zimage_core import files
+from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats import weights
 from zimage_core.formats.json_object import read_json_object
+from zimage_core.planning import memory
+from zimage_core.planning.linears import block_linears
 
 _WEIGHTS = "diffusion_pytorch_model"
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -40,22 +46,61 @@ class SchedulerConfig:
     shift: float
 
 
-def load_transformer(model: Path, device: torch.device, dtype: torch.dtype) -> ZImageTransformer:
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """How a transformer's weights lie on its device."""
+
+    weights: str = AS_STORED
+    """In which format."""
+    room_bytes: float = math.inf
+    """What they may take there; what does not fit stays in host memory until its turn comes."""
+
+
+_WHOLE = Residence()
+
+
+def read_config(model: Path) -> tuple[TransformerConfig, str]:
+    """A model's sizes, and the form that keeps what its file holds of the large weights."""
+    config, stored, _ = _single_file(model) if model.is_file() else _folder(model)
+    return config, stored
+
+
+def stamp(model: Path) -> str:
+    """Another one after every change of the transformer's files."""
+    paths = [model] if model.is_file() else weights.files(model / "transformer", _WEIGHTS)
+    return f"{model.resolve()} {[files.stamp(path) for path in paths]}"
+
+
+def load_transformer(
+    model: Path, device: torch.device, dtype: torch.dtype, residence: Residence = _WHOLE
+) -> ZImageTransformer:
     """Reads the transformer of a folder or a single file, tensor by tensor onto the device."""
-    config, tensors = _single_file(model) if model.is_file() else _folder(model)
+    config, stored, tensors = _single_file(model) if model.is_file() else _folder(model)
+    kept = stored if residence.weights == AS_STORED else residence.weights
     with torch.device("meta"):
         transformer = ZImageTransformer(config)
-    wanted = {name: weight.shape for name, weight in transformer.state_dict().items()}
+        if kept != FULL:
+            transformer.make_narrow(kept)
+    turning = _turning_blocks(transformer, dtype, residence.room_bytes)
+    hosted = {f"{block}.{linear}" for block in turning for linear in block_linears(config)}
+    wanted = transformer.state_dict()
     loaded: dict[str, Tensor] = {}
-    for name, weight in tensors:
-        _check_tensor(name, weight, wanted, model)
-        # Copied even where nothing changes: a view would need the file for as long as it lives.
-        loaded[name] = weight.to(device, dtype, copy=True)
+    for name, one in tensors:
+        _check_tensor(name, one.values, wanted, model)
+        module, _, _ = name.rpartition(".")
+        place = torch.device("cpu") if module in hosted else device
+        if f"{module}.{SCALE}" in wanted:
+            weight, scale = one.narrow(device, wanted[name].dtype)
+            loaded[name], loaded[f"{module}.{SCALE}"] = weight.to(place), scale.to(place)
+        else:
+            loaded[name] = one.full(place, dtype)
     missing = sorted(wanted.keys() - loaded.keys())
     if missing:
         what = f"{len(missing)} weights are missing, the first is {missing[0]}"
         raise InvalidModel.at(model, what, "WEIGHTS_MISSING")
     transformer.load_state_dict(loaded, assign=True)
+    del loaded  # or the host would hold what takes turns twice
+    transformer.stream(turning)
     return transformer.eval().requires_grad_(False)
 
 
@@ -100,7 +145,7 @@ def read_scheduler(folder: Path) -> SchedulerConfig:
         raise InvalidModel.at(path, what, "CONFIG_INCOMPLETE") from None
 
 
-def _read_config(path: Path) -> TransformerConfig:
+def _folder_config(path: Path) -> TransformerConfig:
     values = read_json_object(path)
     try:
         return TransformerConfig.from_values(values)
@@ -127,37 +172,63 @@ def _check_class(values: Mapping[str, Any], wanted: str, path: Path) -> None:
         raise InvalidModel.at(path, what, "FOREIGN_MODEL")
 
 
-def _check_tensor(
-    name: str, weight: Tensor, wanted: Mapping[str, torch.Size], folder: Path
-) -> None:
-    if name not in wanted:
+def _turning_blocks(
+    transformer: ZImageTransformer, dtype: torch.dtype, room_bytes: float
+) -> list[str]:
+    """Which blocks take turns on the device."""
+    is_narrow = transformer.weights != FULL
+    wanted = memory.weight_bytes(transformer.config, dtype.itemsize, is_narrow=is_narrow)
+    try:
+        count = memory.turn_count(wanted, room_bytes)
+    except ValueError as error:
+        raise InvalidSettings(
+            f"max_weight_bytes: {error}; narrow weights (weights = fp8 or int8) take less",
+            reason="WEIGHT_MEMORY",
+            fields={"field": "max_weight_bytes", "given": f"{room_bytes:.0f}"},
+        ) from error
+    return memory.turning_blocks(transformer.config, count)
+
+
+def _check_tensor(name: str, weight: Tensor, wanted: Mapping[str, Tensor], folder: Path) -> None:
+    if name not in wanted or name.endswith(f".{SCALE}"):
         what = f"the weight {name} belongs to another model"
         raise InvalidModel.at(folder, what, "WEIGHTS_UNKNOWN")
-    if weight.shape != wanted[name]:
-        what = f"the weight {name} is {list(weight.shape)}, by its config {list(wanted[name])}"
+    shape = wanted[name].shape
+    if weight.shape != shape:
+        what = f"the weight {name} is {list(weight.shape)}, by its config {list(shape)}"
         raise InvalidModel.at(folder, what, "WEIGHTS_MISSHAPEN")
 
 
-_Named = Iterator[tuple[str, Tensor]]
+def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+        return tensor
+    what = f"{name} is stored as {tensor.dtype}: narrow weights are read from single files alone"
+    raise InvalidModel.at(path, what, "QUANTIZED")
 
 
-def _folder(folder: Path) -> tuple[TransformerConfig, _Named]:
+_Read = tuple[TransformerConfig, str, Iterator[tuple[str, Stored]]]
+"""A model's config, the format of its weights, and they themselves."""
+
+
+def _folder(folder: Path) -> _Read:
     _check_family(folder)
-    config = _read_config(folder / "transformer" / "config.json")
-    return config, _tensors(weights.files(folder / "transformer", _WEIGHTS))
+    config = _folder_config(folder / "transformer" / "config.json")
+    return config, FULL, _tensors(weights.files(folder / "transformer", _WEIGHTS))
 
 
-def _single_file(path: Path) -> tuple[TransformerConfig, _Named]:
-    config = single_file.read_config(path)
-    return config, (one for pair in _tensors([path]) for one in single_file.renamed(*pair))
+def _single_file(path: Path) -> _Read:
+    contents = single_file.contents(path)
+    config = single_file.read_config(path, contents.shapes)
+    renamed = (one for pair in contents.read() for one in single_file.renamed(*pair))
+    return config, contents.weights, renamed
 
 
-def _tensors(paths: Iterable[Path]) -> _Named:
+def _tensors(paths: Iterable[Path]) -> Iterator[tuple[str, Stored]]:
     """Every tensor, mapped rather than read; a file is closed before the next opens."""
     for path in paths:
         try:
             with safe_open(path, framework="pt", device="cpu") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - an open file is no mapping
-                    yield name, tensors.get_tensor(name)
+                    yield name, Stored(_plain(path, name, tensors.get_tensor(name)))
         except SafetensorError as error:
             raise InvalidModel.at(path, f"the weights cannot be read: {error}") from error

@@ -1,15 +1,14 @@
 """Transformers in a single file, by the names that ComfyUI and the original release use: to the
 names of diffusers, and to the config that such a file lacks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from torch import Tensor
-
+from dit_service.model import comfy_file, gguf_file
 from dit_service.model.config import TransformerConfig
+from dit_service.model.stored import Contents, Stored
 from zimage_core.errors import InvalidModel
 from zimage_core.formats import published
-from zimage_core.formats.weights import Weight, read_file, refuse_quantized
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _RENAMED = (
@@ -23,22 +22,28 @@ _FUSED, _SPLIT = ".attention.qkv.", (".attention.to_q.", ".attention.to_k.", ".a
 _UNUSED = {"norm_final.weight"}
 
 
-def read_config(path: Path) -> TransformerConfig:
+def contents(path: Path) -> Contents:
+    """Of a safetensors or a GGUF file."""
+    with path.open("rb") as file:
+        is_gguf = file.read(len(gguf_file.MAGIC)) == gguf_file.MAGIC
+    return gguf_file.contents(path) if is_gguf else comfy_file.contents(path)
+
+
+def read_config(path: Path, stored: Mapping[str, tuple[int, ...]]) -> TransformerConfig:
     """What the shapes tell, and what no shape tells as it was published; raises InvalidModel for a
-    file of another family, and for a quantized one."""
-    stored: dict[str, Weight] = {}
-    for name, weight in read_file(path):
-        if _bare(name) in stored:
+    file of another family."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in stored.items():
+        if _bare(name) in shapes:
             what = f"{_bare(name)} stands in this file twice, with a prefix and without"
             raise InvalidModel.at(path, what, "WEIGHTS_UNKNOWN")
-        stored[_bare(name)] = weight
-    refuse_quantized(path, stored)
+        shapes[_bare(name)] = shape
     try:
-        dim, patch_values = stored["x_embedder.weight"].shape
-        head_dim = stored["layers.0.attention.q_norm.weight"].shape[0]
-        caption_width = stored["cap_embedder.1.weight"].shape[1]
+        dim, patch_values = shapes["x_embedder.weight"]
+        head_dim = shapes["layers.0.attention.q_norm.weight"][0]
+        caption_width = shapes["cap_embedder.1.weight"][1]
     except (KeyError, ValueError, IndexError) as error:
-        first = ", ".join(sorted(stored)[:3])
+        first = ", ".join(sorted(shapes)[:3])
         what = f"this is no Z-Image transformer: there is no usable {error}; it has {first}, ..."
         raise InvalidModel.at(path, what, "FOREIGN_MODEL") from None
     if head_dim != published.HEAD_DIM:
@@ -49,8 +54,8 @@ def read_config(path: Path) -> TransformerConfig:
         raise InvalidModel.at(path, what, "FOREIGN_MODEL")
     return TransformerConfig(
         dim=dim,
-        n_layers=_count(stored, "layers."),
-        n_refiner_layers=_count(stored, "noise_refiner."),
+        n_layers=_count(shapes, "layers."),
+        n_refiner_layers=_count(shapes, "noise_refiner."),
         n_heads=dim // head_dim,
         in_channels=patch_values // published.DIT_PATCH_SIZE**2,
         cap_feat_dim=caption_width,
@@ -63,7 +68,7 @@ def read_config(path: Path) -> TransformerConfig:
     )
 
 
-def renamed(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+def renamed(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
     """A tensor of such a file as diffusers has it: under another name, as three, or not at all."""
     name = _bare(name)
     if name in _UNUSED:
@@ -72,12 +77,12 @@ def renamed(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         if name.startswith(old) or (old.startswith(".") and old in name):
             name = name.replace(old, new, 1)
     if _FUSED in name:
-        for part, rows in zip(_SPLIT, weight.chunk(3), strict=True):
+        for part, rows in zip(_SPLIT, stored.chunk(3), strict=True):
             yield name.replace(_FUSED, part), rows
-    elif name.endswith("_pad_token"):
-        yield name, weight.reshape(1, -1)  # some files lack the first dimension
+    elif name.endswith("_pad_token"):  # some files lack the first dimension
+        yield name, stored._replace(values=stored.values.reshape(1, -1))
     else:
-        yield name, weight
+        yield name, stored
 
 
 def _bare(name: str) -> str:
@@ -87,5 +92,5 @@ def _bare(name: str) -> str:
     return name
 
 
-def _count(stored: Mapping[str, Weight], prefix: str) -> int:
-    return len({name.split(".")[1] for name in stored if name.startswith(prefix)})
+def _count(names: Iterable[str], prefix: str) -> int:
+    return len({name.split(".")[1] for name in names if name.startswith(prefix)})

@@ -19,10 +19,13 @@ from dit_service.model.blocks import Block, RMSNorm, run_block
 from dit_service.model.config import TransformerConfig
 from dit_service.model.final_layer import FinalLayer
 from dit_service.model.layout import Layout, SampleShape, build_layout, caption_segments
+from dit_service.model.narrow import FULL, make_narrow
 from dit_service.model.rope import RopeTables
+from dit_service.model.streaming import Streaming
 from dit_service.model.time_embedder import TimeEmbedder
 from dit_service.model.tokens import image_rows, join, pad_samples, patchify, unpatchify
 from zimage_core.planning.limits import padded
+from zimage_core.planning.linears import block_linears
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,9 @@ class ZImageTransformer(nn.Module):
         self.context_refiner = _blocks(config, config.n_refiner_layers, modulated=False)
         self.layers = _blocks(config, config.n_layers, modulated=True)
         self._run: Callable[..., Tensor] = run_block
+        self._streaming: Streaming | None = None
+        self.weights = FULL
+        """The form that its large linears are in."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,6 +95,28 @@ class ZImageTransformer(nn.Module):
         self._run = (
             torch.compile(run_block, fullgraph=True, dynamic=True) if compiled else run_block
         )
+
+    def make_narrow(self, form: str) -> None:
+        """Lets the large linears of all blocks take a byte for each number, in one of the narrow
+        forms; they have no values then."""
+        self.weights = form
+        for stack in (self.noise_refiner, self.context_refiner, self.layers):
+            for block in stack:
+                make_narrow(block, block_linears(self.config), form)
+
+    @property
+    def streamed_block_count(self) -> int:
+        """How many blocks take turns on the device."""
+        return len(self._streaming or ())
+
+    def stream(self, blocks: Sequence[str]) -> None:
+        """Lets the large linears of some blocks, in the order in which they run, stay in host
+        memory, where they are, and come to the device for their turn."""
+        names = list(block_linears(self.config))
+        linears = {
+            block: [self.get_submodule(f"{block}.{name}") for name in names] for block in blocks
+        }
+        self._streaming = Streaming(linears, self.device) if linears else None
 
     def encode_captions(
         self, features: Sequence[Tensor], backend: str = "sdpa", adapters: Uses = ()
@@ -148,6 +176,7 @@ class ZImageTransformer(nn.Module):
 
         image_TD = self._embed_images(samples)
         for (name, block), weights_S4D in zip(self._refiner, refiner_weights, strict=True):
+            self._bring(name)
             image_TD = self._run(
                 block, image_TD, weights_S4D, layout.image, backend, of_image.of(name)
             )
@@ -155,6 +184,7 @@ class ZImageTransformer(nn.Module):
         joint_TD = join(image_TD, [sample.caption.rows_TD for sample in samples], layout)
         del image_TD
         for (name, block), weights_S4D in zip(self._layers, layer_weights, strict=True):
+            self._bring(name)
             joint_TD = self._run(
                 block, joint_TD, weights_S4D, layout.joint, backend, of_joint.of(name)
             )
@@ -170,6 +200,10 @@ class ZImageTransformer(nn.Module):
             unpatchify(values_KP, shape, self.config.patch_size)
             for values_KP, shape in zip(values, layout.shapes, strict=True)
         ]
+
+    def _bring(self, block: str) -> None:
+        if self._streaming is not None:
+            self._streaming.bring(block)
 
     def _embed_images(self, samples: Sequence[Sample]) -> Tensor:
         (embedder,) = self.all_x_embedder.values()

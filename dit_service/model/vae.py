@@ -30,6 +30,8 @@ class Vae:
         """Pixels per latent along a side."""
         self.sample_side_px: int = model.config.sample_size
         """The side of the pictures that it was trained on."""
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
         self._tile_px = tile_px
 
     @torch.inference_mode()

@@ -48,6 +48,8 @@ def response(
         is_chosen = name == model.attention_backend
         answer.attention_backends.add(name=name, chosen=is_chosen, reason=reason)
     answer.compilation = model.compilation_reason
+    answer.weights_reason = model.weights_reason
+    answer.streamed_block_count = model.streamed_block_count
     if pinned := conditioner.pin.usual(model):
         answer.model.encoder_identity.sha256 = pinned
     return answer
@@ -63,5 +65,6 @@ def numeric_plan(model: messages.Model) -> types_pb2.NumericPlan:
         thread_count=model.thread_count,
         compiled=model.is_compiled,
         vae_tile_px=model.vae_tile_px,
+        weights=model.weights,
         library_versions=model.library_versions,
     )

@@ -82,7 +82,9 @@ def read_file(path: Path) -> Iterator[tuple[str, Weight]]:
             yield name, _weight(path, name, entry, elements)
 
 
-def read_whole(path: Path, longest_header: int) -> tuple[dict[str, Weight], dict[str, str]]:
+def read_whole(
+    path: Path, longest_header: int = _LONGEST_HEADER
+) -> tuple[dict[str, Weight], dict[str, str]]:
     """The tensors of one file, and what it says of itself; raises InvalidModel, too."""
     header, elements = _open(path, longest_header)
     metadata = header.pop(_METADATA, {})

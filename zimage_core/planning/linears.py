@@ -17,15 +17,23 @@ def linears(shape: DitShape) -> dict[str, tuple[int, int]]:
         "cap_embedder.1": (shape.dim, shape.cap_feat_dim),
     }
     for block in _blocks(shape):
-        found |= {f"{block}.attention.{one}": (shape.dim, shape.dim) for one in _ATTENTION}
-        found |= {f"{block}.feed_forward.{one}": (shape.ffn_dim, shape.dim) for one in ("w1", "w3")}
-        found[f"{block}.feed_forward.w2"] = shape.dim, shape.ffn_dim
+        found |= {f"{block}.{name}": size for name, size in block_linears(shape).items()}
         if not block.startswith("context_refiner."):
             found[f"{block}.adaLN_modulation.0"] = 4 * shape.dim, shape.time_dim
     return found
 
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+def block_linears(shape: DitShape) -> dict[str, tuple[int, int]]:
+    """Those that make a block large, by their names in it."""
+    return {
+        "attention.to_q": (shape.dim, shape.dim),
+        "attention.to_k": (shape.dim, shape.dim),
+        "attention.to_v": (shape.dim, shape.dim),
+        "attention.to_out.0": (shape.dim, shape.dim),
+        "feed_forward.w1": (shape.ffn_dim, shape.dim),
+        "feed_forward.w3": (shape.ffn_dim, shape.dim),
+        "feed_forward.w2": (shape.dim, shape.ffn_dim),
+    }
 
 
 def _blocks(shape: DitShape) -> Iterator[str]:

@@ -110,6 +110,9 @@ def _of_dit(it: DitDescription) -> Iterator[tuple[str, str]]:
     threads = f", {plan.thread_count} threads" if plan.thread_count else ""
     yield "device", plan.device + threads
     yield "computes in", f"{plan.compute_type}, VAE {plan.vae_compute_type}"
+    yield "weights", f"{plan.weights}: {it.weights_reason}"
+    if it.streamed_block_count:
+        yield "streamed", f"{it.streamed_block_count} blocks come from host memory in every step"
     for backend in it.attention_backends:
         use = "" if backend.chosen else "not in use: "
         yield "attention", f"{backend.name}, {use}{backend.reason}"

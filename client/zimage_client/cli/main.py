@@ -11,6 +11,7 @@ from io import TextIOWrapper
 
 from zimage_client.cli import (
     adapters,
+    advise,
     certs,
     completion,
     doctor,
@@ -40,6 +41,7 @@ _COMMANDS = {
     "generate": (generate, "make pictures from a prompt or an encoded one"),
     "encode": (encode, "encode a prompt into a file"),
     "adapters": (adapters, "keep LoRAs under names that pictures can ask for"),
+    "advise": (advise, "print settings that suit a card, and what takes its memory"),
     "completion": (completion, "print what a shell needs to complete commands and flags"),
     "info": (info, "show what the services are, configured or embedded, and how they are"),
     "inspect": (inspect, "show what a picture's file says of how it was made"),

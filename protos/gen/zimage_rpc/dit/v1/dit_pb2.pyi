@@ -1204,6 +1204,8 @@ class DescribeResponse(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     ATTENTION_BACKENDS_FIELD_NUMBER: _builtins.int
     COMPILATION_FIELD_NUMBER: _builtins.int
+    WEIGHTS_REASON_FIELD_NUMBER: _builtins.int
+    STREAMED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of the service."""
     ready: _builtins.bool
@@ -1212,6 +1214,10 @@ class DescribeResponse(_message.Message):
     """Whether prompts can be given: an encoder is configured."""
     compilation: _builtins.str
     """Why blocks run compiled, or why not."""
+    weights_reason: _builtins.str
+    """Why the transformer's large weights are in the form they are in."""
+    streamed_block_count: _builtins.int
+    """Blocks whose weights are in host memory and come to the device for their turn in every step."""
     @_builtins.property
     def model(self) -> Global___Model:
         """The model."""
@@ -1249,10 +1255,12 @@ class DescribeResponse(_message.Message):
         features: _abc.Iterable[_builtins.str] | None = ...,
         attention_backends: _abc.Iterable[Global___AttentionBackend] | None = ...,
         compilation: _builtins.str = ...,
+        weights_reason: _builtins.str = ...,
+        streamed_block_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backends", b"attention_backends", "compilation", b"compilation", "features", b"features", "has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backends", b"attention_backends", "compilation", b"compilation", "features", b"features", "has_encoder", b"has_encoder", "limits", b"limits", "model", b"model", "numeric_plan", b"numeric_plan", "ready", b"ready", "streamed_block_count", b"streamed_block_count", "version", b"version", "weights_reason", b"weights_reason", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -473,6 +473,7 @@ class NumericPlan(_message.Message):
     PACKING_FIELD_NUMBER: _builtins.int
     COMPILED_FIELD_NUMBER: _builtins.int
     VAE_TILE_PX_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device's kind and name, such as "cpu AVX512"."""
     compute_type: Global___ElementType.ValueType
@@ -489,6 +490,8 @@ class NumericPlan(_message.Message):
     """Whether the transformer's blocks ran as compiled code."""
     vae_tile_px: _builtins.int
     """The side of the tiles in which the VAE works on larger pictures, in pixels; 0 for what is usual."""
+    weights: _builtins.str
+    """The form of the transformer's large weights: "full", "int8", "fp8" or "fp8_matmul"."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The libraries that matter and their versions, such as "torch" to "2.13.0"."""
@@ -505,10 +508,11 @@ class NumericPlan(_message.Message):
         packing: Global___Packing.ValueType = ...,
         compiled: _builtins.bool = ...,
         vae_tile_px: _builtins.int = ...,
+        weights: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "compiled", b"compiled", "compute_type", b"compute_type", "device", b"device", "library_versions", b"library_versions", "packing", b"packing", "thread_count", b"thread_count", "vae_compute_type", b"vae_compute_type", "vae_tile_px", b"vae_tile_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "compiled", b"compiled", "compute_type", b"compute_type", "device", b"device", "library_versions", b"library_versions", "packing", b"packing", "thread_count", b"thread_count", "vae_compute_type", b"vae_compute_type", "vae_tile_px", b"vae_tile_px", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
