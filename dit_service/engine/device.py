@@ -60,6 +60,11 @@ def choose_type(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float16 if is_old else torch.bfloat16
 
 
+def sum_in_full() -> None:
+    """Products of float16 have to be summed in float32: partial sums would not fit it."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def choose_vae_type(wanted: str, device: torch.device) -> torch.dtype:
     """The type that the VAE computes in; its values leave the range of float16."""
     dtype = choose_type(wanted, device)

@@ -54,6 +54,7 @@ def _room(settings: DitSettings, loaded: _Loaded) -> Room:
 def _load(port: Port, settings: DitSettings) -> _Loaded:
     device = devices.choose_device(settings.device)
     compute_type = devices.choose_type(settings.dtype, device)
+    devices.sum_in_full()
     variant, shift = _variant(settings)
     vae = _load_vae(settings, device)
     config, _ = loading.read_config(settings.model)

@@ -501,7 +501,7 @@ def test_base_is_guided_by_default(base_folder: Path) -> None:
         (["--model", "/nowhere"], 1, "there is no such model folder"),
         (["--model", "/nowhere", "--listen", "0.0.0.0:0"], 2, "--insecure"),
         (["--model", "/nowhere", "--device", "mps"], 2, "device mps"),
-        (["--model", "/nowhere", "--dtype", "float16"], 2, "dtype float16"),
+        (["--model", "/nowhere", "--dtype", "float64"], 2, "dtype (flag)"),
         (["--model", "/nowhere", "--devise", "cpu"], 2, "unrecognized"),
     ],
 )

@@ -35,52 +35,49 @@ def advise(card_bytes: float, side_px: int) -> Advice:
     """For pictures of that side."""
     step = (side_px // 16) ** 2 + _PROMPT_ROWS
     step *= dit_row_elements(DIT_SHAPE) * _ELEMENT_BYTES
-    besides = step + VAE_BYTES + _ADAPTER_BYTES + _RESERVED_BYTES
-    weights = weight_bytes(DIT_SHAPE, _ELEMENT_BYTES, is_narrow=False)
-    whole_room = card_bytes - besides - _VAE_BYTES_PER_PIXEL * side_px**2
-    tiled_room = card_bytes - besides - _VAE_BYTES_PER_PIXEL * min(side_px, _TILE_PX) ** 2
-    shared = f"a step {_told(step)}, adapters up to {_told(_ADAPTER_BYTES)}, " + (
+    besides = step + _ADAPTER_BYTES + _RESERVED_BYTES
+    shared = (
+        f"a step {_told(step)}, adapters up to {_told(_ADAPTER_BYTES)}, "
         f"{_told(_RESERVED_BYTES)} for CUDA and a screen"
     )
-    if weights.all <= whole_room:
-        fits = weights.all + ENCODER_BYTES <= whole_room
-        encoder, where = ("cuda", "on the card") if fits else ("cpu", "in host memory")
-        return Advice(
-            {"encoder": {"device": encoder}, "dit": {}},
-            (
-                f"the transformer takes {_told(weights.all)} and is there as a whole",
-                f"the VAE takes {_told(VAE_BYTES + _VAE_BYTES_PER_PIXEL * side_px**2)}; {shared}",
-                f"the encoder takes {_told(ENCODER_BYTES)}, {where}",
-            ),
+    weights = weight_bytes(DIT_SHAPE, _ELEMENT_BYTES, is_narrow=False)
+    room = card_bytes - besides - _vae_bytes(side_px)
+    if weights.all <= room:
+        encoder = "cuda" if weights.all + ENCODER_BYTES <= room else "cpu"
+        reasons = (
+            f"the transformer takes {_told(weights.all)} and is there as a whole",
+            f"the VAE takes {_told(_vae_bytes(side_px))}; {shared}",
+            f"the encoder takes {_told(ENCODER_BYTES)}, on device {encoder}",
         )
-    if tiled_room < weights.least:
-        least = weights.least - tiled_room + card_bytes
-        why = f"it takes a card of {least / 2**30:.1f} GiB; let a service on another machine draw"
+        return Advice({"encoder": {"device": encoder}}, reasons)
+    tile_px = min(side_px, _TILE_PX)
+    room = int(card_bytes - besides - _vae_bytes(tile_px)) >> 20 << 20
+    if room < weights.least:
+        enough = (card_bytes + weights.least - room) / 2**30
+        why = f"a card of {enough:.1f} GiB is the least; let a service on another machine draw"
         return Advice({}, (why,))
-    count = turn_count(weights, tiled_room)
-    return Advice(
-        {
-            "encoder": {"device": "cpu"},
-            "dit": {"max_weight_bytes": int(tiled_room), "vae_tile_px": _TILE_PX},
-        },
-        (
-            f"{count} of the transformer's {weights.block_count} blocks wait in host memory and "
-            f"come over for their turn: {_told(count * weights.block)} in every step, while others "
-            "compute",
-            f"the VAE works on tiles of {_TILE_PX} px; {shared}",
-            f"the encoder takes {_told(ENCODER_BYTES)} of host memory",
-        ),
+    count = turn_count(weights, room)
+    reasons = (
+        f"{count} of the transformer's {weights.block_count} blocks wait in host memory and come "
+        f"over for their turn: {_told(count * weights.block)} in every step, while others compute",
+        f"the VAE takes {_told(_vae_bytes(tile_px))}, working on tiles of {tile_px} px; {shared}",
+        f"the encoder takes {_told(ENCODER_BYTES)} of host memory",
     )
+    of_dit = {"max_weight_bytes": room, "vae_tile_px": tile_px}
+    return Advice({"encoder": {"device": "cpu"}, "dit": of_dit}, reasons)
 
 
 def as_toml(advice: Advice, profile: str) -> Iterator[str]:
     """The lines of a settings file; the reasons are comments."""
     yield from (f"# {reason}" for reason in advice.reasons)
     for program, values in advice.settings.items():
-        if values:
-            yield f"[{profile}.{program}]"
-            for name, value in values.items():
-                yield f"{name} = " + (f'"{value}"' if isinstance(value, str) else str(value))
+        yield f"[{profile}.{program}]"
+        for name, value in values.items():
+            yield f"{name} = " + (f'"{value}"' if isinstance(value, str) else str(value))
+
+
+def _vae_bytes(side_px: int) -> int:
+    return VAE_BYTES + _VAE_BYTES_PER_PIXEL * side_px**2
 
 
 def _told(size: float) -> str:
