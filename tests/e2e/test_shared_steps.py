@@ -17,6 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests import adapter_files
 from tests.e2e.services import PATIENCE_SECONDS, Service, running
 from zimage_client import (
     Client,
@@ -29,8 +30,9 @@ from zimage_client import (
 )
 from zimage_client.cli.main import main as command
 
-CLIENTS = 6
-REQUESTS = 30
+CLIENTS = 8
+LITTLE_ROOM = "15000000"
+REQUESTS = 50
 WORDS = [
     "a",
     "red",
@@ -51,17 +53,52 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def dit(base_folder: Path) -> Iterator[Service]:
-    with running("encoder_service", "--model", str(base_folder)) as encoder:
-        encoder.wait_until("SERVING")
-        flags = "--model", str(base_folder), "--encoder", encoder.address
-        with running("dit_service", *flags, "--max-queue-length", str(REQUESTS)) as service:
-            service.wait_until("SERVING")
-            yield service
+def encoder(base_folder: Path) -> Iterator[Service]:
+    with running("encoder_service", "--model", str(base_folder)) as service:
+        service.wait_until("SERVING")
+        yield service
 
 
-def _wish(chance: random.Random) -> tuple[str, Options]:
-    """Any request: some guided, some not, of any size and length."""
+def _dit(encoder: Service, folder: Path, *flags: str) -> Iterator[Service]:
+    usual = "--model", str(folder), "--encoder", encoder.address
+    usual = *usual, "--max-queue-length", str(REQUESTS)
+    with running("dit_service", *usual, *flags) as service:
+        service.wait_until("SERVING")
+        yield service
+
+
+@pytest.fixture(scope="module")
+def dit(encoder: Service, base_folder: Path) -> Iterator[Service]:
+    yield from _dit(encoder, base_folder)
+
+
+@pytest.fixture(scope="module")
+def streamed(encoder: Service, base_folder: Path) -> Iterator[Service]:
+    """Most blocks take turns on the device."""
+    yield from _dit(encoder, base_folder, "--max-weight-bytes", LITTLE_ROOM)
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One for blocks alone, one for what is made once for a prompt or a schedule, too."""
+    folder, changes = tmp_path_factory.mktemp("loras"), adapter_files.random_lora
+    few = changes({f"layers.{block}.attention.to_v": (192, 192) for block in range(4)}, size=0.1)
+    many = {
+        "layers.2.feed_forward.w2": (192, 512),
+        "noise_refiner.0.attention.to_q": (192, 192),
+        "context_refiner.0.feed_forward.w1": (512, 192),
+        "cap_embedder.1": (192, 128),
+        "layers.0.adaLN_modulation.0": (768, 192),
+    }
+    return [
+        adapter_files.write(folder / "few.safetensors", few, "bare"),
+        adapter_files.write(folder / "many.safetensors", changes(many, rank=8, size=0.1), "peft"),
+    ]
+
+
+def _wish(chance: random.Random, loras: list[Path]) -> tuple[str, Options]:
+    """Any request: some guided, some not, of any size and length, with adapters or without."""
+    few, many = loras
     options = Options(
         width=16 * chance.randint(2, 12),
         height=16 * chance.randint(2, 12),
@@ -69,6 +106,7 @@ def _wish(chance: random.Random) -> tuple[str, Options]:
         guidance=chance.choice([0.0, 1.0, 4.0]),
         seed=chance.randrange(2**32),
         count=chance.choice([1, 1, 1, 2]),
+        adapters=chance.choice([{}, {}, {few: 1.0}, {many: 0.7}, {many: -0.4, few: 0.8}]),
     )
     return " ".join(chance.choices(WORDS, k=chance.randint(0, 60))), options
 
@@ -108,10 +146,14 @@ def _is_all_given_back(
     )
 
 
-@pytest.mark.timeout(180)  # 60 runs of the model, on a machine that may be busy
-def test_any_thirty_requests_of_six_clients_are_drawn_as_if_each_were_alone(dit: Service) -> None:
+@pytest.mark.timeout(300)  # 100 runs of the model, on a machine that may be busy
+@pytest.mark.parametrize("name", ["dit", "streamed"])
+def test_any_fifty_requests_of_eight_clients_are_drawn_as_if_each_were_alone(
+    name: str, loras: list[Path], request: pytest.FixtureRequest
+) -> None:
+    dit: Service = request.getfixturevalue(name)
     chance = random.Random(20)
-    wishes = [_wish(chance) for _ in range(REQUESTS)]
+    wishes = [_wish(chance, loras) for _ in range(REQUESTS)]
     leave = [chance.uniform(0.0, 0.5) if chance.random() < 0.3 else None for _ in wishes]
     front, worker = psutil.Process(dit.process.pid), dit.worker
     with Client(dit.address) as one:
@@ -208,7 +250,7 @@ def test_who_wants_to_be_alone_is(dit: Service) -> None:
     with Client(dit.address) as client, ThreadPoolExecutor(3) as pool:
         solo = Options(seed=5, steps=20, guidance=1.0, packing="solo")
         alone = client.generate("x", **solo).pictures[0].pixels_sha256
-        jobs = [pool.submit(client.generate, "y", seed=i, steps=20) for i in range(2)]
+        jobs = [pool.submit(client.generate, "y", seed=i, steps=100) for i in range(2)]
         beside = client.generate("x", **solo)
         assert beside.completed.usage.mean_occupancy == 1
         assert beside.pictures[0].pixels_sha256 == alone
