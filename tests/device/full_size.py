@@ -23,12 +23,12 @@ CONFIG = TransformerConfig(
 CUDA = torch.device("cuda", 0)
 
 
-def fake_transformer() -> ZImageTransformer:
-    """In bfloat16 on a fake GPU; only inside `FakeTensorMode`, where the loader's way is taken."""
+def fake_transformer(device: torch.device = CUDA) -> ZImageTransformer:
+    """In bfloat16 on a device that is not there, the loader's way; only inside `FakeTensorMode`."""
     with torch.device("meta"):
         transformer = ZImageTransformer(CONFIG)
     weights = {
-        name: torch.empty(weight.shape, dtype=torch.bfloat16, device=CUDA)
+        name: torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
         for name, weight in transformer.state_dict().items()
     }
     transformer.load_state_dict(weights, assign=True)
@@ -39,10 +39,11 @@ def fake_samples(
     transformer: ZImageTransformer, *samples: tuple[int, int, int]
 ) -> tuple[list[Sample], Layout]:
     """Samples of (latent height, latent width, prompt tokens), each at its own moment."""
-    features = [torch.empty(length, CONFIG.cap_feat_dim, device=CUDA) for *_, length in samples]
+    device, width = transformer.device, CONFIG.cap_feat_dim
+    features = [torch.empty(length, width, device=device) for *_, length in samples]
     captions = transformer.encode_captions(features)
-    modulations = transformer.modulate(torch.empty(len(samples), device=CUDA))
-    latents = [torch.empty(16, height, width, device=CUDA) for height, width, _ in samples]
+    modulations = transformer.modulate(torch.empty(len(samples), device=device))
+    latents = [torch.empty(16, height, width, device=device) for height, width, _ in samples]
     packed = [Sample(*parts) for parts in zip(latents, captions, modulations, strict=True)]
     shapes = [transformer.shape_of(sample.latents_CHW, sample.caption) for sample in packed]
     return packed, transformer.layout(shapes)

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from dit_service import messages
-from zimage_core.errors import InvalidRequest, Overloaded
+from zimage_core.errors import DeviceLost, InvalidRequest, Overloaded
 from zimage_core.planning import schedule
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import Watchdog
 from zimage_core.tensors import TensorData
 
 WIDTH = 128
+PATIENCE_SECONDS = 40
 NANS = b"\x00\x00\xc0\x7f" * 4 * WIDTH
 
 
@@ -34,14 +35,16 @@ def _request(data: bytes = bytes(4 * 4 * WIDTH), steps: int = 3) -> messages.Gen
 
 
 @asynccontextmanager
-async def _worker(folder: Path, more: int, entry: str = "cramped") -> AsyncIterator[Worker]:
-    """On a device with memory for the steps of so many requests at once, or a slow one."""
-    ready = asyncio.Event()
+async def _worker(
+    folder: Path, more: object, entry: str = "cramped", ready: asyncio.Event | None = None
+) -> AsyncIterator[Worker]:
+    """On a device with memory for the steps of so many requests at once, or another."""
+    ready = ready or asyncio.Event()
     worker = Worker(
         f"tests.unit.workers:{entry}",
         (folder, more),
         Watchdog(),
-        lambda is_ready: ready.set() if is_ready else None,
+        lambda is_ready: ready.set() if is_ready else ready.clear(),
     )
     supervision = asyncio.create_task(worker.supervise())
     try:
@@ -86,6 +89,19 @@ async def test_a_bad_one_harms_nobody_beside_it(model_folder: Path) -> None:
     for one in (first, last):
         assert isinstance(one, list)
         assert isinstance(one[-1], messages.Spent)
+
+
+async def test_a_lost_device_is_lost_to_all_and_replaced(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    lost, ready = str(tmp_path / "lost"), asyncio.Event()
+    async with _worker(model_folder, lost, "loses_its_device_once", ready) as worker:
+        both = [_events(worker, _request(steps=50)) for _ in range(2)]
+        for error in await asyncio.gather(*both, return_exceptions=True):
+            assert isinstance(error, DeviceLost)
+        await asyncio.wait_for(ready.wait(), PATIENCE_SECONDS)
+        again = await asyncio.gather(*(_events(worker, _request(steps=50)) for _ in range(2)))
+    assert all(isinstance(events[-1], messages.Spent) for events in again)
 
 
 async def test_others_go_on_while_a_picture_is_developed(model_folder: Path) -> None:

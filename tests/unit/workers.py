@@ -77,6 +77,32 @@ def cramped(port: Port, settings: tuple[Path, int]) -> None:
         Schedule(Cramped(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
 
 
+def loses_its_device_once(port: Port, settings: tuple[Path, str]) -> None:
+    """Draws with a real model; a step of several is the end of the device of its first life."""
+    import torch
+
+    from dit_service.engine.generate import Predicted, Studio
+    from dit_service.engine.packing import Asked
+    from dit_service.engine.schedule import Room, Schedule
+    from dit_service.model import loading
+
+    folder, lost = settings[0], Path(settings[1])
+
+    class Losing(Studio):
+        def predict(self, asked: Sequence[Asked]) -> list[Predicted]:
+            if len(asked) > 1 and not lost.exists():
+                lost.touch()
+                raise torch.AcceleratorError("CUDA error: an illegal memory access")
+            return super().predict(asked)
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        transformer = loading.load_transformer(folder, cpu, torch.float32)
+        vae = loading.load_vae(folder, cpu, torch.float32)
+        port.ready(settings)
+        Schedule(Losing(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
+
+
 def slow_developer(port: Port, settings: tuple[Path, bool]) -> None:
     """Draws with a real model on a device that is long at a picture, and may be waited for or not:
     then whoever waits for it fails."""
