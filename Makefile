@@ -75,10 +75,12 @@ parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E
 bench-encoder: ## C1: a prompt against diffusers' encode_prompt
 	$(BIN)/python -m bench.encoder
 
-bench-dit: ## C5, C6, C7, C9: a forward against diffusers and the bare matmuls, what adapters and services add
+bench-dit: ## C5, C6, C7, C9: a forward against diffusers and the bare matmuls; adapters, loading, VAE, services
 	$(BIN)/python -m bench.dit
 	$(BIN)/python -m bench.adapters
 	$(BIN)/python -m bench.compiled
+	$(BIN)/python -m bench.loading
+	$(BIN)/python -m bench.vae
 	$(BIN)/python -m bench.overhead
 
 bench-engine: ## C8: eight clients against a plain gRPC server around diffusers' pipeline; how long steps may become
@@ -86,7 +88,7 @@ bench-engine: ## C8: eight clients against a plain gRPC server around diffusers'
 	$(BIN)/python -m bench.sharing
 
 bench-gpu: ## G1 to G5 on the GPU that is here, in parts of less than eight minutes; SMALL=1 runs them on anything
-	for part in forward picture throughput; do \
+	for part in forward weights picture throughput; do \
 	  $(BIN)/python -m bench.gpu $$part $(if $(SMALL),--small,--write) || exit 1; done
 
 gpu-status: ## what changed of a GPU's code since its figures were taken

@@ -1,6 +1,6 @@
 """The engine on one GPU: G1 to G5, at full size with random weights, which are as fast as trained.
 
-    python -m bench.gpu forward|picture|throughput [--small] [--write]
+    python -m bench.gpu forward|weights|picture|throughput [--small] [--write]
 
 Each part takes less than eight minutes. It wants torch, diffusers, pydantic and platformdirs, and
 no gRPC: pictures come of the engine, from an embedding to PNG bytes. --small runs the same on
@@ -30,11 +30,13 @@ from dit_service.engine.generate import Predicted, Studio
 from dit_service.engine.packing import Asked
 from dit_service.model.attention.backend import Place
 from dit_service.model.config import TransformerConfig
+from dit_service.model.narrow import FORMS, FULL, obstacle
 from dit_service.model.transformer import Sample, ZImageTransformer
 from dit_service.model.vae import Vae
 from zimage_core.pictures import files
 from zimage_core.planning import schedule
 from zimage_core.planning.flops import dit_step_flops
+from zimage_core.planning.memory import turn_count, turning_blocks, weight_bytes
 from zimage_core.tensors import TensorData
 
 TOKENS, STEPS, SHIFT = 128, 8, 3.0
@@ -80,6 +82,10 @@ class Bench:
             empty = ZImageTransformer(self.config)
         return _random(empty.to_empty(device=self.device).to(self.dtype))
 
+    @property
+    def place(self) -> Place:
+        return Place.of(self.device, self.dtype, self.config.head_dim)
+
     def peer(self) -> Any:
         sizes = Shape().transformer if self.is_small else _FULL
         with torch.device("meta"):
@@ -102,8 +108,7 @@ class Bench:
     def studio(self, compiled: str = "auto") -> tuple[Studio, dict[str, Any]]:
         """As a worker makes it, with what it chose."""
         transformer = self.transformer()
-        place = Place.of(self.device, self.dtype, self.config.head_dim)
-        attention = choose("auto", place, self.config.n_heads)
+        attention = choose("auto", self.place, self.config.n_heads)
         compilation = compile_blocks(transformer, compiled, attention.backend)
         studio = Studio(transformer, self.vae(), attention.backend, lambda _what, _seconds: None)
         return studio, {
@@ -178,8 +183,7 @@ def together(studio: Studio, requests: Sequence[messages.Generate]) -> list[obje
 def forward(bench: Bench) -> Iterator[dict[str, Any]]:
     """One forward of one picture: ours, compiled and not, and diffusers'."""
     models = {"eager": bench.transformer(), "compiled": bench.transformer()}
-    place = Place.of(bench.device, bench.dtype, bench.config.head_dim)
-    attention = choose("auto", place, bench.config.n_heads)
+    attention = choose("auto", bench.place, bench.config.n_heads)
     compilation = compile_blocks(models["compiled"], "on", attention.backend)
     peer = bench.peer()
     for side_px in bench.sides_px:
@@ -198,6 +202,46 @@ def forward(bench: Bench) -> Iterator[dict[str, Any]]:
             "floor_ms": round(bench.step_flops(side_px) / FLOOR_FLOPS * 1e3, 2),
             **{f"{name}_ms": round(timings.median(name) * 1e3, 2) for name in timings.seconds},
         }
+
+
+def weights(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One forward with weights in every form that works here, compiled; and with full ones in less
+    memory, where blocks take turns."""
+    attention = choose("auto", bench.place, bench.config.n_heads)
+    side_px = bench.sides_px[0]
+    inputs = (
+        torch.randn(16, side_px // 8, side_px // 8, device=bench.device),
+        torch.randn(TOKENS, bench.config.cap_feat_dim, device=bench.device),
+    )
+    for form in FORMS:
+        if why := obstacle(form, bench.place):
+            yield {"form": form, "obstacle": why}
+            continue
+        model = bench.transformer()
+        if form != FULL:
+            model.make_narrow(form)
+        compilation = compile_blocks(model, "auto", attention.backend)
+        timings = compare(5, forward=_ours(bench, model, attention.backend, inputs))
+        yield {
+            "form": form,
+            "compilation": compilation.reason,
+            "forward_ms": round(timings.median("forward") * 1e3, 2),
+            "peak_gb": _peak_gb(bench),
+        }
+        del model
+    size = weight_bytes(bench.config, bench.dtype.itemsize, is_narrow=False)
+    for share in (0.75, 0.5, 0.0):
+        count = turn_count(size, size.least + share * (size.all - size.least))
+        model = bench.transformer()
+        model.stream(turning_blocks(bench.config, count))
+        timings = compare(5, forward=_ours(bench, model, attention.backend, inputs))
+        yield {
+            "turning_blocks": count,
+            "gb_per_step": round(count * size.block / 1e9, 2),
+            "forward_ms": round(timings.median("forward") * 1e3, 2),
+            "peak_gb": _peak_gb(bench),
+        }
+        del model
 
 
 def _ours(
@@ -282,7 +326,7 @@ def _peak_gb(bench: Bench) -> float | None:
     return round(peak, 2)
 
 
-PARTS = {"forward": forward, "picture": picture, "throughput": throughput}
+PARTS = {"forward": forward, "weights": weights, "picture": picture, "throughput": throughput}
 
 
 @torch.inference_mode()

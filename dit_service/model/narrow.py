@@ -30,12 +30,13 @@ _SMALLEST = 1e-12
 class NarrowLinear(nn.Module):
     """A linear without bias."""
 
-    def __init__(self, outputs: int, inputs: int, form: str) -> None:
+    def __init__(self, linear: nn.Linear, form: str) -> None:
         super().__init__()
         self.weight: Tensor
         self.scale_O1: Tensor
-        self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=NARROW[form]))
-        self.register_buffer(SCALE, torch.ones(outputs, 1))
+        weight_OI, scale_O1 = narrowed(linear.weight.detach(), NARROW[form])
+        self.register_buffer("weight", weight_OI)
+        self.register_buffer(SCALE, scale_O1)
         self._is_multiplied = form == MULTIPLIED
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -60,11 +61,11 @@ def obstacle(form: str, place: Place) -> str:
 
 
 def make_narrow(block: nn.Module, names: Iterable[str], form: str) -> None:
-    """Puts narrow linears, without values yet, where the linears of those names are."""
+    """Puts narrow linears where the linears of those names are."""
     for name in names:
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        block.set_submodule(name, NarrowLinear(linear.out_features, linear.in_features, form))
+        block.set_submodule(name, NarrowLinear(linear, form))
 
 
 def narrowed(values_OI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ class ZImageTransformer(nn.Module):
 
     def make_narrow(self, form: str) -> None:
         """Lets the large linears of all blocks take a byte for each number, in one of the narrow
-        forms; they have no values then."""
+        forms."""
         self.weights = form
         for stack in (self.noise_refiner, self.context_refiner, self.layers):
             for block in stack:

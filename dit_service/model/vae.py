@@ -22,6 +22,8 @@ class Vae:
     def __init__(self, model: Any, tile_px: int | None = None) -> None:
         """Tiles of that side, for pictures with a longer one; None for large tiles, and for large
         pictures alone."""
+        # Convolutions are faster with the channels of a pixel side by side, on CPUs and GPUs.
+        model = model.to(memory_format=torch.channels_last)
         self._model = model.eval().requires_grad_(False)
         self._scaling_factor: float = model.config.scaling_factor
         self._shift_factor: float = model.config.shift_factor or 0.0

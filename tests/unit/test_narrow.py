@@ -18,9 +18,9 @@ ERROR = {"int8": 0.01, "fp8": 0.03, "fp8_matmul": 0.045}
 
 
 def _linear(form: str, weight_OI: Tensor) -> nn.Module:
-    linear = NarrowLinear(*weight_OI.shape, form)
-    linear.weight, linear.scale_O1 = narrowed(weight_OI, NARROW[form])
-    return linear
+    linear = nn.Linear(*reversed(weight_OI.shape), bias=False)
+    linear.weight = nn.Parameter(weight_OI)
+    return NarrowLinear(linear, form)
 
 
 def _drawn(*shape: int) -> Tensor:
