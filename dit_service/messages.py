@@ -89,6 +89,10 @@ class Recalled:
     spans: "tuple[Span, ...]"
     until: float
     """When this was."""
+    memory_bytes: int
+    """What was taken of the device then."""
+    peak_memory_bytes: int
+    """And at the most since it was asked before."""
 
 
 @dataclass(frozen=True, slots=True)

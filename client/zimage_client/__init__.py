@@ -17,6 +17,7 @@ from zimage_client._description import (
     Model,
     Span,
     SpanPart,
+    Trace,
     WorkerState,
 )
 from zimage_client._events import (
@@ -105,6 +106,7 @@ __all__ = [
     "Stage",
     "TensorData",
     "Tls",
+    "Trace",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

@@ -21,7 +21,7 @@ import grpc.aio
 from zimage_client import _reading
 from zimage_client._channel import Metadata
 from zimage_client._conditioning import prompt_message
-from zimage_client._description import Adapter, DitDescription, EncoderDescription, Span
+from zimage_client._description import Adapter, DitDescription, EncoderDescription, Trace
 from zimage_client._events import DecodedImage
 from zimage_client._items import Answers
 from zimage_core.embeddings import Embedding, Prompt
@@ -195,7 +195,7 @@ async def trace(
     last_seconds: float | None,
     timeout: float | None,
     metadata: Metadata,
-) -> list[Span]:
+) -> Trace:
     """What the DiT service's device did of late."""
     request = dit_pb2.TraceRequest()
     if last_seconds is not None:
@@ -203,7 +203,7 @@ async def trace(
     stub = dit_pb2_grpc.DitServiceStub(channel)
     with _TypedErrors():
         response = await stub.Trace(request, timeout=timeout, metadata=metadata)
-    return _reading.spans(response)
+    return _reading.trace(response)
 
 
 async def generate(

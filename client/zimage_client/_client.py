@@ -11,7 +11,7 @@ from zimage_client import _calls
 from zimage_client._blobs import Transfers
 from zimage_client._channel import Channels, Near, Way
 from zimage_client._conditioning import Condition, Prompts, conditioning
-from zimage_client._description import Adapter, DitDescription, EncoderDescription, Span
+from zimage_client._description import Adapter, DitDescription, EncoderDescription, Trace
 from zimage_client._events import (
     Accepted,
     Completed,
@@ -261,9 +261,9 @@ class AsyncClient:
 
     async def trace(
         self, last_seconds: float | None = None, *, timeout: float | None = _calls.TRACE_SECONDS
-    ) -> list[Span]:
-        """What the DiT service's device did of late, or within the last seconds, in the order in
-        which it ended. Answered between two steps."""
+    ) -> Trace:
+        """What the DiT service's device did of late, or within the last seconds, and its memory.
+        Answered between two steps."""
         check_timeout(last_seconds, "last_seconds")
         same_id = self._channels.metadata()
         return await self._channels.dit.first(

@@ -123,6 +123,18 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """What the device of a DiT service did of late."""
+
+    spans: tuple[Span, ...]
+    """In the order in which they ended."""
+    memory_bytes: int
+    """What tensors take of a GPU's memory now; of a CPU's, what the worker's process takes."""
+    peak_memory_bytes: int
+    """And took at the most since the trace before, whoever asked for that."""
+
+
+@dataclass(frozen=True, slots=True)
 class Encoder:
     """The model of an encoder service."""
 

@@ -14,6 +14,7 @@ from zimage_client._description import (
     Model,
     Span,
     SpanPart,
+    Trace,
     WorkerState,
 )
 from zimage_client._events import (
@@ -195,10 +196,10 @@ def adapter(message: dit_pb2.Adapter) -> Adapter:
     )
 
 
-def spans(message: dit_pb2.TraceResponse) -> list[Span]:
-    """What a device did, in the order in which it ended."""
+def trace(message: dit_pb2.TraceResponse) -> Trace:
+    """What a device did of late."""
     now = message.until.ToNanoseconds()
-    return [
+    spans = (
         Span(
             work=span.work,
             ended_seconds_ago=(now - span.began.ToNanoseconds() - span.took.ToNanoseconds()) / 1e9,
@@ -208,7 +209,8 @@ def spans(message: dit_pb2.TraceResponse) -> list[Span]:
             ),
         )
         for span in message.spans
-    ]
+    )
+    return Trace(tuple(spans), message.memory_bytes, message.peak_memory_bytes)
 
 
 def encoder_description(message: encoder_pb2.DescribeResponse) -> EncoderDescription:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from zimage_client import _calls
 from zimage_client._client import AsyncClient
 from zimage_client._conditioning import Condition, Prompts
-from zimage_client._description import Adapter, DitDescription, EncoderDescription, Span
+from zimage_client._description import Adapter, DitDescription, EncoderDescription, Trace
 from zimage_client._events import DecodedImage, Event, Generated
 from zimage_client._items import Many
 from zimage_client._options import Options
@@ -152,7 +152,7 @@ class Client:
 
     def trace(
         self, last_seconds: float | None = None, *, timeout: float | None = _calls.TRACE_SECONDS
-    ) -> list[Span]:
+    ) -> Trace:
         """What the DiT service's device did of late, as of AsyncClient."""
         return self._work.run(self._client.trace(last_seconds, timeout=timeout))
 

@@ -22,6 +22,7 @@ from zimage_core.errors import InvalidSettings
 _log = logging.getLogger(__name__)
 
 AUTO = "auto"
+_AVAILABLE = "available: "
 _TRIAL_LENGTHS, _TRIAL_HEADS = (33, 96, 7), 2
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.004}
 _LOSSY_TOLERANCE = 0.1
@@ -49,11 +50,11 @@ def choose(wanted: str, place: Place, head_count: int, memory: Path | None = Non
     if wanted != AUTO:
         if obstacle := reasons[wanted] or _fault(wanted, place):
             raise _refusal(wanted, obstacle)
-        reasons |= dict.fromkeys(candidates, "another was asked for")
-        return Choice(wanted, reasons | {wanted: "it was asked for"})
+        reasons |= dict.fromkeys(candidates, _AVAILABLE + "another was asked for")
+        return Choice(wanted, reasons | {wanted: _AVAILABLE + "it was asked for"})
     for name in list(candidates):
         if BACKENDS[name].is_lossy:
-            reasons[name] = "it computes with fewer bits: only where it is asked for"
+            reasons[name] = _AVAILABLE + "only where it is asked for: it computes with fewer bits"
         elif fault := _fault(name, place):
             _log.warning("attention backend %s is not used: %s", name, fault)
             reasons[name] = fault
@@ -64,15 +65,17 @@ def choose(wanted: str, place: Place, head_count: int, memory: Path | None = Non
         raise _refusal("sdpa", reasons["sdpa"])
     if len(candidates) == 1:
         return Choice(
-            candidates[0], reasons | {candidates[0]: "it is the only one that works here"}
+            candidates[0], reasons | {candidates[0]: _AVAILABLE + "the only one that works here"}
         )
     race = _Race(place, head_count, Notes("attention.json", memory))
     seconds = race.seconds(candidates)
     best = min(candidates, key=seconds.__getitem__)
     for name in candidates:
         took = f"{seconds[name] * 1e3:.2f} ms for {sum(_RACE_LENGTHS)} tokens"
-        reasons[name] = took if seconds[name] < math.inf else "it failed at the size of pictures"
-    return Choice(best, reasons | {best: f"it is the fastest: {reasons[best]}"})
+        reasons[name] = (
+            _AVAILABLE + took if seconds[name] < math.inf else "it failed at the size of pictures"
+        )
+    return Choice(best, reasons | {best: f"{reasons[best]}, the fastest"})
 
 
 def _refusal(wanted: str, why: str) -> InvalidSettings:

@@ -5,6 +5,7 @@ import time
 from collections import deque
 
 from dit_service.messages import Part, Recalled, Span
+from zimage_core.serving import memory
 from zimage_core.wire import request_id
 
 _KEPT_PARTS = 1 << 14
@@ -23,7 +24,7 @@ class Diary:
         now = time.monotonic()
         since = -math.inf if last_seconds is None else now - last_seconds
         spans = (span for span in self._spans if span.began + span.seconds >= since)
-        return Recalled(tuple(spans), now)
+        return Recalled(tuple(spans), now, *memory.used_and_peak())
 
     def enter(self, work: str, seconds: float, *parts: Part) -> None:
         """A piece of work that is done now; not if nobody asked for it, as at warm-up."""

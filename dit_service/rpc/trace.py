@@ -19,7 +19,9 @@ def last_seconds(asked: dit_pb2.TraceRequest) -> float | None:
 
 def response(recalled: messages.Recalled) -> dit_pb2.TraceResponse:
     """In the time of day, as it is now: whatever clocks did meanwhile, lengths and order stay."""
-    answer = dit_pb2.TraceResponse()
+    answer = dit_pb2.TraceResponse(
+        memory_bytes=recalled.memory_bytes, peak_memory_bytes=recalled.peak_memory_bytes
+    )
     until = time.time()
     answer.until.FromNanoseconds(_nanoseconds(until))
     for span in recalled.spans:

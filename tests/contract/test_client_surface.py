@@ -52,6 +52,7 @@ NAMES = [
     "Stage",
     "TensorData",
     "Tls",
+    "Trace",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

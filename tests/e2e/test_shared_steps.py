@@ -214,8 +214,11 @@ def test_a_short_request_after_a_long_one_ends_first(dit: Service) -> None:
     long.join()
     assert ended == ["short", "long"]
     with Client(dit.address) as client:
-        spans = client.trace()
-    members = [{part.request_id for part in span.parts} for span in spans if span.work == "denoise"]
+        trace = client.trace()
+    members = [
+        {part.request_id for part in span.parts} for span in trace.spans if span.work == "denoise"
+    ]
+    assert trace.peak_memory_bytes >= trace.memory_bytes > 0
     changes = [(len(after - before), len(before - after)) for before, after in pairwise(members)]
     assert (1, 0) in changes, "one joined those who were there, between two steps"
     assert (0, 1) in changes, "one left those who went on"

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ _KEYWORD = "zimage"
 _MOST_PIXELS = 89_000_000
 """Where the library itself begins to warn of files that unpack to more than memory holds."""
 
+_WINDOW_PX = 8
+_SSIM_1, _SSIM_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _EXIF, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 
 
@@ -89,6 +91,35 @@ class PictureFile:
             return math.inf
         values = 3 * self.image.width * self.image.height
         return 10 * math.log10(255**2 * values / squares)
+
+    def ssim(self, other: "PictureFile") -> float:
+        """How alike the structures of two pictures of one size are: 1 for the same. By their
+        brightness, the mean over windows that lie side by side."""
+        from PIL import ImageMath
+
+        def mean(term: Callable[[Any], Any]) -> Any:
+            """Over each window."""
+            values = ImageMath.lambda_eval(term, a=first, b=second)
+            return values.reduce(_WINDOW_PX)
+
+        first, second = (picture.image.convert("L").convert("F") for picture in (self, other))
+        of_windows = ImageMath.lambda_eval(
+            _similarity,
+            a=mean(lambda at: at["a"] + 0),
+            b=mean(lambda at: at["b"] + 0),
+            aa=mean(lambda at: at["a"] * at["a"]),
+            bb=mean(lambda at: at["b"] * at["b"]),
+            ab=mean(lambda at: at["a"] * at["b"]),
+        )
+        return float(of_windows.reduce(of_windows.size).getpixel((0, 0)))
+
+
+def _similarity(at: Any) -> Any:
+    """SSIM of windows, by the means of both pictures' values, squares and products."""
+    squares, product = at["a"] * at["a"] + at["b"] * at["b"], at["a"] * at["b"]
+    covariance, variances = at["ab"] - product, at["aa"] + at["bb"] - squares
+    structure = (covariance * 2 + _SSIM_2) / (variances + _SSIM_2)
+    return structure * (product * 2 + _SSIM_1) / (squares + _SSIM_1)
 
 
 def decode(data: bytes, name: str) -> PictureFile:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 _PAGES = Path("/proc/self/statm")
+_STATUS, _MARKS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_FORGET_THE_PEAK = "5"
 
 
 def held() -> dict[str, int]:
@@ -21,6 +23,29 @@ def held() -> dict[str, int]:
         found["device"] = torch.mps.current_allocated_memory()
         found["device_reserved"] = torch.mps.driver_allocated_memory()
     return found
+
+
+def used_and_peak() -> tuple[int, int]:
+    """Bytes that tensors take of the device, and took at the most since this was asked before; of a
+    CPU's memory, what the process takes, and its peak where the system tells."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated(), peak
+    found = held()
+    used = found.get("device", found.get("host", 0))
+    return used, max(used, _host_peak() if "device" not in found else 0)
+
+
+def _host_peak() -> int:
+    try:
+        lines = _STATUS.read_text().splitlines()
+        peak = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+        _MARKS.write_text(_FORGET_THE_PEAK)
+    except (OSError, StopIteration):
+        return 0
+    return peak
 
 
 def _host() -> dict[str, int]:

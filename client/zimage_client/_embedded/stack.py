@@ -39,14 +39,21 @@ def addresses_in(folder: Path) -> Addresses:
 
 @asynccontextmanager
 async def brief_stack(
-    say: Say, *, model: Path | None = None, dit: bool = True, flags: Sequence[str] = ()
+    say: Say,
+    *,
+    model: Path | None = None,
+    dit: bool = True,
+    flags: Sequence[str] = (),
+    dit_flags: Sequence[str] = (),
 ) -> AsyncIterator[Addresses]:
     """A stack that lives as long as the block, with the demo model unless told otherwise; `say`
     hears what goes on until it serves, both services get the flags."""
     refuse_what_cannot_work()
     with _private_folder() as folder:
         say("starting the embedded services")
-        async with running(folder, model or demo_model(), dit=dit, flags=flags):
+        async with running(
+            folder, model or demo_model(), dit=dit, flags=flags, dit_flags=dit_flags
+        ):
             yield addresses_in(folder)
 
 
@@ -57,6 +64,7 @@ async def running(
     *,
     dit: bool = True,
     flags: Sequence[str] = (),
+    dit_flags: Sequence[str] = (),
     kept_open: Sequence[int] = (),
 ) -> AsyncIterator[list[Child]]:
     """The services while the block runs, which begins when they serve."""
@@ -71,7 +79,7 @@ async def running(
         async with AsyncClient(at.server, at.encoder) as client:
             started = [(await start("encoder_service", at.encoder), client.describe_encoder)]
             if dit:
-                child = await start("dit_service", at.server, "--encoder", at.encoder)
+                child = await start("dit_service", at.server, "--encoder", at.encoder, *dit_flags)
                 started.append((child, client.describe))  # type: ignore[arg-type]
             for child, describe in started:
                 await child.serves(describe)

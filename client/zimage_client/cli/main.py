@@ -21,6 +21,7 @@ from zimage_client.cli import (
     info,
     inline,
     inspect,
+    profile,
     trace,
     up,
     verify,
@@ -49,6 +50,7 @@ _COMMANDS = {
     "down": (down, "stop the embedded services"),
     "doctor": (doctor, "try every link to the services and say what to change"),
     "certs": (certs, "make a private authority, and certificates for machines"),
+    "profile": (profile, "measure encoding, steps and pictures, and compare ways to compute"),
     "trace": (trace, "show what the device of a running DiT service did, and for whom"),
     "verify": (verify, "make a picture again and say whether it is the same"),
 }

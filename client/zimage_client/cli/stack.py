@@ -34,6 +34,20 @@ async def for_pictures(settings: ClientSettings, terminal: Terminal) -> AsyncIte
 
 
 @asynccontextmanager
+async def for_both(settings: ClientSettings, terminal: Terminal) -> AsyncIterator[AsyncClient]:
+    """Of a DiT service, and of an encoder where one is configured or embedded."""
+    if settings.server or settings.encoder:
+        async with for_pictures(settings, terminal) as client:
+            yield client
+        return
+    async with (
+        _embedded(terminal, dit=True) as at,
+        AsyncClient(at.server, at.encoder) as client,
+    ):
+        yield client
+
+
+@asynccontextmanager
 async def for_prompts(settings: ClientSettings, terminal: Terminal) -> AsyncIterator[AsyncClient]:
     """Of an encoder service."""
     if settings.encoder:

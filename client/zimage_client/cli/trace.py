@@ -39,7 +39,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             )
         server, credentials = stacks[0].addresses.server, {}
     async with AsyncClient(server, **credentials) as client:
-        spans = await client.trace(args.last)
+        spans = (await client.trace(args.last)).spans
     for line in timeline.text(spans, terminal.width):
         terminal.result(line)
     if args.output:
