@@ -190,6 +190,9 @@ class Model:
     device: str
     compute_type: str
     vae_compute_type: str
+    fused_adapter: str
+    """The digest of the adapter that is part of the weights; empty without."""
+    fused_adapter_scale: float
     weights: str
     """The form that the transformer's large weights are in."""
     weights_reason: str

@@ -161,6 +161,14 @@ class DitSettings(ServiceSettings):
         description="run compiled blocks, which takes up to a minute of the first start and is "
         "kept; auto: on an NVIDIA or AMD GPU",
     )
+    fused_adapter: Path | None = Field(
+        None,
+        description="LoRA file that becomes part of the weights as they are loaded, for all "
+        "pictures; unset: none",
+    )
+    fused_adapter_scale: float = Field(
+        1.0, allow_inf_nan=False, description="how strong it is, 1 as it was trained"
+    )
     weights: Literal["auto", "full", "int8", "fp8", "fp8_matmul", "fastest"] = Field(
         "auto",
         description="form of the transformer's large weights on the device: full, as the compute "

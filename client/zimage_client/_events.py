@@ -171,6 +171,9 @@ class NumericPlan:
     """The side of the VAE's tiles; 0 for what is usual."""
     weights: str
     """The form of the transformer's large weights, such as "full" or "fp8"."""
+    fused_adapter: str
+    """The SHA-256 of the adapter that is part of the weights; empty for none."""
+    fused_adapter_scale: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,6 +305,8 @@ def numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
         compiled=message.compiled,
         vae_tile_px=message.vae_tile_px,
         weights=message.weights,
+        fused_adapter=message.fused_adapter,
+        fused_adapter_scale=message.fused_adapter_scale,
     )
 
 

@@ -14,9 +14,11 @@ from dit_service.engine.precision import Forms, Precision, Trial
 from dit_service.engine.trial import try_out
 from dit_service.model import loading
 from dit_service.model.attention.backend import Place
+from dit_service.model.fusing import Fusion
 from dit_service.model.narrow import FULL
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.model.vae import Vae
+from zimage_core.planning.flops import DitShape
 from zimage_core.planning.memory import weight_bytes
 from zimage_core.settings import DitSettings
 
@@ -33,6 +35,7 @@ class Fitted:
     attention: attention.Choice
     precision: Precision
     compilation: Compilation
+    fusion: Fusion | None
 
 
 @dataclass(frozen=True)
@@ -50,28 +53,33 @@ class Fitting:
         config, stored = loading.read_config(model)
         place = Place.of(self.device, self.dtype, config.head_dim)
         attending = attention.choose(settings.attention_backend, place, config.n_heads)
-        backend = attending.backend
+        backend, fusion = attending.backend, self._fusion(config)
 
         def try_form(form: str) -> Trial:
             wanted = weight_bytes(config, self.dtype.itemsize, is_narrow=form != FULL)
-            transformer, _ = self._load(form, backend, wanted.least)
+            transformer, _ = self._load(form, backend, fusion, wanted.least)
             self._announce("try weights")
             return try_out(transformer, vae, backend, shift)
 
         about = f"{loading.stamp(model)} on {devices.describe(self.device)} in {self.dtype}"
+        about += f" with {fusion.sha256} at {fusion.scale:g}" if fusion else ""
         forms = Forms(stored, place, try_form, Notes("weights.json"), about)
         precision = forms.choose(settings.weights, is_checked=settings.weights_gate)
-        transformer, compilation = self._load(precision.form, backend)
-        return Fitted(transformer, attending, precision, compilation)
+        transformer, compilation = self._load(precision.form, backend, fusion)
+        return Fitted(transformer, attending, precision, compilation, fusion)
+
+    def _fusion(self, shape: DitShape) -> Fusion | None:
+        path, scale = self.settings.fused_adapter, self.settings.fused_adapter_scale
+        return Fusion.read(path, scale, shape, self.device) if path else None
 
     def _load(
-        self, form: str, backend: str, least_room_bytes: float = 0
+        self, form: str, backend: str, fusion: Fusion | None, least_room_bytes: float = 0
     ) -> tuple[ZImageTransformer, Compilation]:
         self._announce("load")
         room_bytes = max(least_room_bytes, devices.weight_room(self.device, self.settings))
         residence = loading.Residence(form, room_bytes)
         model = self.settings.model
-        transformer = loading.load_transformer(model, self.device, self.dtype, residence)
+        transformer = loading.load_transformer(model, self.device, self.dtype, residence, fusion)
         self._announce("compile")
         return transformer, compile_blocks(transformer, self.settings.compile, backend)
 

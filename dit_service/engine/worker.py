@@ -78,6 +78,8 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         device=devices.describe(device),
         compute_type=devices.NAMES[compute_type],
         vae_compute_type=devices.NAMES[vae.dtype],
+        fused_adapter=fitted.fusion.sha256 if fitted.fusion else "",
+        fused_adapter_scale=fitted.fusion.scale if fitted.fusion else 0.0,
         weights=fitted.precision.form,
         weights_reason=fitted.precision.reason,
         streamed_block_count=transformer.streamed_block_count,

@@ -31,7 +31,7 @@ def load_adapter(path: Path, shape: DitShape, device: torch.device, dtype: torch
     halves = {name: _fetched(half, device) for name, half in hosted.items()}
     for change in plan.changes:
         up_OR = halves[change.up][change.first_row : change.first_row + change.row_count]
-        part, name = _place(change.linear)
+        part, name = place_of(change.linear)
         parts[part][name] = Change(halves[change.down], up_OR, change.strength)
     return Adapter(dict(parts))
 
@@ -49,8 +49,10 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     return tensor.flatten(1)
 
 
-def _place(linear: str) -> tuple[str, str]:
-    """The part of the model that a linear is in, and its name there."""
+def place_of(linear: str) -> tuple[str, str]:
+    """The part of the model that a linear is in, and its name there; raises KeyError for what is in
+    none."""
     found = _PART.match(linear)
-    assert found
+    if not found:
+        raise KeyError(linear)
     return found["part"], linear[found.end() :]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_service.model import single_file, vae_file
 from dit_service.model.config import TransformerConfig
+from dit_service.model.fusing import Fusion
 from dit_service.model.narrow import AS_STORED, FULL, SCALE
 from dit_service.model.stored import Stored
 from dit_service.model.transformer import ZImageTransformer
@@ -72,7 +73,11 @@ def stamp(model: Path) -> str:
 
 
 def load_transformer(
-    model: Path, device: torch.device, dtype: torch.dtype, residence: Residence = _WHOLE
+    model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    residence: Residence = _WHOLE,
+    fusion: Fusion | None = None,
 ) -> ZImageTransformer:
     """Reads the transformer of a folder or a single file, tensor by tensor onto the device."""
     config, stored, tensors = _single_file(model) if model.is_file() else _folder(model)
@@ -85,8 +90,9 @@ def load_transformer(
     hosted = {f"{block}.{linear}" for block in turning for linear in block_linears(config)}
     wanted = transformer.state_dict()
     loaded: dict[str, Tensor] = {}
-    for name, one in tensors:
-        _check_tensor(name, one.values, wanted, model)
+    for name, read in tensors:
+        _check_tensor(name, read.values, wanted, model)
+        one = fusion.into(name, read) if fusion else read
         module, _, _ = name.rpartition(".")
         place = torch.device("cpu") if module in hosted else device
         if f"{module}.{SCALE}" in wanted:

@@ -98,11 +98,31 @@ def test_narrow_weights_draw_nearly_the_same_and_say_so(
     assert "fp8_matmul" in capsys.readouterr().out
 
 
+def test_a_fused_adapter_is_that_of_all_pictures(
+    encoder: Service, whole: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = adapter_files.random_lora({"layers.1.attention.to_v": (192, 192)}, size=0.2)
+    file = adapter_files.write(tmp_path / "some.safetensors", lora, "bare")
+    flags = "--fused-adapter", str(file), "--fused-adapter-scale", "0.8"
+    for fused in _dit(encoder, tmp_path / "store", *flags):
+        with Client(whole.address) as one, Client(fused.address) as other:
+            beside = one.generate(PROMPT, **WISH, adapters={file: 0.8}).pictures[0]
+            plain = one.generate(PROMPT, **WISH).pictures[0]
+            ours = other.generate(PROMPT, **WISH)
+        assert np.abs(_rgb(ours.pictures[0]) - _rgb(beside)).max() <= 1
+        assert np.abs(_rgb(ours.pictures[0]) - _rgb(plain)).max() > 10
+        plan = ours.completed.numeric_plan
+        assert (len(plan.fused_adapter), plan.fused_adapter_scale) == (64, 0.8)
+        assert command(["info", "--server", fused.address, "--isolated"]) == 0
+        assert f"fused       adapter {plan.fused_adapter}, 0.8" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         (["--max-weight-bytes", "100000"], "100000 bytes are given, and "),
         (["--weights", "fp4"], "weights"),
+        (["--fused-adapter", "/nowhere.safetensors"], "fused_adapter /nowhere"),
         (["--vae-device", "cuda"], "device cuda: "),
     ],
 )

@@ -111,6 +111,8 @@ def _of_dit(it: DitDescription) -> Iterator[tuple[str, str]]:
     yield "device", plan.device + threads
     yield "computes in", f"{plan.compute_type}, VAE {plan.vae_compute_type}"
     yield "weights", f"{plan.weights}: {it.weights_reason}"
+    if plan.fused_adapter:
+        yield "fused", f"adapter {plan.fused_adapter}, {plan.fused_adapter_scale:g}"
     if it.streamed_block_count:
         yield "streamed", f"{it.streamed_block_count} blocks come from host memory in every step"
     for backend in it.attention_backends:

@@ -47,6 +47,8 @@ def _lines(receipt: Receipt) -> Iterator[tuple[str, object]]:
     yield "guidance", f"{options['guidance']:g}"
     for sha256, scale in (options.get("adapters") or {}).items():
         yield "adapter", f"{sha256}, {scale:g}"
+    if plan.fused_adapter:
+        yield "fused", f"{plan.fused_adapter}, {plan.fused_adapter_scale:g}"
     yield "model", f"{receipt.model_name}, encoder {receipt.positive_provenance.identity[:12]}"
     yield (
         "computed",
