@@ -50,10 +50,9 @@ def _lines(receipt: Receipt) -> Iterator[tuple[str, object]]:
     if plan.fused_adapter:
         yield "fused", f"{plan.fused_adapter}, {plan.fused_adapter_scale:g}"
     yield "model", f"{receipt.model_name}, encoder {receipt.positive_provenance.identity[:12]}"
-    yield (
-        "computed",
-        f"{plan.compute_type} on {plan.device}, {plan.attention_backend}, {plan.packing}",
-    )
+    weights = f" with weights in {plan.weights}" if plan.weights not in ("", "full") else ""
+    how = f"{plan.attention_backend}, {plan.packing}"
+    yield "computed", f"{plan.compute_type}{weights} on {plan.device}, {how}"
     versions = {"zimage-grpc": receipt.version, **plan.library_versions}
     yield "versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
