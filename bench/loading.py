@@ -79,6 +79,7 @@ def main() -> None:
                 here, there = context.Pipe()
                 process = context.Process(target=_measured, args=(way, folder, there))
                 process.start()
+                there.close()  # or nobody would hear of a process that died
                 taken.append(here.recv())
                 process.join()
         for way, taken in runs.items():

@@ -1,6 +1,7 @@
 """A picture between its latents and the host: the device goes on with others meanwhile."""
 
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from dit_service.engine.pace import Pace
 from dit_service.model.vae import Vae
 from zimage_core.errors import InvalidRequest
 
+_A_MOMENT = 0.01
 _beside = ThreadPoolExecutor(1, thread_name_prefix="vae")
 
 
@@ -27,6 +29,12 @@ class _Aside:
 
     def wait(self) -> tuple[Tensor, ...]:
         return self._decoded.result()
+
+    def pause(self) -> None:
+        wait_for([self._decoded], _A_MOMENT)
+
+    def leave(self) -> None:
+        self._decoded.cancel()
 
     @staticmethod
     @torch.inference_mode()  # counts in its own thread alone
@@ -56,8 +64,18 @@ class Developing:
         return self._piece.seconds
 
     def wait(self) -> None:
-        """Returns when the picture is there."""
-        self._download.wait()
+        """Returns when the picture is there, or after a moment where another device works on it:
+        meanwhile others may come. A fault of it is `picture`'s to raise."""
+        if isinstance(self._download, _Aside):
+            self._piece.announce()  # those before it in the line took their time
+            self._download.pause()
+        else:
+            self._download.wait()
+
+    def leave(self) -> None:
+        """Nobody wants the picture any more."""
+        if isinstance(self._download, _Aside):
+            self._download.leave()
 
     def picture(self, spent: messages.Spent) -> Tensor:
         """Its uint8 RGB, [H, W, 3]; enters its time. Better no picture than a black one."""

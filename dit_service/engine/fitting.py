@@ -1,6 +1,7 @@
 """A transformer loaded in whatever way suits its device: with which attention, in which form, and
 compiled or not. What is not settled by settings is tried."""
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +62,15 @@ class Fitting:
             self._announce("try weights")
             return try_out(transformer, vae, backend, shift)
 
-        about = f"{loading.stamp(model)} on {devices.describe(self.device)} in {self.dtype}"
-        about += f" with {fusion.sha256} at {fusion.scale:g}" if fusion else ""
-        forms = Forms(stored, place, try_form, Notes("weights.json"), about)
+        about = [
+            loading.stamp(model),
+            devices.describe(self.device),
+            devices.library_versions(),
+            (self.dtype, backend, settings.compile, settings.max_weight_bytes),
+            (shift, settings.vae, settings.vae_tile_px),
+            fusion and (fusion.sha256, fusion.scale),
+        ]
+        forms = Forms(stored, place, try_form, Notes("weights.json"), str(about))
         precision = forms.choose(settings.weights, is_checked=settings.weights_gate)
         transformer, compilation = self._load(precision.form, backend, fusion)
         return Fitted(transformer, attending, precision, compilation, fusion)
@@ -76,6 +83,7 @@ class Fitting:
         self, form: str, backend: str, fusion: Fusion | None, least_room_bytes: float = 0
     ) -> tuple[ZImageTransformer, Compilation]:
         self._announce("load")
+        gc.collect()  # a model that was tried hangs in circles
         room_bytes = max(least_room_bytes, devices.weight_room(self.device, self.settings))
         residence = loading.Residence(form, room_bytes)
         model = self.settings.model

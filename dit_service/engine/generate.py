@@ -84,7 +84,7 @@ class Studio:
         self._model = model
         self._adapters = Adapters(model, adapter_bytes, announce)
         self._vae = vae
-        self.preview = preview.fit(vae)
+        self.preview = preview.fit(vae, model.device)
         self.diary = Diary()
         self.converter = Converter(vae, model.device, announce, self.diary)
         self._packer = Packer(model, backend)
@@ -260,8 +260,12 @@ class Studio:
     ) -> Generator[Developing, Predicted | None, Tensor]:
         """The picture of latents; others go on while the device works on it."""
         developing = self._develop(latents_CHW)
-        while not developing.is_there:
-            yield developing
+        try:
+            while not developing.is_there:
+                yield developing
+        except GeneratorExit:  # nobody waits for it any more
+            developing.leave()
+            raise
         picture_HW3 = developing.picture(spent)
         self.diary.enter("decode", developing.seconds, who)
         return picture_HW3

@@ -23,8 +23,9 @@ class Pace:
 
     def begin(self, units: float) -> "Piece":
         """Announces a piece of work."""
-        self._announce(self._what, units * (self._slowest or self._guess))
-        return Piece(self, units)
+        piece = Piece(self, units)
+        piece.announce()
+        return piece
 
     @contextmanager
     def working(self, units: float) -> Iterator["Piece"]:
@@ -32,6 +33,10 @@ class Pace:
         piece = self.begin(units)
         yield piece
         piece.done()
+
+    def announce(self, units: float) -> None:
+        """Says what is expected of a piece."""
+        self._announce(self._what, units * (self._slowest or self._guess))
 
     def learn(self, seconds_per_unit: float) -> None:
         """Enters what a piece took."""
@@ -47,6 +52,10 @@ class Piece:
         self._began = time.monotonic()
         self.seconds = 0.0
         """How long it took, once it is done."""
+
+    def announce(self) -> None:
+        """Says that it begins, or is under way still."""
+        self._pace.announce(self._units)
 
     def done(self) -> None:
         """Learns from how long it took."""

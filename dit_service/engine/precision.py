@@ -1,6 +1,7 @@
 """In which form a transformer's weights are on the device. One that loses something has to prove at
 the start that it draws what the file draws; how it did is remembered."""
 
+import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from dit_service.engine.notes import Notes
 from dit_service.model.attention.backend import Place
 from dit_service.model.narrow import AS_STORED, FORMS, FULL, MULTIPLIED, obstacle
 from zimage_core.errors import InvalidSettings
+from zimage_core.serving.child import is_sticky
+
+_log = logging.getLogger(__name__)
 
 FASTEST = "fastest"
 LEAST_COSINE, LEAST_PSNR_DB = 0.995, 30.0
@@ -86,7 +90,7 @@ class Forms:
         if why := obstacle(wanted, self.place):
             raise _refusal(wanted, why)
         if wanted in (FULL, self.stored):
-            return Precision(wanted, "it was asked for, and loses nothing")
+            return Precision(wanted, "it was asked for, and the file has no better")
         if not is_checked:
             return Precision(wanted, "it was asked for, unchecked")
         likeness = self._likeness(wanted)
@@ -97,7 +101,13 @@ class Forms:
     def _fastest(self) -> Precision:
         if why := obstacle(MULTIPLIED, self.place):
             return Precision(self.choose(AS_STORED).form, f"{MULTIPLIED} does not work: {why}")
-        likeness = self._likeness(MULTIPLIED)
+        try:
+            likeness = self._likeness(MULTIPLIED)
+        except Exception as error:
+            if is_sticky(error):
+                raise
+            _log.warning("%s was tried", MULTIPLIED, exc_info=True)
+            return Precision(self.choose(AS_STORED).form, f"{MULTIPLIED} failed: {error}")
         if likeness.is_enough and likeness.speed > 1:
             return Precision(MULTIPLIED, f"it is the fastest: {likeness}")
         return Precision(self.choose(AS_STORED).form, f"better than {MULTIPLIED}: {likeness}")
@@ -109,7 +119,8 @@ class Forms:
             return Likeness(**{name: float(value) for name, value in known.items()})
         except (TypeError, ValueError):
             pass
-        likeness = _compared(self.try_out(form), self.try_out(self.stored))
+        reference = FULL if obstacle(self.stored, self.place) else self.stored
+        likeness = _compared(self.try_out(form), self.try_out(reference))
         self.notes.keep(about, asdict(likeness))
         return likeness
 
@@ -123,7 +134,9 @@ def _compared(trial: Trial, reference: Trial) -> Likeness:
 
 
 def _cosine(one_CHW: Tensor, other_CHW: Tensor) -> float:
-    return float(functional.cosine_similarity(one_CHW.flatten(), other_CHW.flatten(), dim=0))
+    """0 for what is no number."""
+    cosine = functional.cosine_similarity(one_CHW.flatten(), other_CHW.flatten(), dim=0)
+    return float(cosine.nan_to_num(0.0))
 
 
 def _psnr_db(one_HW3: Tensor, other_HW3: Tensor) -> float:

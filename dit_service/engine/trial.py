@@ -18,6 +18,7 @@ from zimage_core.planning import schedule
 _SIDE_PX, _STEPS, _TOKENS = 256, 8, 64
 _SEEDS = (0, 1, 2)
 _RACE_SIDE_PX, _RACE_ROUNDS = 1024, 3
+_CPU_RACE_SIDE_PX = 256
 
 
 def try_out(model: ZImageTransformer, vae: Vae, backend: str, shift: float) -> Trial:
@@ -33,7 +34,8 @@ def try_out(model: ZImageTransformer, vae: Vae, backend: str, shift: float) -> T
         assert run.latents_CHW is not None
         latents.append(run.latents_CHW.cpu())
         pictures.append(vae.decode(run.latents_CHW)[0].cpu())
-    large, shared = _begun(model, sigmas, _RACE_SIDE_PX // vae.factor, seed=0)
+    race_px = _CPU_RACE_SIDE_PX if model.device.type == "cpu" else _RACE_SIDE_PX
+    large, shared = _begun(model, sigmas, race_px // vae.factor, seed=0)
     for _ in range(1 + _RACE_ROUNDS):
         began = time.perf_counter()
         packer.predict([_asked(shared, large)])

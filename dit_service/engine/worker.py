@@ -13,7 +13,7 @@ from dit_service.engine.heap import prepare_heap
 from dit_service.engine.schedule import Room, Schedule
 from dit_service.model import loading
 from dit_service.model.config import TransformerConfig
-from dit_service.model.vae import Vae
+from dit_service.model.vae import LARGE_TILE_PX, Vae
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.planning import variants
@@ -61,6 +61,8 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     _check_vae(settings, vae, config)
     fitted = Fitting(settings, device, compute_type, port.announce).fit(vae, shift)
     transformer = fitted.transformer
+    if transformer.streamed_block_count and vae.tile_px is None:
+        vae.tile_px = LARGE_TILE_PX  # there is no memory to spare
     backend = fitted.attention.backend
     studio = Studio(transformer, vae, backend, port.announce, settings.max_adapter_bytes)
     side_multiple_px = vae.factor * config.patch_size
@@ -87,7 +89,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         attention_reasons=fitted.attention.reasons,
         is_compiled=fitted.compilation.is_compiled,
         compilation_reason=fitted.compilation.reason,
-        vae_tile_px=settings.vae_tile_px or 0,
+        vae_tile_px=vae.tile_px or 0,
         preview_r_squared=studio.preview.r_squared,
         latent_channels=vae.latent_channels,
         pixels_per_latent=vae.factor,

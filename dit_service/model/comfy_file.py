@@ -34,12 +34,15 @@ def contents(path: Path) -> Contents:
         for name, weight in tensors.items()
         if not name.endswith((*_SCALES, *_UNUSED))
     }
-    narrow = [
-        _NARROW[tensors[name].element_type]
-        for name in shapes
-        if tensors[name].element_type in _NARROW
-    ]
-    return Contents(shapes, narrow[0] if narrow else FULL, lambda: _read(path, shapes))
+    forms = {_NARROW.get(tensors[name].element_type, FULL) for name in shapes if _is_large(name)}
+    form = forms.pop() if len(forms) == 1 else FULL  # some were left as they were on purpose
+    return Contents(shapes, form, lambda: _read(path, shapes))
+
+
+def _is_large(name: str) -> bool:
+    """Whether it is a weight of those that are narrow in such files, by ComfyUI's names."""
+    is_linear = ".attention." in name or ".feed_forward." in name
+    return is_linear and name.endswith(_WEIGHT) and "_norm." not in name
 
 
 def _read(path: Path, names: Mapping[str, object]) -> Iterator[tuple[str, Stored]]:
@@ -95,10 +98,16 @@ def _check_type(path: Path, name: str, weight: Weight, tensors: Mapping[str, Wei
         allowed = ", ".join(sorted(_PLAIN | _NARROW.keys()))
         what = f"{name} is stored as {weight.element_type}; what is read is {allowed}"
         raise InvalidModel.at(path, what, "QUANTIZED")
-    if weight.element_type in _PLAIN:
-        return
     scale = next((tensors[one] for one in _scale_names(name) if one in tensors), None)
-    rows = weight.shape[0] if weight.shape else 1
+    if weight.element_type in _PLAIN:
+        if scale is not None:
+            what = f"{name} is stored as {weight.element_type}, and has a scale beside it"
+            raise InvalidModel.at(path, what, "QUANTIZED")
+        return
+    if len(weight.shape) != 2:
+        what = f"{name} is stored as {weight.element_type}: only of matrices that is read"
+        raise InvalidModel.at(path, what, "QUANTIZED")
+    rows = weight.shape[0]
     sizes = {(), (1,), (1, 1), (rows,), (rows, 1)}
     if scale is not None and scale.shape not in sizes:
         what = f"the scales of {name} are {list(scale.shape)}: one, or one for each row, is read"

@@ -21,7 +21,7 @@ def contents(path: Path) -> Contents:
     each, whatever they take in the file."""
     try:
         reader = GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged file breaks the library in many ways
         raise InvalidModel.at(path, f"this GGUF file cannot be read: {error}") from error
     shapes = {one.name: tuple(int(size) for size in reversed(one.shape)) for one in reader.tensors}
     is_narrow = any(one.tensor_type not in _PLAIN for one in reader.tensors)

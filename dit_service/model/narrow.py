@@ -43,8 +43,8 @@ class NarrowLinear(nn.Module):
         """The product with the weights that the bytes stand for."""
         if self._is_multiplied:
             return _multiplied(x_TI, self.weight, self.scale_O1)
-        weight_OI = self.weight.to(x_TI.dtype).mul_(self.scale_O1.to(x_TI.dtype))
-        return functional.linear(x_TI, weight_OI)
+        weight_OI = self.weight.float().mul_(self.scale_O1)  # rounded once, as if loaded so
+        return functional.linear(x_TI, weight_OI.to(x_TI.dtype))
 
 
 def obstacle(form: str, place: Place) -> str:

@@ -33,8 +33,8 @@ class LinearPreview:
         return (unit_hw3.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def fit(vae: Vae) -> LinearPreview:
-    """The best map for this VAE."""
+def fit(vae: Vae, device: torch.device) -> LinearPreview:
+    """The best map for this VAE, for latents on that device."""
     pictures = procedural_pictures(_PICTURES, _SIDE_LATENTS * vae.factor)
     latents = [vae.encode(picture_HW3).flatten(1).T for picture_HW3 in pictures]
     targets = [_shrunk(picture_HW3, vae.factor) for picture_HW3 in pictures]
@@ -45,7 +45,6 @@ def fit(vae: Vae) -> LinearPreview:
     bias = y_mean - x_mean @ weight
     x, y = torch.cat(latents[half:]).cpu().double(), torch.cat(targets[half:]).double()
     unexplained = (y - (x @ weight + bias)).square().sum() / (y - y.mean(0)).square().sum()
-    device = latents[0].device
     return LinearPreview(weight.float().to(device), bias.float().to(device), 1 - unexplained.item())
 
 

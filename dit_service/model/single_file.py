@@ -77,7 +77,10 @@ def renamed(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
         if name.startswith(old) or (old.startswith(".") and old in name):
             name = name.replace(old, new, 1)
     if _FUSED in name:
-        for part, rows in zip(_SPLIT, stored.chunk(3), strict=True):
+        if len(stored.values) % len(_SPLIT):
+            what = f"the {len(stored.values)} rows of {name} are no queries, keys and values"
+            raise InvalidModel(what, reason="WEIGHTS_MISSHAPEN")
+        for part, rows in zip(_SPLIT, stored.chunk(len(_SPLIT)), strict=True):
             yield name.replace(_FUSED, part), rows
     elif name.endswith("_pad_token"):  # some files lack the first dimension
         yield name, stored._replace(values=stored.values.reshape(1, -1))

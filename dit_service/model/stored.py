@@ -30,18 +30,23 @@ class Stored(NamedTuple):
         """What the values stand for. Copied even where nothing changes: a view would need the file
         for as long as it lives."""
         if self.scale is None:
-            return self.values.to(device, dtype, copy=True)
+            return self._there(device).to(dtype, copy=True)
         scale = self._scale(device)
-        return (self.values.to(device).float() * scale).to(dtype)
+        return (self._there(device).float() * scale).to(dtype)
 
     def narrow(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A byte for each value, and the scale of each row."""
-        values = self.values.to(device)
-        if values.dtype == dtype:  # nothing is lost
+        values = self._there(device)
+        if values.dtype == dtype:  # the same bytes
             weight_OI, scale_O1 = values, torch.ones(len(values), 1, device=device)
         else:
             weight_OI, scale_O1 = narrowed(values, dtype)
         return weight_OI, scale_O1 if self.scale is None else scale_O1 * self._scale(device)
+
+    def _there(self, device: torch.device) -> Tensor:
+        """The values on the device; wider where that knows no eight-bit floats."""
+        is_unknown = device.type == "mps" and self.values.dtype.itemsize == 1
+        return (self.values.float() if is_unknown else self.values).to(device)
 
     def _scale(self, device: torch.device) -> Tensor:
         assert self.scale is not None

@@ -4,17 +4,15 @@ The linears of such a block are views of one of two buffers on the device, which
 turns in: while one computes, the weights of the next arrive in the other buffer.
 """
 
-import logging
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-_log = logging.getLogger(__name__)
+from zimage_core.planning.memory import BUFFERS
 
 _ALIGNMENT = 256
-BUFFERS = 2
+_PIECE_BYTES = 1 << 25
 
 
 class Streaming:
@@ -37,8 +35,6 @@ class Streaming:
             _moved(parts, self._buffers[turn % BUFFERS])
             for turn, parts in enumerate(linears.values())
         ]
-        if device.type == "cuda":
-            weakref.finalize(self, _unpin, [hosted.data_ptr() for hosted in self._hosted])
 
     def __len__(self) -> int:
         """How many blocks take turns."""
@@ -70,20 +66,25 @@ class _Copies:
             self._stream = torch.Stream(device)
             self._arrived = [torch.Event(device) for _ in range(BUFFERS)]
 
-    def copy(self, to: Tensor, hosted: Tensor, number: int) -> None:
+    def copy(self, to: Tensor, hosted: Sequence[Tensor], number: int) -> None:
         """Begins when all is done that the device was asked for before: it may read the buffer."""
         if self._is_host:
-            to.copy_(hosted)
+            _fill(to, hosted)
             return
         self._stream.wait_stream(torch.accelerator.current_stream(to.device))
         with self._stream:
-            to.copy_(hosted, non_blocking=True)
+            _fill(to, hosted)
             self._arrived[number].record(self._stream)
 
     def wait(self, number: int) -> None:
         """What is asked of the device from now on comes after the copy."""
         if not self._is_host:
             torch.accelerator.current_stream().wait_event(self._arrived[number])
+
+
+def _fill(to: Tensor, pieces: Sequence[Tensor]) -> None:
+    for place, piece in zip(to.split(_PIECE_BYTES), pieces, strict=True):
+        place.copy_(piece, non_blocking=True)
 
 
 def _weights(modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -96,9 +97,9 @@ def _room(weight: Tensor) -> int:
     return -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _moved(modules: Sequence[nn.Module], buffer: Tensor) -> Tensor:
-    """The weights in one piece of host memory; the modules have views of the buffer instead."""
-    hosted = _host_memory(buffer.nbytes, buffer.device)
+def _moved(modules: Sequence[nn.Module], buffer: Tensor) -> list[Tensor]:
+    """The weights in host memory, in a row; the modules have views of the buffer instead."""
+    hosted = torch.empty(buffer.nbytes, dtype=torch.uint8)
     offset = 0
     for module, name, weight in list(_weights(modules)):
         place = slice(offset, offset + weight.nbytes)
@@ -108,20 +109,11 @@ def _moved(modules: Sequence[nn.Module], buffer: Tensor) -> Tensor:
             there = nn.Parameter(there, requires_grad=False)
         setattr(module, name, there)
         offset += _room(weight)
-    return hosted
+    return _pinned(hosted, buffer.device)
 
 
-def _host_memory(size: int, device: torch.device) -> Tensor:
-    """Memory that a GPU fetches from while it computes. It is pinned where it lies: the allocator
-    for pinned memory would round each block up to a power of two."""
-    memory = torch.empty(size, dtype=torch.uint8)
-    if device.type == "cuda":
-        error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
-        if int(error):
-            _log.warning("%s bytes of host memory are not pinned (error %s)", size, int(error))
-    return memory
-
-
-def _unpin(addresses: Sequence[int]) -> None:
-    for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+def _pinned(memory: Tensor, device: torch.device) -> list[Tensor]:
+    """Where a GPU fetches it from while it computes; in pieces, as the allocator of such memory
+    rounds each up to a power of two."""
+    pieces = memory.split(_PIECE_BYTES)
+    return [piece.pin_memory() for piece in pieces] if device.type == "cuda" else list(pieces)

@@ -13,7 +13,7 @@ from dit_service.model.tiling import Tiling, tiled
 
 _WHOLE_PX = 1536
 """Pictures of that side squared are still worked on as a whole: 3 GB in bfloat16."""
-_TILE_PX, _OVERLAP_PX = 1024, 128
+LARGE_TILE_PX, _OVERLAP_PX = 1024, 128
 
 
 class Vae:
@@ -34,7 +34,7 @@ class Vae:
         """The side of the pictures that it was trained on."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self._tile_px = tile_px
+        self.tile_px = tile_px
 
     @torch.inference_mode()
     def encode(self, picture_HW3: Tensor) -> Tensor:
@@ -79,12 +79,12 @@ class Vae:
         self, work: Callable[[slice, slice], Tensor], grid: tuple[int, int], resolution: int
     ) -> Tensor:
         height, width = grid
-        if self._tile_px is None:
+        if self.tile_px is None:
             is_large = height * width * self.factor**2 > _WHOLE_PX**2
-            side_px, overlap_px = _TILE_PX, _OVERLAP_PX
+            side_px, overlap_px = LARGE_TILE_PX, _OVERLAP_PX
         else:
-            is_large = max(height, width) * self.factor > self._tile_px
-            side_px, overlap_px = self._tile_px, self._tile_px // 8
+            is_large = max(height, width) * self.factor > self.tile_px
+            side_px, overlap_px = self.tile_px, self.tile_px // 8
         if not is_large:
             return work(slice(0, height), slice(0, width))
         tiling = Tiling(side_px // self.factor, overlap_px // self.factor)

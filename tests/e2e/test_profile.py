@@ -63,7 +63,7 @@ def test_what_the_services_are(
     assert command(["profile", *at, "--show-info"]) == 0
     told = capsys.readouterr().out
     assert "sdpa: available" in told
-    assert "xformers: xformers is not installed" in told
+    assert "xformers: " in told
     assert "torch" in told
 
 
@@ -84,11 +84,11 @@ def test_ways_to_compute_beside_each_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "sweep.json"
-    sweep = "weights=int8,attention_backend=xformers"
+    sweep = "weights=int8,attention_backend=none_such"
     flags = ["--repeat", "1", "--steps", "4", "--sweep", sweep, "-o", str(file)]
     assert command(["profile", "--isolated", *flags]) == 0
     told = capsys.readouterr().out
-    assert re.search(r"xformers +not available: attention_backend xformers: xformers is not", told)
+    assert re.search(r"none_such +not available: attention_backend none_such: there is no", told)
     baseline, int8 = json.loads(file.read_text())
     assert baseline["system_info"]["service"]["weights"] == "full"
     assert int8["system_info"]["service"]["weights"] == "int8"

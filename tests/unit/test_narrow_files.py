@@ -16,6 +16,7 @@ from tests import single_files
 from zimage_core.errors import InvalidModel
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
+OUT = "layers.1.attention.out"
 FLOATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 
 
@@ -140,11 +141,28 @@ def test_gguf(
         load_transformer(path, CPU, FLOAT)
 
 
+def test_layers_that_were_left_as_they_are_stay_so(
+    plain: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The form is one for all: here that which loses nothing of any."""
+    path = tmp_path / "mixed.safetensors"
+    meant = _write(plain, path, torch.float8_e4m3fn, "old")
+    meant[f"{OUT}.weight"] = plain[f"{OUT}.weight"]
+    single_files.edit(
+        path,
+        **{
+            f"{OUT}.weight": plain[f"{OUT}.weight"],
+            f"{OUT}.scale_weight": None,
+            f"{OUT}.scale_input": None,
+        },
+    )
+    assert read_config(path)[1] == "full"
+    exact = _by_our_names(meant, tmp_path / "meant.safetensors")
+    assert all(torch.equal(weight, exact[name]) for name, weight in _loaded(path, "auto").items())
+
+
 def _json(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-OUT = "layers.1.attention.out"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +179,9 @@ OUT = "layers.1.attention.out"
         ({f"{OUT}.scale_weight": None}, f"{OUT}.weight is stored as F8_E4M3, and its scale"),
         ({f"{OUT}.weight": torch.ones(256, 256, dtype=torch.uint8)}, "stored as U8"),
         ({f"{OUT}.weight_scale_2": torch.ones(1)}, "belongs to another model"),
+        ({f"{OUT}.weight": torch.ones(256, 256)}, "stored as F32, and has a scale"),
+        ({f"{OUT}.weight": torch.ones(256).to(torch.float8_e4m3fn)}, "only of matrices"),
+        ({"layers.1.attention.qkv.weight": torch.ones(7, 256).to(torch.float8_e4m3fn)}, "7 rows"),
     ],
 )
 def test_what_is_not_understood_is_refused(

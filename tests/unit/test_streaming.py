@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_service.model.loading import Residence, load_transformer
+from dit_service.model.streaming import Streaming
 from dit_service.model.transformer import Sample, ZImageTransformer
 from tests.device.full_size import CONFIG
 from zimage_core.errors import InvalidSettings
@@ -81,3 +82,61 @@ def test_what_takes_turns_fits_at_every_size_and_no_more_than_has_to(is_narrow: 
 
 def _taken(wanted: WeightBytes, count: int) -> int:
     return wanted.lasting + wanted.block * (wanted.block_count - count + 2)
+
+
+class Recorder:
+    """Stands for a device with two queues of work: says in which order what is asked may happen."""
+
+    def __init__(self) -> None:
+        self.computed: list[tuple[str, int]] = []
+        """Blocks, and how many copies had arrived for certain when each began."""
+        self.copied: list[int] = []
+        """How many blocks had been computed for certain when each copy began."""
+        self.arrived = self.may_begin = 0
+
+    def stream(self, _device: object) -> "Recorder":
+        return self
+
+    def event(self, _device: object) -> "Arrival":
+        return Arrival()
+
+    def wait_stream(self, _other: object) -> None:
+        self.may_begin = len(self.computed)
+
+    def wait_event(self, arrival: "Arrival") -> None:
+        self.arrived = max(self.arrived, arrival.copies)
+
+    def __enter__(self) -> None:
+        self.copied.append(self.may_begin)
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+
+class Arrival:
+    copies = 0
+
+    def record(self, stream: Recorder) -> None:
+        self.copies = len(stream.copied)
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_no_copy_meets_what_computes_and_no_block_computes_before_its_copy(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the copies beside the computing, as on a GPU."""
+    recorder = Recorder()
+    monkeypatch.setattr(torch, "Stream", recorder.stream)
+    monkeypatch.setattr(torch, "Event", recorder.event)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_device: recorder)
+    names = [f"layers.{index}" for index in range(count)]
+    linears = {name: [torch.nn.Linear(4, 4, bias=False)] for name in names}
+    streaming = Streaming(linears, torch.device("meta"))
+    for name in names * 3:
+        streaming.bring(name)
+        recorder.computed.append((name, recorder.arrived))
+    for position, (_, arrived) in enumerate(recorder.computed):
+        assert arrived == position + 1, "its own copy, the last one asked for before it, is there"
+    for number, computed in enumerate(recorder.copied):
+        assert computed >= number - 1, "who had the buffer before has been computed"
+    assert recorder.copied[2:] == list(range(1, len(recorder.copied) - 1)), "and none waits longer"

@@ -78,7 +78,7 @@ def test_a_picture_in_tiles_is_nearly_the_whole_one() -> None:
 
 @torch.inference_mode()
 def test_by_itself_only_large_pictures_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, side in {"_WHOLE_PX": 160, "_TILE_PX": 128, "_OVERLAP_PX": 16}.items():
+    for name, side in {"_WHOLE_PX": 160, "LARGE_TILE_PX": 128, "_OVERLAP_PX": 16}.items():
         monkeypatch.setattr(f"dit_service.model.vae.{name}", side)
     usual, in_tiles = (load_vae(demo_model(), CPU, torch.float32, tile_px=px) for px in (None, 128))
     whole = load_vae(demo_model(), CPU, torch.float32, tile_px=1024)

@@ -14,7 +14,9 @@ _ELEMENT_BYTES = 2
 _PROMPT_ROWS = 128
 _VAE_BYTES_PER_PIXEL = 1300
 """What decoding takes in bfloat16."""
-_TILE_PX = 512
+_WHOLE_PX, _LARGE_TILE_PX, _TILE_PX = 1536, 1024, 512
+"""Up to which side a picture is decoded as a whole, the side of tiles beyond it, and that for small
+cards."""
 _ADAPTER_BYTES = 1 << 30
 _RESERVED_BYTES = 1 << 30
 """CUDA itself, a screen, and what is lost between pieces."""
@@ -41,12 +43,13 @@ def advise(card_bytes: float, side_px: int) -> Advice:
         f"{_told(_RESERVED_BYTES)} for CUDA and a screen"
     )
     weights = weight_bytes(DIT_SHAPE, _ELEMENT_BYTES, is_narrow=False)
-    room = card_bytes - besides - _vae_bytes(side_px)
+    whole_px = side_px if side_px <= _WHOLE_PX else _LARGE_TILE_PX
+    room = card_bytes - besides - _vae_bytes(whole_px)
     if weights.all <= room:
         encoder = "cuda" if weights.all + ENCODER_BYTES <= room else "cpu"
         reasons = (
             f"the transformer takes {_told(weights.all)} and is there as a whole",
-            f"the VAE takes {_told(_vae_bytes(side_px))}; {shared}",
+            f"the VAE takes {_told(_vae_bytes(whole_px))}; {shared}",
             f"the encoder takes {_told(ENCODER_BYTES)}, on device {encoder}",
         )
         return Advice({"encoder": {"device": encoder}}, reasons)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from zimage_core.planning.flops import DitShape, dit_parameter_count
 from zimage_core.planning.linears import block_linears
 
-_BUFFERS = 2
+BUFFERS = 2
+"""In which blocks take turns on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,8 @@ class WeightBytes:
     @property
     def least(self) -> int:
         """With every block taking turns that can."""
-        odd = self.block_count % _BUFFERS
-        return self.lasting + self.block * (_BUFFERS + odd)
+        odd = self.block_count % BUFFERS
+        return self.lasting + self.block * (BUFFERS + odd)
 
 
 def weight_bytes(shape: DitShape, element_bytes: int, *, is_narrow: bool) -> WeightBytes:
@@ -54,9 +55,9 @@ def turn_count(weights: WeightBytes, room: float) -> int:
         return 0
     if room < weights.least:
         raise ValueError(f"{room:.0f} bytes are given, and {weights.least} are the least")
-    staying = (room - weights.lasting) / weights.block - _BUFFERS
+    staying = (room - weights.lasting) / weights.block - BUFFERS
     turns = weights.block_count - math.floor(staying)
-    return turns + turns % _BUFFERS
+    return turns + turns % BUFFERS
 
 
 def turning_blocks(shape: DitShape, count: int) -> list[str]:

@@ -15,9 +15,9 @@ from zimage_client.cli import profiling, stack
 from zimage_client.cli.profiling import Profile, Result
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
-from zimage_core.errors import InternalError
+from zimage_core.errors import InternalError, ZImageError
 from zimage_core.pictures import files
-from zimage_core.settings import ClientSettings
+from zimage_core.settings import ClientSettings, DitSettings
 
 _DONE, _FAILED = 0, 1
 _BASELINE = "baseline"
@@ -44,6 +44,7 @@ _SWEEP = (
     "vae_device=cpu",
 )
 _NOT_HERE = "not available"
+_SERVICE = "python -m dit_service: "
 
 Row = dict[str, Any]
 
@@ -76,8 +77,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int:
     """0 when all tests passed, else 1; ways that do not work on this machine fail nothing."""
-    if args.model and not args.sweep:
-        raise wrong("--model", "--model is for --sweep; without it running services are profiled")
+    _check(args)
     options = Options(
         width=args.width, height=args.height, steps=args.steps, seed=0, packing="solo"
     )
@@ -89,6 +89,22 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1))
     return _FAILED if any(row["summary"]["failed"] for row in rows) else _DONE
+
+
+def _check(args: Namespace) -> None:
+    if not args.sweep:
+        if args.model:
+            what = "--model is for --sweep; without it running services are profiled"
+            raise wrong("--model", what)
+        return
+    if args.tests or args.show_info:
+        raise wrong("--sweep", "--sweep makes pictures alone; leave out --tests and --show-info")
+    if args.model and not args.model.is_dir():
+        raise wrong("--model", f"--model {args.model}: there is no such folder")
+    for name in args.sweep.split(","):
+        setting, _, value = name.partition("=")
+        if setting not in DitSettings.model_fields or not value:
+            raise wrong("--sweep", f"--sweep {name}: SETTING=VALUE of the DiT service is wanted")
 
 
 def _asks(settings: ClientSettings) -> bool:
@@ -135,12 +151,14 @@ async def _swept(args: Namespace, options: Options, terminal: Terminal) -> list[
         terminal.live(name)
         try:
             row, result, picture = await _picture(name, args, options, terminal)
-        except InternalError as error:
+        except ZImageError as error:
             if first is None:
                 raise
             terminal.clear()
             terminal.result(f"{name:<32}{_NOT_HERE}: {_why(error)}")
             continue
+        if first is None and not result.success:
+            raise InternalError(f"no picture to compare with: {result.error}")
         first = first or (result, picture)
         result.extra.update(_compared(result, picture, *first))
         terminal.clear()
@@ -215,9 +233,10 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: {reason}"
 
 
-def _why(error: InternalError) -> str:
+def _why(error: ZImageError) -> str:
     """The last words of a service, as far as they are of the setting."""
-    return error.message.splitlines()[-1].partition(": ")[2].partition(";")[0]
+    last = error.message.splitlines()[-1].strip()
+    return last.removeprefix(_SERVICE).partition(";")[0]
 
 
 def _tests(text: str) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from zimage_client import AsyncClient, DitDescription, Options, Picture, Prompt, Trace
-from zimage_core.errors import Forbidden, ZImageError
+from zimage_client import AsyncClient, DitDescription, Options, Picture, Prompt, Trace, Usage
+from zimage_core.errors import Forbidden, Unimplemented, ZImageError
 
 ALIASES = {
     "encode": (
@@ -72,22 +72,24 @@ class Profile:
 
     async def run(self, name: str) -> Result:
         """One test: a run to warm up, then the median of some."""
-        before = _megabytes(await self._trace())
+        before = await self._trace()
         began, error, milliseconds, extra = time.perf_counter(), None, 0.0, Extra()
         try:
             milliseconds, extra = await self._test(name)
         except ZImageError as raised:
             error = raised.message
             milliseconds = (time.perf_counter() - began) * 1e3
-        after = _megabytes(await self._trace())
+        after = await self._trace(time.perf_counter() - began)
+        if name in ALIASES["generate"] and after:
+            extra |= _steps(after)
         return Result(
             name=name,
             success=error is None,
             duration_ms=round(milliseconds, 3),
             error=error,
-            memory_before_mb=before and before[0],
-            memory_after_mb=after and after[0],
-            memory_peak_mb=after and after[1],
+            memory_before_mb=_megabytes(before.memory_bytes) if before else None,
+            memory_after_mb=_megabytes(after.memory_bytes) if after else None,
+            memory_peak_mb=_megabytes(after.peak_memory_bytes) if after else None,
             extra=extra,
         )
 
@@ -125,41 +127,31 @@ class Profile:
         return typical, {"first_ms": round(first, 3), "later_ms": round(typical, 3)}
 
     async def _generated(self) -> tuple[float, Extra]:
-        usages, spans = [], []
+        usages: list[Usage] = []
 
         async def generate() -> None:
-            began = time.monotonic()
             made = await self.client.generate(_SHORT, **self.options)
             self.picture = made.pictures[0]
             usages.append(made.completed.usage)
-            if trace := await self._trace(time.monotonic() - began):
-                spans.append([span.took_seconds for span in trace.spans if span.work == "denoise"])
 
         milliseconds = await self._timed(generate)
-        usages, spans = usages[1:], spans[1:]
-
-        def median_ms(seconds: list[float]) -> float:
-            return round(statistics.median(seconds) * 1e3, 3)
-
-        extra: Extra = {
-            "encode_ms": median_ms([one.encode_seconds for one in usages]),
-            "denoise_ms": median_ms([one.denoise_seconds for one in usages]),
-            "decode_ms": median_ms([one.decode_seconds for one in usages]),
+        usages = usages[1:]
+        return milliseconds, {
+            "encode_ms": _median_ms([one.encode_seconds for one in usages]),
+            "denoise_ms": _median_ms([one.denoise_seconds for one in usages]),
+            "decode_ms": _median_ms([one.decode_seconds for one in usages]),
             "forwards": usages[-1].forward_count,
         }
-        if steps := [step for picture in spans for step in picture]:
-            extra["step_ms"] = median_ms(steps)
-        return milliseconds, extra
 
     async def _timed(self, run: Callable[[], Awaitable[object]]) -> float:
         await run()
         return statistics.median([await _took(run) for _ in range(self.repeat)])
 
     async def _trace(self, last_seconds: float = _A_MOMENT) -> Trace | None:
-        """None where only an administrator may ask."""
+        """None where only an administrator may ask, and of a service that knows no traces."""
         try:
             return await self.client.trace(last_seconds)
-        except Forbidden:
+        except (Forbidden, Unimplemented):
             return None
 
 
@@ -207,11 +199,18 @@ def summary(results: Sequence[Result]) -> Mapping[str, float]:
     }
 
 
-def _megabytes(trace: Trace | None) -> tuple[float, float] | None:
-    """Taken now, and at the most since the trace before."""
-    if trace is None:
-        return None
-    return round(trace.memory_bytes / _MB, 1), round(trace.peak_memory_bytes / _MB, 1)
+def _steps(trace: Trace) -> Extra:
+    """The typical step since the test began."""
+    steps = [span.took_seconds for span in trace.spans if span.work == "denoise"]
+    return {"step_ms": _median_ms(steps)} if steps else {}
+
+
+def _median_ms(seconds: Sequence[float]) -> float:
+    return round(statistics.median(seconds) * 1e3, 3)
+
+
+def _megabytes(size: int) -> float:
+    return round(size / _MB, 1)
 
 
 async def _took(run: Callable[[], Awaitable[object]]) -> float:
