@@ -45,9 +45,9 @@ QWEN3_4B: dict[str, Any] = {
 }
 
 
-def random_model(layer_count: int) -> Any:
+def random_model(sizes: dict[str, Any]) -> Any:
     """In bfloat16, every layer in memory of its own."""
-    config = Qwen3Config(**QWEN3_4B | {"num_hidden_layers": layer_count})
+    config = Qwen3Config(**sizes)
     with torch.device("meta"):
         model: Any = Qwen3Model(config)
     model.to(torch.bfloat16).to_empty(device="cpu")
@@ -95,7 +95,7 @@ def theirs(model: Any) -> Callable[[], Any]:
 
 
 def measure(layer_count: int, rounds: int) -> dict[str, Any]:
-    model = random_model(layer_count)
+    model = random_model(QWEN3_4B | {"num_hidden_layers": layer_count})
     with tempfile.TemporaryDirectory() as scratch:
         byte_level_tokenizer().save_pretrained(scratch)
         tokenizer = Tokenizer(Path(scratch) / "tokenizer.json")

@@ -1,5 +1,6 @@
-"""Eight clients at once (C8): our services against a plain gRPC server around diffusers' pipeline,
-one request at a time, on the same model and machine. And a short request behind a long one."""
+"""One to eight clients at once (C8): our services against a plain gRPC server around diffusers'
+pipeline, one request at a time, on the same model and machine; and where a request's time goes. And
+a short request behind a long one."""
 
 import argparse
 import asyncio
@@ -20,16 +21,18 @@ from bench.timing import machine, write_results
 from zimage_client import AsyncClient, Completed
 
 CLIENTS = 8
+CROWDS = (1, 2, 4, CLIENTS)
 PICTURES_EACH = 4
 SIDE_PX = 128
 STEPS = 8
 PROMPTS = [
     f"a red circle, number {n}, " + "on a blue background, " * (n % 4) for n in range(CLIENTS)
 ]
+STAGES = ("queue_seconds", "encode_seconds", "denoise_seconds", "decode_seconds")
 _METHOD = "/plain.Pipeline/Generate"
 
-Draw = Callable[[str, int], Awaitable[float]]
-"""Makes one picture of a prompt and a seed; returns how many requests shared its steps."""
+Draw = Callable[[str, int], Awaitable[dict[str, float]]]
+"""Makes one picture of a prompt and a seed; returns what is known of how that went."""
 
 
 async def serve_plain(folder: str, address: str) -> None:
@@ -79,9 +82,9 @@ async def plain(folder: Path, address: str) -> AsyncIterator[Draw]:
     ):
         call: Any = channel.unary_unary(_METHOD)
 
-        async def draw(prompt: str, seed: int) -> float:
+        async def draw(prompt: str, seed: int) -> dict[str, float]:
             await call(f"{seed} {prompt}".encode(), wait_for_ready=True)
-            return 1.0
+            return {}
 
         yield draw
 
@@ -97,11 +100,12 @@ async def ours(folder: Path, scratch: Path) -> AsyncIterator[tuple[Draw, AsyncCl
         AsyncClient(dit) as client,
     ):
 
-        async def draw(prompt: str, seed: int) -> float:
+        async def draw(prompt: str, seed: int) -> dict[str, float]:
             made = await client.generate(
                 prompt, seed=seed, width=SIDE_PX, height=SIDE_PX, steps=STEPS
             )
-            return made.completed.usage.mean_occupancy
+            usage = made.completed.usage
+            return {name: getattr(usage, name) for name in (*STAGES, "mean_occupancy")}
 
         yield draw, client
 
@@ -122,12 +126,12 @@ async def running(module: str, *arguments: str) -> AsyncIterator[None]:
 async def load(draw: Draw, clients: int) -> dict[str, Any]:
     """Clients that each ask for one picture after the other."""
     seconds: list[float] = []
-    occupancy: list[float] = []
+    told: list[dict[str, float]] = []
 
     async def ask(number: int) -> None:
         for index in range(PICTURES_EACH):
             began = time.perf_counter()
-            occupancy.append(await draw(PROMPTS[number], 100 * number + index))
+            told.append(await draw(PROMPTS[number], 100 * number + index))
             seconds.append(time.perf_counter() - began)
 
     began = time.perf_counter()
@@ -137,7 +141,7 @@ async def load(draw: Draw, clients: int) -> dict[str, Any]:
         "pictures_per_second": clients * PICTURES_EACH / whole,
         "p50_seconds": statistics.median(seconds),
         "p99_seconds": max(seconds),  # of so few, the slowest
-        "mean_occupancy": statistics.mean(occupancy),
+        **{name: statistics.mean(one[name] for one in told) for name in told[0]},
     }
 
 
@@ -176,7 +180,7 @@ async def compare(rounds: int) -> dict[str, Any]:
                 await draw("warm up", 1)
             for _ in range(rounds):
                 for name, draw in (("ours", draw_ours), ("plain", draw_plain)):
-                    for clients in (1, CLIENTS):
+                    for clients in CROWDS:
                         runs.setdefault(f"{name}_{clients}", []).append(await load(draw, clients))
             order = await short_after_long(client)
     medians = {

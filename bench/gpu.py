@@ -1,19 +1,22 @@
 """The engine on one GPU: G1 to G5, at full size with random weights, which are as fast as trained.
 
-    python -m bench.gpu forward|weights|picture|throughput [--small] [--write]
+    python -m bench.gpu forward|weights|picture|prompt|throughput [--small] [--write]
 
-Each part takes less than eight minutes. It wants torch, diffusers, pydantic and platformdirs, and
-no gRPC: pictures come of the engine, from an embedding to PNG bytes. --small runs the same on
-anything, with a model of the demo's size; its figures mean nothing.
+Each part takes less than eight minutes. It wants torch, diffusers, pydantic and platformdirs,
+`prompt` transformers and tokenizers, too, and no gRPC: pictures come of the engine, from an
+embedding to PNG bytes. --small runs the same on anything, with a model of the demo's size; its
+figures mean nothing.
 """
 
 import argparse
 import contextlib
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +56,7 @@ _FULL = {
     "axes_lens": [1536, 512, 512],
 }
 _FULL_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
+_SMALL_QWEN = {"vocab_size": 512, "num_hidden_layers": 3, "intermediate_size": 256}
 _TRANSFORMER = {"all_patch_size": [2], "in_channels": 16, "norm_eps": 1e-5, "rope_theta": 256.0}
 
 
@@ -279,8 +283,7 @@ def picture(bench: Bench) -> Iterator[dict[str, Any]]:
             bench.finish()
             began = time.perf_counter()
             events = together(studio, [request])
-            [rgb] = [event.rgb for event in events if isinstance(event, messages.Picture)]
-            files.encode(rgb, (side_px, side_px), "png", files.DEFAULT_QUALITY)
+            _png(events, side_px)
             took.append(time.perf_counter() - began)
             for event in events:
                 if isinstance(event, messages.Spent):
@@ -293,6 +296,44 @@ def picture(bench: Bench) -> Iterator[dict[str, Any]]:
             "to_png_seconds": round(statistics.median(took[1:]), 4),
             "peak_gb": _peak_gb(bench),
         }
+
+
+def prompt(bench: Bench) -> Iterator[dict[str, Any]]:
+    """G2 with the encoder on another device: Qwen3-4B on the host, then the picture."""
+    from bench import encoder
+    from demo_model.random_model import byte_level_tokenizer
+    from encoder_service.prompt import Tokenizer
+
+    studio, chosen = bench.studio()
+    small = {"hidden_size": bench.config.cap_feat_dim, **_SMALL_QWEN}
+    sizes = encoder.QWEN3_4B | (small if bench.is_small else {})
+    with tempfile.TemporaryDirectory() as scratch:
+        byte_level_tokenizer().save_pretrained(scratch)
+        tokenizer = Tokenizer(Path(scratch) / "tokenizer.json")
+    encode = encoder.ours(encoder.random_model(sizes), tokenizer)
+    for side_px in bench.sides_px:
+        encoding, whole = [], []
+        for _ in range(6):
+            began = time.perf_counter()
+            features = encode().float()
+            encoding.append(time.perf_counter() - began)
+            shape = tuple(features.shape)
+            embedding = TensorData("float32", shape, features.numpy().tobytes())
+            request = replace(bench.request(side_px), positive=embedding)
+            _png(together(studio, [request]), side_px)
+            whole.append(time.perf_counter() - began)
+        yield {
+            "side_px": side_px,
+            **chosen,
+            "prompt_tokens": shape[0],
+            "encode_seconds": round(statistics.median(encoding[1:]), 4),
+            "prompt_to_png_seconds": round(statistics.median(whole[1:]), 4),
+        }
+
+
+def _png(events: Sequence[object], side_px: int) -> bytes:
+    [rgb] = [event.rgb for event in events if isinstance(event, messages.Picture)]
+    return files.encode(rgb, (side_px, side_px), "png", files.DEFAULT_QUALITY)
 
 
 def throughput(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -326,7 +367,13 @@ def _peak_gb(bench: Bench) -> float | None:
     return round(peak, 2)
 
 
-PARTS = {"forward": forward, "weights": weights, "picture": picture, "throughput": throughput}
+PARTS = {
+    "forward": forward,
+    "weights": weights,
+    "picture": picture,
+    "prompt": prompt,
+    "throughput": throughput,
+}
 
 
 @torch.inference_mode()
