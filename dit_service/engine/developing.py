@@ -31,9 +31,11 @@ class _Aside:
         return self._decoded.result()
 
     def pause(self) -> None:
+        """A moment at most: meanwhile others may come."""
         wait_for([self._decoded], _A_MOMENT)
 
     def leave(self) -> None:
+        """What did not begin yet never will."""
         self._decoded.cancel()
 
     @staticmethod
@@ -64,18 +66,14 @@ class Developing:
         return self._piece.seconds
 
     def wait(self) -> None:
-        """Returns when the picture is there, or after a moment where another device works on it:
-        meanwhile others may come. A fault of it is `picture`'s to raise."""
-        if isinstance(self._download, _Aside):
-            self._piece.announce()  # those before it in the line took their time
-            self._download.pause()
-        else:
-            self._download.wait()
+        """Returns when the picture is there, or after a moment where another device works on it. A
+        fault of it is `picture`'s to raise."""
+        self._piece.announce()  # those before it may have taken their time
+        self._download.pause()
 
     def leave(self) -> None:
         """Nobody wants the picture any more."""
-        if isinstance(self._download, _Aside):
-            self._download.leave()
+        self._download.leave()
 
     def picture(self, spent: messages.Spent) -> Tensor:
         """Its uint8 RGB, [H, W, 3]; enters its time. Better no picture than a black one."""

@@ -175,9 +175,16 @@ class Download:
 
     def wait(self) -> tuple[Tensor, ...]:
         """The tensors on the CPU."""
+        self.pause()
+        return self._hosted
+
+    def pause(self) -> None:
+        """Returns when they are there."""
         if self._there is not None:
             self._there.synchronize()
-        return self._hosted
+
+    def leave(self) -> None:
+        """Nobody wants them any more; what was begun goes on."""
 
 
 def to_device(data: TensorData, device: torch.device) -> Tensor:
