@@ -495,8 +495,9 @@ class NumericPlan(_message.Message):
     weights: _builtins.str
     """The form of the transformer's large weights: "full", "int8", "fp8" or "fp8_matmul"."""
     fused_adapter: _builtins.str
-    """The SHA-256 of the adapter that is part of the weights, and how strong it is; empty for none."""
+    """The SHA-256 of the adapter that is part of the weights; empty for none."""
     fused_adapter_scale: _builtins.float
+    """How strong it is: 1 as it was trained."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The libraries that matter and their versions, such as "torch" to "2.13.0"."""
