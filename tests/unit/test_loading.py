@@ -181,6 +181,8 @@ def test_a_wrong_transformer_is_named(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vae_decodes_as_diffusers_does(folder: Path, dtype: torch.dtype) -> None:
+    """To the bit, with the channels of a pixel side by side there, too: in the other order sums are
+    others, which bfloat16 shows in the pixels and float32 does not."""
     latents_CHW = torch.randn(16, 6, 10, generator=torch.Generator().manual_seed(0)) * 3
     vae = load_vae(folder, CPU, dtype)
     reference = AutoencoderKL.from_pretrained(
@@ -188,13 +190,19 @@ def test_vae_decodes_as_diffusers_does(folder: Path, dtype: torch.dtype) -> None
     )
     with torch.inference_mode():
         scaled = latents_CHW[None].to(dtype) / reference.config.scaling_factor
-        image = reference.decode(scaled + reference.config.shift_factor, return_dict=False)[0]
-    [expected] = VaeImageProcessor().postprocess(image, output_type="pil")
+        scaled = scaled + reference.config.shift_factor
+        plain = reference.decode(scaled, return_dict=False)[0]
+        side_by_side = reference.to(memory_format=torch.channels_last)
+        image = side_by_side.decode(scaled, return_dict=False)[0]
+    [expected], [other] = (VaeImageProcessor().postprocess(one, "pil") for one in (image, plain))
     picture_HW3, is_finite = vae.decode(latents_CHW)
     assert is_finite
     assert vae.factor == 8
     assert picture_HW3.dtype == torch.uint8
-    np.testing.assert_array_equal(picture_HW3.numpy(), np.asarray(expected))
+    ours = picture_HW3.numpy()
+    np.testing.assert_array_equal(ours, np.asarray(expected))
+    if dtype == torch.float32:
+        np.testing.assert_array_equal(ours, np.asarray(other))
 
 
 @pytest.mark.parametrize(
