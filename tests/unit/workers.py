@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dit_service import messages
 from zimage_core.errors import InvalidModel, InvalidRequest
@@ -52,14 +53,27 @@ def pictures(port: Port, settings: object) -> None:
             port.emit(submitted.call, messages.Spent(step_count=2, forward_count=2, occupancy=2))
 
 
+def _serve(port: Port, settings: object, folder: Path, studio: Any) -> None:
+    """Draws with a real model in a studio of that kind."""
+    import torch
+
+    from dit_service.engine.schedule import Room, Schedule
+    from dit_service.model import loading
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        transformer = loading.load_transformer(folder, cpu, torch.float32)
+        vae = loading.load_vae(folder, cpu, torch.float32)
+        port.ready(settings)
+        Schedule(studio(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
+
+
 def cramped(port: Port, settings: tuple[Path, int]) -> None:
     """Draws with a real model on a device that has memory for so many requests in a step."""
     import torch
 
     from dit_service.engine.generate import Predicted, Studio
     from dit_service.engine.packing import Asked
-    from dit_service.engine.schedule import Room, Schedule
-    from dit_service.model import loading
 
     folder, room = settings
 
@@ -69,12 +83,7 @@ def cramped(port: Port, settings: tuple[Path, int]) -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().predict(asked)
 
-    cpu = torch.device("cpu")
-    with torch.inference_mode():
-        transformer = loading.load_transformer(folder, cpu, torch.float32)
-        vae = loading.load_vae(folder, cpu, torch.float32)
-        port.ready(settings)
-        Schedule(Cramped(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
+    _serve(port, settings, folder, Cramped)
 
 
 def loses_its_device_once(port: Port, settings: tuple[Path, str]) -> None:
@@ -83,8 +92,6 @@ def loses_its_device_once(port: Port, settings: tuple[Path, str]) -> None:
 
     from dit_service.engine.generate import Predicted, Studio
     from dit_service.engine.packing import Asked
-    from dit_service.engine.schedule import Room, Schedule
-    from dit_service.model import loading
 
     folder, lost = settings[0], Path(settings[1])
 
@@ -95,25 +102,17 @@ def loses_its_device_once(port: Port, settings: tuple[Path, str]) -> None:
                 raise torch.AcceleratorError("CUDA error: an illegal memory access")
             return super().predict(asked)
 
-    cpu = torch.device("cpu")
-    with torch.inference_mode():
-        transformer = loading.load_transformer(folder, cpu, torch.float32)
-        vae = loading.load_vae(folder, cpu, torch.float32)
-        port.ready(settings)
-        Schedule(Losing(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
+    _serve(port, settings, folder, Losing)
 
 
 def slow_developer(port: Port, settings: tuple[Path, bool]) -> None:
     """Draws with a real model on a device that is long at a picture, and may be waited for or not:
     then whoever waits for it fails."""
-    import torch
     from torch import Tensor
 
     from dit_service.engine.developing import Developing
     from dit_service.engine.generate import Studio
     from dit_service.engine.pace import Pace
-    from dit_service.engine.schedule import Room, Schedule
-    from dit_service.model import loading
 
     folder, may_wait = settings
 
@@ -131,14 +130,9 @@ def slow_developer(port: Port, settings: tuple[Path, bool]) -> None:
 
     class Slow(Studio):
         def _develop(self, latents_CHW: Tensor) -> Developing:
-            return Long(vae, latents_CHW, Pace("decode", 1.0, port.announce))
+            return Long(self._vae, latents_CHW, Pace("decode", 1.0, port.announce))
 
-    cpu = torch.device("cpu")
-    with torch.inference_mode():
-        transformer = loading.load_transformer(folder, cpu, torch.float32)
-        vae = loading.load_vae(folder, cpu, torch.float32)
-        port.ready(settings)
-        Schedule(Slow(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
+    _serve(port, settings, folder, Slow)
 
 
 def broken_model(port: Port, settings: object) -> None:
