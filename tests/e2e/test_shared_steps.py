@@ -294,5 +294,5 @@ def test_what_was_made_tells_what_will_take_how_long(dit: Service) -> None:
         assert queued.expected_seconds is not None
         assert queued.expected_seconds < took.accepted.expected_seconds
         with pytest.raises(DeadlineTooShort) as refusal:
-            client.generate("x", steps=1000, count=8, timeout=0.5, guidance=0.0)
+            client.generate("x", steps=1000, count=8, timeout=5.0, guidance=0.0)
         assert refusal.value.reason == "DEADLINE_UNREACHABLE"

@@ -281,7 +281,7 @@ class TestGenerate:
         self, error: Step, code: int, dit: FakeDit, capsys: Captured
     ) -> None:
         dit.scripts.append([error])
-        assert main(["generate", "x", "--timeout", "0.1"]) == code
+        assert main(["generate", "x", "--timeout", "2"]) == code
         shown = capsys.readouterr()
         assert shown.err.startswith("error: ")
         if isinstance(error, ZImageError):
@@ -291,7 +291,7 @@ class TestGenerate:
 
     def test_a_service_that_hangs_is_exit_code_1(self, dit: FakeDit) -> None:
         dit.scripts.append([Act.HOLD])
-        assert main(["generate", "x", "--timeout", "0.1"]) == 1
+        assert main(["generate", "x", "--timeout", "2"]) == 1
         assert dit.cancelled.wait(10)
 
     def test_a_damaged_picture_leaves_no_file(self, dit: FakeDit) -> None:

@@ -348,7 +348,7 @@ class TestReplay:
         dit = FakeDit([Act.HOLD])
         async with client_of(dit) as client:
             with pytest.raises(ZImageError) as caught:
-                await client.generate("x", timeout=0.05)
+                await client.generate("x", timeout=2.0)
             assert await asyncio.to_thread(dit.cancelled.wait, 10)
         assert caught.value.reason == "DEADLINE_EXCEEDED"
         assert len(dit.specs) == 1
@@ -360,7 +360,7 @@ class TestReplay:
         taken = services.accepted(spec)
         async with client_of(FakeDit([taken, away], [taken, queued, Act.HOLD])) as client:
             with pytest.raises(DeadlineTooShort):
-                await client.generate("x", timeout=0.5)
+                await client.generate("x", timeout=2.0)
 
     async def test_a_service_that_does_not_describe_itself_is_no_end(
         self, monkeypatch: pytest.MonkeyPatch
