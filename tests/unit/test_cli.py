@@ -280,7 +280,7 @@ class TestGenerate:
     def test_errors_are_readable_and_have_their_exit_codes(
         self, error: Step, code: int, dit: FakeDit, capsys: Captured
     ) -> None:
-        dit.scripts.append([error])
+        dit.scripts.extend([[error]] * 100)  # some are tried again until the timeout
         assert main(["generate", "x", "--timeout", "2"]) == code
         shown = capsys.readouterr()
         assert shown.err.startswith("error: ")
