@@ -72,6 +72,8 @@ def stamp(model: Path) -> str:
     return f"{model.resolve()} {[files.stamp(path) for path in paths]}"
 
 
+@torch.inference_mode(mode=False)
+@torch.no_grad()
 def load_transformer(
     model: Path,
     device: torch.device,
@@ -79,7 +81,8 @@ def load_transformer(
     residence: Residence = _WHOLE,
     fusion: Fusion | None = None,
 ) -> ZImageTransformer:
-    """Reads the transformer of a folder or a single file, tensor by tensor onto the device."""
+    """Reads the transformer of a folder or a single file, tensor by tensor onto the device. What
+    inference mode makes could not be trained with."""
     config, stored, tensors = _single_file(model) if model.is_file() else _folder(model)
     kept = stored if residence.weights == AS_STORED else residence.weights
     with torch.device("meta"):

@@ -27,6 +27,14 @@ from dit_service.model.tokens import image_rows, join, pad_samples, patchify, un
 from zimage_core.planning.limits import padded
 from zimage_core.planning.linears import block_linears
 
+Call = Callable[..., Tensor]
+"""How a block is run: called with what runs it, and with what that takes."""
+
+
+def plainly(run: Callable[..., Tensor], *given: object) -> Tensor:
+    """At once; others keep less for the gradient."""
+    return run(*given)
+
 
 @dataclass(frozen=True, eq=False)
 class Caption:
@@ -119,7 +127,11 @@ class ZImageTransformer(nn.Module):
         self._streaming = Streaming(linears, self.device) if linears else None
 
     def encode_captions(
-        self, features: Sequence[Tensor], backend: str = "sdpa", adapters: Uses = ()
+        self,
+        features: Sequence[Tensor],
+        backend: str = "sdpa",
+        adapters: Uses = (),
+        call: Call = plainly,
     ) -> list[Caption]:
         """Prompt embeddings of [L, F] each, in any float type, to what the steps need of them."""
         lengths = [len(features_LF) for features_LF in features]
@@ -133,8 +145,8 @@ class ZImageTransformer(nn.Module):
         of_rows = beside([adapters], [sum(rows)])
         for name, block in _named("context_refiner", self.context_refiner):
             weights_14D = block.norm_weights()
-            tokens_TD = self._run(
-                block, tokens_TD, weights_14D, segments, backend, of_rows.of(name)
+            tokens_TD = call(
+                self._run, block, tokens_TD, weights_14D, segments, backend, of_rows.of(name)
             )
         # A copy each: captions are kept, and a view would keep its neighbours too.
         return [Caption(rows_TD.clone()) for rows_TD in tokens_TD.split(rows)]
@@ -162,7 +174,11 @@ class ZImageTransformer(nn.Module):
         return build_layout(shapes, self.rope_tables, self.device)
 
     def forward(
-        self, samples: Sequence[Sample], layout: Layout, backend: str = "sdpa"
+        self,
+        samples: Sequence[Sample],
+        layout: Layout,
+        backend: str = "sdpa",
+        call: Call = plainly,
     ) -> list[Tensor]:
         """The velocity of each sample, float32 [C, H, W]; each linear runs once over all."""
         norm_weights_BS4D, final_scale_SD = _stack([sample.modulation for sample in samples])
@@ -177,16 +193,16 @@ class ZImageTransformer(nn.Module):
         image_TD = self._embed_images(samples)
         for (name, block), weights_S4D in zip(self._refiner, refiner_weights, strict=True):
             self._bring(name)
-            image_TD = self._run(
-                block, image_TD, weights_S4D, layout.image, backend, of_image.of(name)
+            image_TD = call(
+                self._run, block, image_TD, weights_S4D, layout.image, backend, of_image.of(name)
             )
 
         joint_TD = join(image_TD, [sample.caption.rows_TD for sample in samples], layout)
         del image_TD
         for (name, block), weights_S4D in zip(self._layers, layer_weights, strict=True):
             self._bring(name)
-            joint_TD = self._run(
-                block, joint_TD, weights_S4D, layout.joint, backend, of_joint.of(name)
+            joint_TD = call(
+                self._run, block, joint_TD, weights_S4D, layout.joint, backend, of_joint.of(name)
             )
 
         values_TP = self._final_layer(

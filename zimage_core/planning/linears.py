@@ -1,7 +1,5 @@
 """The linear layers of the transformer, by the names of diffusers: what an adapter can change."""
 
-from collections.abc import Iterator
-
 from zimage_core.planning.flops import TIME_FREQUENCIES, TIME_HIDDEN, DitShape
 
 
@@ -16,10 +14,10 @@ def linears(shape: DitShape) -> dict[str, tuple[int, int]]:
         "t_embedder.mlp.2": (shape.time_dim, TIME_HIDDEN),
         "cap_embedder.1": (shape.dim, shape.cap_feat_dim),
     }
-    for block in _blocks(shape):
-        found |= {f"{block}.{name}": size for name, size in block_linears(shape).items()}
-        if not block.startswith("context_refiner."):
-            found[f"{block}.adaLN_modulation.0"] = 4 * shape.dim, shape.time_dim
+    for stack, count in block_counts(shape).items():
+        sizes = block_linears(shape) | modulation_linears(shape, stack)
+        for index in range(count):
+            found |= {f"{stack}.{index}.{name}": size for name, size in sizes.items()}
     return found
 
 
@@ -36,10 +34,17 @@ def block_linears(shape: DitShape) -> dict[str, tuple[int, int]]:
     }
 
 
-def _blocks(shape: DitShape) -> Iterator[str]:
-    for stack, count in (
-        ("noise_refiner", shape.n_refiner_layers),
-        ("context_refiner", shape.n_refiner_layers),
-        ("layers", shape.n_layers),
-    ):
-        yield from (f"{stack}.{index}" for index in range(count))
+def modulation_linears(shape: DitShape, stack: str) -> dict[str, tuple[int, int]]:
+    """The small one of a block that brings the time in; captions know none."""
+    if stack == "context_refiner":
+        return {}
+    return {"adaLN_modulation.0": (4 * shape.dim, shape.time_dim)}
+
+
+def block_counts(shape: DitShape) -> dict[str, int]:
+    """How many blocks there are of each stack."""
+    return {
+        "noise_refiner": shape.n_refiner_layers,
+        "context_refiner": shape.n_refiner_layers,
+        "layers": shape.n_layers,
+    }

@@ -1,0 +1,52 @@
+"""Flow matching: what is learnt from, and what should come of it.
+
+Sigma is the share of noise; the model is told the time, 1 - sigma, and predicts data minus noise.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_service.training.draws import generator
+from zimage_core.planning.schedule import OFFICIAL, sigmas
+from zimage_core.planning.training import Noise
+
+
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """A sample on its way to noise."""
+
+    latents_CHW: Tensor
+    time: float
+    velocity_CHW: Tensor
+    """What the model should predict."""
+
+
+def noised(latents_CHW: Tensor, noise: Noise, seed: int, *place: int) -> Noised:
+    """The sample with the noise of its place, such as its step and its number there."""
+    sigma = _sigma(noise, generator(seed, "sigma", *place))
+    drawn_CHW = torch.randn(latents_CHW.shape, generator=generator(seed, "noise", *place))
+    drawn_CHW = drawn_CHW.to(latents_CHW.device)
+    return Noised(torch.lerp(latents_CHW, drawn_CHW, sigma), 1 - sigma, latents_CHW - drawn_CHW)
+
+
+def loss(velocity_CHW: Tensor, wanted_CHW: Tensor, weights_HW: Tensor | None = None) -> Tensor:
+    """The mean square of what is missing; of what counts, where weights say so."""
+    squares_CHW = (velocity_CHW - wanted_CHW).square()
+    if weights_HW is None:
+        return squares_CHW.mean()
+    return (squares_CHW.mean(0) * weights_HW).sum() / weights_HW.sum()
+
+
+def _sigma(noise: Noise, own: torch.Generator) -> float:
+    """In float32, as the model is told it."""
+    if noise.distribution == "schedule":
+        levels = sigmas(OFFICIAL, noise.step_count, noise.shift)[:-1]
+        return levels[int(torch.randint(len(levels), (), generator=own))]
+    if noise.distribution == "logit_normal":
+        normal = torch.randn((), generator=own)
+        drawn = float(torch.sigmoid(noise.mean + noise.deviation * normal))
+    else:
+        drawn = float(torch.rand((), generator=own))
+    return noise.shift * drawn / (1 + (noise.shift - 1) * drawn)

@@ -1,0 +1,182 @@
+"""A training under way: batch after batch to a gradient, a gradient to a step.
+
+Everything that a step depends on is in the plan, in the state and in the batch: a training that
+goes on from its state computes what it would have computed without the break.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dit_service.model.adapters import Use
+from dit_service.model.blocks import run_block
+from dit_service.model.transformer import Call, Sample, ZImageTransformer
+from dit_service.training import flow, lora
+from dit_service.training.optimisers import Stepper
+from zimage_core.errors import InvalidRequest
+from zimage_core.planning.training import TrainingPlan, targets
+
+_WEIGHTS, _AVERAGE, _OPTIMIZER = "weights/", "average/", "optimizer/"
+"""Where the tensors of a state belong, by the beginnings of their names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A sample of a batch."""
+
+    latents_CHW: Tensor
+    features_LF: Tensor
+    """Its caption's embedding."""
+    share: float
+    """Of the batch's loss."""
+    weights_HW: Tensor | None = None
+    """How much each place of the picture counts; None for all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a step."""
+
+    loss: float
+    gradient_norm: float
+    """Before it was bounded."""
+    learning_rate: float
+    is_taken: bool
+    """False where the gradient was no finite number: nothing has changed then."""
+
+
+class Training:
+    """One, with the model that it shares with whoever samples."""
+
+    def __init__(
+        self,
+        model: ZImageTransformer,
+        backend: str,
+        plan: TrainingPlan,
+        state: Mapping[str, Tensor] | None = None,
+        step: int = 0,
+    ) -> None:
+        """Begins, or goes on from the state behind so many steps."""
+        self._model = model
+        self._backend = backend
+        self._plan = plan
+        self.step = step
+        """How many are behind it."""
+        self._targets = targets(plan.lora, model.config)
+        state = state or {}
+        fresh = lora.fresh(self._targets, plan.seed, model.device)
+        _check(state, fresh)
+        own = _within(state, _WEIGHTS) or fresh
+        self.weights = {  # in an order of their own: sums over them are of that order
+            name: own[name].to(model.device, copy=True).requires_grad_() for name in fresh
+        }
+        """What is learnt."""
+        self._average: dict[str, Tensor] = {}
+        if plan.average_decay:
+            average = _within(state, _AVERAGE) or self.weights
+            self._average = {
+                name: one.detach().to(model.device, copy=True) for name, one in average.items()
+            }
+        self._stepper = Stepper(plan.optimizer, self.weights, _within(state, _OPTIMIZER))
+        self._call = _CALLS[plan.recompute]
+        self._loss = 0.0
+        """Of the batch, as far as it is computed."""
+
+    @torch.enable_grad()
+    def learn(self, examples: Sequence[Example], first: int) -> None:
+        """Adds to the gradient what some examples of the next batch say, the first of which has
+        that number in it."""
+        adapter = lora.adapter(self._targets, self.weights, self._model.dtype)
+        uses = (Use(adapter, 1.0),)
+        noised = [
+            flow.noised(example.latents_CHW, self._plan.noise, self._plan.seed, self.step, number)
+            for number, example in enumerate(examples, first)
+        ]
+        times_N = torch.tensor([one.time for one in noised], device=self._model.device)
+        captions = self._model.encode_captions(
+            [example.features_LF for example in examples], self._backend, uses, self._call
+        )
+        samples = [
+            Sample(one.latents_CHW, caption, moment, uses)
+            for one, caption, moment in zip(
+                noised, captions, self._model.modulate(times_N, uses), strict=True
+            )
+        ]
+        shapes = [self._model.shape_of(one.latents_CHW, one.caption) for one in samples]
+        layout = self._model.layout(shapes)
+        velocities = self._model(samples, layout, self._backend, self._call)
+        losses = [
+            example.share * flow.loss(velocity, one.velocity_CHW, example.weights_HW)
+            for velocity, one, example in zip(velocities, noised, examples, strict=True)
+        ]
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        self._loss += float(loss.detach())
+
+    def take_step(self) -> Outcome:
+        """Goes where the gradient says."""
+        rate = self._plan.learning_rate.at(self.step, self._plan.step_count)
+        norm = self._stepper.step(rate)
+        is_taken = norm is not None
+        if is_taken:
+            for name, average in self._average.items():
+                average.lerp_(self.weights[name].detach(), 1 - self._plan.average_decay)
+        outcome = Outcome(self._loss, float("nan") if norm is None else norm, rate, is_taken)
+        self._loss = 0.0
+        self.step += 1
+        return outcome
+
+    def adapter_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What was learnt, as the tensors of an adapter's file."""
+        learnt = self._average or self.weights
+        with torch.no_grad():
+            return lora.file_tensors(self._targets, learnt, dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on beside the plan, as it is now."""
+        parts = {
+            _WEIGHTS: self.weights,
+            _AVERAGE: self._average,
+            _OPTIMIZER: self._stepper.state(),
+        }
+        return {
+            f"{part}{name}": tensor.detach().to("cpu", copy=True)
+            for part, tensors in parts.items()
+            for name, tensor in tensors.items()
+        }
+
+
+def _kept(_run: object, *given: object) -> Tensor:
+    return run_block(*given)  # type: ignore[arg-type]
+
+
+def _again(_run: object, *given: object) -> Tensor:
+    done: Tensor = checkpoint(run_block, *given, use_reentrant=False, preserve_rng_state=False)
+    return done
+
+
+_CALLS: Mapping[str, Call] = {"nothing": _kept, "blocks": _again}
+"""By what is computed again. Compiled blocks, with which pictures are drawn, have no gradient."""
+
+
+def _check(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
+    """Raises InvalidRequest for a state that is not of such weights."""
+    for name, tensor in state.items():
+        part, _, rest = name.partition("/")
+        weight = fresh.get(rest.rpartition("/")[0] if part == "optimizer" else rest)
+        if weight is None or (tensor.ndim > 0 and tensor.shape != weight.shape):
+            given = f"one with {name[:200]}"
+            raise InvalidRequest.given("open.state", given, "a state of its plan", "TRAINING_STATE")
+    missing = fresh.keys() - _within(state, _WEIGHTS).keys() if state else ()
+    if missing:
+        given = f"one without {min(missing)}"
+        raise InvalidRequest.given("open.state", given, "a state of its plan", "TRAINING_STATE")
+
+
+def _within(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)
+    }
