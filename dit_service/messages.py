@@ -5,6 +5,7 @@ from pathlib import Path
 
 from zimage_core.planning.flops import DitShape
 from zimage_core.planning.shares import COMMON, Share
+from zimage_core.planning.training import TrainingPlan
 from zimage_core.tensors import TensorData
 
 
@@ -72,6 +73,82 @@ class DecodeLatents:
     """Front to worker: latents whose picture is wanted; answered by one Picture."""
 
     latents: TensorData
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTraining:
+    """Front to worker: a training begins or goes on here; answered by one TrainingOpened."""
+
+    session: str
+    """A name that no other training has or had."""
+    plan: TrainingPlan
+    state: Path | None
+    """The file to go on from."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOpened:
+    """Worker to front: how far a training is."""
+
+    step: int
+    parameter_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """Front to worker: the next step of a training; answered by one Learnt."""
+
+    session: str
+    step: int
+    samples: "tuple[TrainSample, ...]"
+    share: Share
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """Part of Learn: a picture and its caption, as files of this machine by their digests."""
+
+    latents: "tuple[str, Path]"
+    caption: "tuple[str, Path]"
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """Worker to front: what came of a step."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    is_taken: bool
+    seconds: float
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TakeCheckpoint:
+    """Front to worker: what is there of a training shall be written into a folder; answered by one
+    Checkpoint."""
+
+    session: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Worker to front: a checkpoint's files, whole."""
+
+    step: int
+    adapter: Path
+    state: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CloseTraining:
+    """Front to worker: a training goes on elsewhere, or not at all; answered by nothing."""
+
+    session: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +280,8 @@ class Model:
     """Why each backend is in use or is not, by name."""
     is_compiled: bool
     compilation_reason: str
+    vae_sha256: str
+    """Over its weights and constants."""
     vae_tile_px: int
     """0 for what is usual."""
     preview_r_squared: float

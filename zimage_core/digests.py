@@ -1,10 +1,18 @@
 """What names some bytes by their content: their SHA-256 in lower-case hexadecimal."""
 
 import re
+from typing import NamedTuple
 
 from zimage_core.errors import InvalidRequest
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class Named(NamedTuple):
+    """Some bytes, by what names them."""
+
+    sha256: str
+    size_bytes: int
 
 
 def check(sha256: str, field: str) -> None:

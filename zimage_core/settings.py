@@ -42,7 +42,6 @@ class _Program(BaseModel):
 class ServiceSettings(_Program):
     """What every service has."""
 
-    model: Path = Field(description="model folder in diffusers layout, or a single file")
     listen: str = Field(description="address to listen on, host:port or unix:path")
     probes: str = Field(description="host:port for /livez, /readyz and /metrics; empty for none")
     insecure: bool = Field(False, description="allow a non-loopback address without TLS")
@@ -59,8 +58,6 @@ class ServiceSettings(_Program):
     traces: str = Field(
         "", description="OpenTelemetry collector, http://host:4317 (OTLP over gRPC); unset: none"
     )
-    device: Device = Field("auto", description="where the model runs")
-    dtype: ElementType = Field("auto", description="type that the model computes in")
     drain_delay_seconds: float = Field(
         0.0, ge=0, description="pause after SIGTERM for balancers to notice"
     )
@@ -73,7 +70,6 @@ class ServiceSettings(_Program):
     grace_seconds: float = Field(
         30.0, ge=0, description="how long running calls may take after that"
     )
-    watchdog: Watchdog = Field(Watchdog(), description="when a worker counts as hung")
     exit_with_stdin: bool = Field(
         False, description="stop when standard input ends, for whoever starts this as a child"
     )
@@ -87,7 +83,16 @@ class ServiceSettings(_Program):
         return own if own.cert else None
 
 
-class EncoderSettings(ServiceSettings):
+class ModelSettings(ServiceSettings):
+    """What every service with a model has."""
+
+    model: Path = Field(description="model folder in diffusers layout, or a single file")
+    device: Device = Field("auto", description="where the model runs")
+    dtype: ElementType = Field("auto", description="type that the model computes in")
+    watchdog: Watchdog = Field(Watchdog(), description="when a worker counts as hung")
+
+
+class EncoderSettings(ModelSettings):
     """The encoder service."""
 
     listen: str = Field(
@@ -114,7 +119,7 @@ class EncoderSettings(ServiceSettings):
     )
 
 
-class DitSettings(ServiceSettings):
+class DitSettings(ModelSettings):
     """The DiT service."""
 
     listen: str = Field(
@@ -226,15 +231,63 @@ class DitSettings(ServiceSettings):
     @property
     def store_at(self) -> tuple[str, Path]:
         """The store's URL, and a folder for what comes in for one that is elsewhere."""
-        at = self.store or str(platformdirs.user_data_path("zimage") / "store")
-        name = hashlib.sha256(at.encode()).hexdigest()[:16]
-        return at, platformdirs.user_cache_path("zimage") / f"store-{name}"
+        return _store_at(self.store)
 
     @property
     def encoder_credentials(self) -> Credentials:
         """For the way to the encoder, where this service shows its own certificate."""
         tls = Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca else None
         return Credentials(tls=tls, token=self.encoder_token_file or "")
+
+
+class TrainerSettings(ServiceSettings):
+    """The trainer service."""
+
+    listen: str = Field(
+        "127.0.0.1:50053", description="address to listen on, host:port or unix:path"
+    )
+    probes: str = Field(
+        "127.0.0.1:9466", description="host:port for /livez, /readyz and /metrics; empty for none"
+    )
+    encoder: str = Field(
+        description="encoder service, host:port or unix:path; several joined by commas"
+    )
+    dit: str = Field(description="DiT service that trains, host:port or unix:path")
+    token_file: Path | None = Field(None, description="file with the token for both services")
+    tls_ca: Path | None = Field(
+        None, description="authorities of their certificates; unset: no TLS towards them"
+    )
+    database: str = Field(
+        "", description="URL of the database of jobs; unset: SQLite in a folder of this user"
+    )
+    store: str = Field(
+        "",
+        description="folder or URL for blobs; unset: a folder of this user; URLs need fsspec's "
+        "library for their kind",
+    )
+    store_quota_bytes: int = Field(
+        256 << 30, gt=0, description="bytes that blobs may take, as far as this replica knows"
+    )
+    store_keep_seconds: float = Field(
+        7 * 86_400.0, gt=0, description="how long blobs without a name stay after their last use"
+    )
+
+    @property
+    def database_url(self) -> str:
+        """With the usual place."""
+        usual = platformdirs.user_data_path("zimage") / "trainer.sqlite"
+        return self.database or f"sqlite:///{usual}"
+
+    @property
+    def store_at(self) -> tuple[str, Path]:
+        """The store's URL, and a folder for what comes in for one that is elsewhere."""
+        return _store_at(self.store)
+
+    @property
+    def credentials(self) -> Credentials:
+        """For the way to both services, where this one shows its own certificate."""
+        tls = Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_ca else None
+        return Credentials(tls=tls, token=self.token_file or "")
 
 
 class ClientSettings(_Program):
@@ -245,6 +298,7 @@ class ClientSettings(_Program):
         description="DiT service, host:port or unix:path; several joined by commas; else embedded",
     )
     encoder: str = Field("", description="encode here and send the embedding")
+    trainer: str = Field("", description="trainer service, host:port or unix:path")
     token_file: Path | None = Field(None, description="file with the token for the services")
     tls_ca: Path | None = Field(
         None, description="authorities of the services' certificates, PEM; unset: no TLS"
@@ -269,9 +323,14 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "client": ClientSettings,
     "encoder": EncoderSettings,
     "dit": DitSettings,
+    "trainer": TrainerSettings,
 }
 _PREFIX = "ZIMAGE_"
-_SHORT_VARIABLES = {"ZIMAGE_SERVER": "server", "ZIMAGE_ENCODER": "encoder"}
+_SHORT_VARIABLES = {
+    "ZIMAGE_SERVER": "server",
+    "ZIMAGE_ENCODER": "encoder",
+    "ZIMAGE_TRAINER": "trainer",
+}
 """The client's addresses, by the names that people type."""
 
 Values = dict[str, Any]
@@ -425,6 +484,12 @@ def _unknown(where: str, key: str, known: Mapping[str, object]) -> InvalidSettin
     nearest = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
     return _invalid(f"{where} is unknown; {hint}", where, key)
+
+
+def _store_at(store: str) -> tuple[str, Path]:
+    at = store or str(platformdirs.user_data_path("zimage") / "store")
+    name = hashlib.sha256(at.encode()).hexdigest()[:16]
+    return at, platformdirs.user_cache_path("zimage") / f"store-{name}"
 
 
 def _invalid(message: str, field: str, given: str) -> InvalidSettings:

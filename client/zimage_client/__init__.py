@@ -37,9 +37,11 @@ from zimage_client._events import (
     Usage,
     Waiting,
 )
+from zimage_client._jobs import JobEvent, TrainCheckpoint, TrainJob, TrainStep
 from zimage_client._options import Options
 from zimage_client._receipt import Receipt, read_receipt
 from zimage_client._sync import Client
+from zimage_client._trainer import AsyncTrainer
 from zimage_core.embeddings import Embedding, Numerics, Prompt, Recipe
 from zimage_core.errors import (
     Cancelled,
@@ -67,6 +69,7 @@ __all__ = [
     "AdapterUse",
     "Artifact",
     "AsyncClient",
+    "AsyncTrainer",
     "AttentionBackend",
     "Cancelled",
     "Client",
@@ -86,6 +89,7 @@ __all__ = [
     "InvalidModel",
     "InvalidRequest",
     "InvalidSettings",
+    "JobEvent",
     "Limits",
     "Model",
     "NotFound",
@@ -107,6 +111,9 @@ __all__ = [
     "TensorData",
     "Tls",
     "Trace",
+    "TrainCheckpoint",
+    "TrainJob",
+    "TrainStep",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

@@ -55,7 +55,7 @@ async def encode(
     """The embeddings of some prompts, in order."""
     request = encoder_pb2.EncodeRequest(prompts=[prompt_message(p) for p in prompts])
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
-    with _TypedErrors():
+    with TypedErrors():
         response = await stub.Encode(request, timeout=timeout, metadata=metadata)
     if len(response.embeddings) != len(prompts):
         raise _reading.malformed(f"{len(response.embeddings)} embeddings of {len(prompts)} prompts")
@@ -102,7 +102,7 @@ def decode_latents(
 async def _results(call: Any, read: Callable[[Any], T]) -> Answers[T]:
     """What came of each item of a stream, by its number, as it is done."""
     try:
-        with _TypedErrors(call):
+        with TypedErrors(call):
             async for answer in call:
                 match answer.WhichOneof("result"):
                     case None:
@@ -121,7 +121,7 @@ async def describe_dit(
 ) -> DitDescription:
     """What the DiT service says of itself."""
     stub = dit_pb2_grpc.DitServiceStub(channel)
-    with _TypedErrors():
+    with TypedErrors():
         response = await stub.Describe(
             dit_pb2.DescribeRequest(), timeout=timeout, metadata=metadata
         )
@@ -133,7 +133,7 @@ async def describe_encoder(
 ) -> EncoderDescription:
     """What the encoder service says of itself."""
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
-    with _TypedErrors():
+    with TypedErrors():
         response = await stub.Describe(
             encoder_pb2.DescribeRequest(), timeout=timeout, metadata=metadata
         )
@@ -148,7 +148,7 @@ async def add_adapter(
 ) -> Adapter:
     """Gives a file a name."""
     stub = dit_pb2_grpc.DitServiceStub(channel)
-    with _TypedErrors():
+    with TypedErrors():
         response = await stub.AddAdapter(request, timeout=timeout, metadata=metadata)
     return _reading.adapter(response.adapter)
 
@@ -159,7 +159,7 @@ async def get_adapter(
     """What is known of one."""
     request = dit_pb2.GetAdapterRequest(name=name)
     stub = dit_pb2_grpc.DitServiceStub(channel)
-    with _TypedErrors():
+    with TypedErrors():
         response = await stub.GetAdapter(request, timeout=timeout, metadata=metadata)
     return _reading.adapter(response.adapter)
 
@@ -172,7 +172,7 @@ async def list_adapters(
     found: list[Adapter] = []
     request = dit_pb2.ListAdaptersRequest()
     while True:
-        with _TypedErrors():
+        with TypedErrors():
             page = await stub.ListAdapters(request, timeout=timeout, metadata=metadata)
         found += [_reading.adapter(one) for one in page.adapters]
         if not page.next_page_token:
@@ -186,7 +186,7 @@ async def remove_adapter(
     """Takes a name away."""
     request = dit_pb2.RemoveAdapterRequest(name=name)
     stub = dit_pb2_grpc.DitServiceStub(channel)
-    with _TypedErrors():
+    with TypedErrors():
         await stub.RemoveAdapter(request, timeout=timeout, metadata=metadata)
 
 
@@ -201,7 +201,7 @@ async def trace(
     if last_seconds is not None:
         request.last.FromNanoseconds(round(last_seconds * 1e9))
     stub = dit_pb2_grpc.DitServiceStub(channel)
-    with _TypedErrors():
+    with TypedErrors():
         response = await stub.Trace(request, timeout=timeout, metadata=metadata)
     return _reading.trace(response)
 
@@ -230,7 +230,7 @@ async def generate(
 
     call = stub.Generate(messages(), timeout=timeout, metadata=metadata)
     try:
-        with _TypedErrors(call):
+        with TypedErrors(call):
             held = []
             async for response in call:
                 held.append(response)
@@ -259,7 +259,7 @@ async def find_blobs(
     """Those that are there, whole."""
     stub = blob_pb2_grpc.BlobServiceStub(channel)
     request = blob_pb2.FindRequest(sha256=digests)
-    with _TypedErrors():
+    with TypedErrors():
         response = await stub.Find(request, timeout=timeout, metadata=metadata)
     return {found.sha256 for found in response.found if found.complete}
 
@@ -288,7 +288,7 @@ async def put_blob(
 
     call = stub.Put(messages(), timeout=timeout, metadata=metadata)
     try:
-        with _TypedErrors(call):
+        with TypedErrors(call):
             async for response in call:
                 if not begun.done():
                     begun.set_result(response.stored_bytes)
@@ -315,7 +315,7 @@ async def get_blob(
     request = blob_pb2.GetRequest(sha256=sha256, offset=offset)
     call = stub.Get(iter([request]), timeout=timeout, metadata=metadata)
     try:
-        with _TypedErrors(call):
+        with TypedErrors(call):
             async for response in call:
                 yield response
     finally:
@@ -323,7 +323,7 @@ async def get_blob(
         del call
 
 
-class _TypedErrors:
+class TypedErrors:
     """Raises errors of ours instead of gRPC's, and lets go of gRPC's frames: as long as anything
     refers to a call, its connection is kept up, also when its channel is closed.
 

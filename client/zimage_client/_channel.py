@@ -164,14 +164,21 @@ class Way:
 
 
 class Channels:
-    """The ways to both services, and what goes with every call."""
+    """The ways to the services, and what goes with every call."""
 
     def __init__(
-        self, server: str, encoder: str, tls: Tls | None = None, token: str | Path = ""
+        self,
+        server: str = "",
+        encoder: str = "",
+        trainer: str = "",
+        tls: Tls | None = None,
+        token: str | Path = "",
     ) -> None:
         self.dit, self.encoder = Way("server", server, tls), Way("encoder", encoder, tls)
+        self.trainer = Way("trainer", trainer, tls)
+        self._ways = self.dit, self.encoder, self.trainer
         self._token = token
-        places = [*self.dit.places, *self.encoder.places]
+        places = [at for way in self._ways for at in way.places]
         for at in places:
             if at.tls:
                 at.tls.read()
@@ -196,8 +203,8 @@ class Channels:
 
     async def close(self) -> None:
         """Ends the connections and whatever runs over them, for good."""
-        await self.dit.close()
-        await self.encoder.close()
+        for way in self._ways:
+            await way.close()
 
 
 def _connected(to: Place, *, is_alone: bool) -> grpc.aio.Channel:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
-from zimage_client import _calls
+from zimage_client import _calls, training
 from zimage_client._blobs import Transfers
 from zimage_client._channel import Channels, Near, Way
 from zimage_client._conditioning import Condition, Prompts, conditioning
@@ -38,7 +38,7 @@ from zimage_core.errors import Cancelled, Unavailable
 from zimage_core.formats import peft_folder
 from zimage_core.tensors import TensorData
 from zimage_core.tls import Credentials
-from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.dit.v1 import dit_pb2, training_pb2
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -269,6 +269,25 @@ class AsyncClient:
         return await self._channels.dit.first(
             lambda channel: _calls.trace(channel, last_seconds, timeout, same_id)
         )
+
+    def train_session(
+        self,
+        opening: training_pb2.OpenTraining,
+        asked: AsyncIterator[training.Batch | training.TakeCheckpoint],
+        file: Callable[[str], Path],
+    ) -> AsyncGenerator[training.Answer, None]:
+        """Trains on the DiT service, as long as nothing breaks: who feeds it opens it again. For
+        the trainer service, which owns jobs; people ask that."""
+
+        async def one_try() -> AsyncGenerator[Any, None]:
+            with self._channels.dit.one_try() as channel:
+                session = training.Session(opening, asked, file)
+                answers = session.answers(channel, self._channels.metadata())
+                async with aclosing(answers):
+                    async for answer in answers:
+                        yield answer
+
+        return self._read(one_try())
 
     def _transfers(self) -> Transfers:
         return Transfers(self._channels.dit, self._channels.metadata())

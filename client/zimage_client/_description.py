@@ -36,6 +36,8 @@ class Model:
     default_guidance: float
     preview_r_squared: float
     """How much a linear map of its latents tells of a picture: previews need 0.5."""
+    vae_sha256: str
+    """Over the weights of its VAE: what latents belong to."""
 
 
 @dataclass(frozen=True, slots=True)

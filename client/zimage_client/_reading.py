@@ -257,6 +257,7 @@ def _model(message: dit_pb2.Model) -> Model:
         default_steps=message.default_step_count,
         default_guidance=message.default_guidance_scale,
         preview_r_squared=message.preview_r_squared,
+        vae_sha256=message.vae_sha256,
     )
 
 

@@ -2,7 +2,10 @@
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from threading import Thread
 from typing import NoReturn
 
 import torch
@@ -12,6 +15,8 @@ from dit_service.engine.events import Events
 from dit_service.engine.generate import Awaited, Predicted, Studio, Work
 from dit_service.engine.lines import Lines, Load, Waiting
 from dit_service.engine.packing import Asked
+from dit_service.engine.training import Learning, Lesson, Trainings
+from zimage_core.planning.shares import Share
 from zimage_core.serving.child import Port, is_sticky
 from zimage_core.serving.pipe import Submit
 
@@ -37,25 +42,28 @@ class _Live:
     """A request under way."""
 
     submitted: Submit
-    request: messages.Generate
-    work: Work
+    share: Share
+    is_solo: bool
+    work: Work | Learning
 
 
 _Together = list[tuple[_Live, Asked]]
+_Wanted = tuple[_Live, Asked | Lesson]
 
 
 class Schedule:
     """All live requests take turns; as many as fit, and as their shares allow, go together.
     Conversions are done between steps."""
 
-    def __init__(self, studio: Studio, port: Port, room: Room) -> None:
+    def __init__(self, studio: Studio, trainings: Trainings, port: Port, room: Room) -> None:
         self._studio = studio
+        self._trainings = trainings
         self._port = port
         self._room = room
         self._bytes = room.bytes
         """Less for a while after a step that was too much."""
         self._conversions: deque[Submit] = deque()
-        self._lines = Lines[tuple[_Live, Asked]]()
+        self._lines = Lines[_Wanted]()
         """Who waits for a step."""
         self._awaiting: deque[tuple[_Live, Awaited]] = deque()
         """Those who wait for something else, such as a picture that the device works on."""
@@ -75,8 +83,18 @@ class Schedule:
 
     def _take(self, submitted: Submit) -> None:
         match submitted.payload:
-            case messages.Generate() as request:
-                self._begin(submitted, request)
+            case messages.Generate() as asked:
+                work: Work | Learning = self._studio.work(asked, Events(self._port, submitted.call))
+                self._go_on(_Live(submitted, asked.share, asked.is_solo, work), None)
+            case messages.Learn() as asked:
+                work = self._trainings.learn(asked, partial(self._port.emit, submitted.call))
+                self._go_on(_Live(submitted, asked.share, True, work), None)
+            case messages.OpenTraining() | messages.CloseTraining() as asked:
+                with self._port.answering(submitted):
+                    for answer in self._trainings.turn_to(asked):
+                        self._port.emit(submitted.call, answer)
+            case messages.TakeCheckpoint() as asked:
+                self._take_checkpoint(submitted, asked)
             case messages.Recall(last_seconds):
                 with self._port.answering(submitted):
                     self._port.emit(submitted.call, self._studio.diary.recalled(last_seconds))
@@ -89,9 +107,15 @@ class Schedule:
         with self._port.answering(submitted):
             self._port.emit(submitted.call, self._studio.converter.convert(submitted.payload))
 
-    def _begin(self, submitted: Submit, request: messages.Generate) -> None:
-        work = self._studio.work(request, Events(self._port, submitted.call))
-        self._go_on(_Live(submitted, request, work), None)
+    def _take_checkpoint(self, submitted: Submit, asked: messages.TakeCheckpoint) -> None:
+        """What is there now; it is written while others go on."""
+        with self._port.working_on(submitted):
+            write = self._trainings.checkpoint(asked)
+            Thread(target=self._write, args=[submitted, write], name="checkpoint").start()
+
+    def _write(self, submitted: Submit, write: Callable[[], messages.Checkpoint]) -> None:
+        with self._port.answering(submitted):
+            self._port.emit(submitted.call, write())
 
     def _look_again(self) -> None:
         """Goes on with those who have what they wait for; waits only when there is nothing else."""
@@ -106,14 +130,23 @@ class Schedule:
             else:
                 self._awaiting.append((live, awaited))
 
-    def _next(self) -> _Together:
+    def _next(self) -> list[_Wanted]:
         """Takes those from the lines that step next; drops those for whom nobody waits."""
         for live, _ in self._lines.drop(lambda one: not self._is_wanted(one[0])):
             self._drop(live)
         flops = self._studio.flops_within(self._room.seconds)
         return self._lines.take(Load(flops, self._bytes))
 
-    def _step(self, together: _Together) -> None:
+    def _step(self, together: list[_Wanted]) -> None:
+        match together:
+            case [(live, Lesson())]:  # it has its turn, and does the work itself
+                self._go_on(live, None)
+            case _:
+                self._step_together(
+                    [(live, asked) for live, asked in together if isinstance(asked, Asked)]
+                )
+
+    def _step_together(self, together: _Together) -> None:
         if predicted := self._predict(together):
             for (live, _), own in zip(together, predicted, strict=True):
                 self._go_on(live, own)
@@ -124,7 +157,7 @@ class Schedule:
                     if not self._is_wanted(live):
                         self._drop(live)
                 if wanted := [one for one in half if self._is_wanted(one[0])]:
-                    self._step(wanted)
+                    self._step_together(wanted)
 
     def _predict(self, together: _Together) -> list[Predicted]:
         """What came of a step; nothing when it failed, which a request alone has for its answer."""
@@ -155,20 +188,28 @@ class Schedule:
             except StopIteration:
                 self._port.finish(live.submitted.call)
                 return
-            if isinstance(awaits, Asked):
-                self._lines.join(self._waiting(live, awaits))
-            else:
-                self._awaiting.append((live, awaits))
+            match awaits:
+                case Asked():
+                    load = self._studio.load(awaits)
+                    left = load.flops * awaits.forwards_left / len(awaits.forwards)
+                    self._wait_for_a_step(live, awaits, load, left)
+                case Lesson():
+                    self._wait_for_a_step(live, awaits, awaits.load, awaits.flops_left)
+                case _:
+                    self._awaiting.append((live, awaits))
 
-    def _waiting(self, live: _Live, asked: Asked) -> Waiting[tuple[_Live, Asked]]:
-        load = self._studio.load(asked)
-        return Waiting(
-            one=(live, asked),
-            share=live.request.share,
-            arrival=live.submitted.call,
-            load=load,
-            flops_left=load.flops * asked.forwards_left / len(asked.forwards),
-            is_solo=live.request.is_solo,
+    def _wait_for_a_step(
+        self, live: _Live, wanted: Asked | Lesson, load: Load, flops_left: float
+    ) -> None:
+        self._lines.join(
+            Waiting(
+                one=(live, wanted),
+                share=live.share,
+                arrival=live.submitted.call,
+                load=load,
+                flops_left=flops_left,
+                is_solo=live.is_solo,
+            )
         )
 
     def _is_wanted(self, live: _Live) -> bool:

@@ -11,6 +11,7 @@ from dit_service.engine.fitting import Fitting
 from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
 from dit_service.engine.schedule import Room, Schedule
+from dit_service.engine.training import Trainings
 from dit_service.model import loading
 from dit_service.model.config import TransformerConfig
 from dit_service.model.vae import LARGE_TILE_PX, Vae
@@ -32,6 +33,7 @@ _LOADING_SECONDS = 600.0
 class _Loaded:
     device: torch.device
     studio: Studio
+    trainings: Trainings
     description: messages.Model
 
 
@@ -43,7 +45,7 @@ def main(port: Port, settings: DitSettings) -> None:
     loaded = _load(port, settings)
     _warm_up(loaded)
     port.ready(loaded.description)
-    Schedule(loaded.studio, port, _room(settings, loaded)).serve()
+    Schedule(loaded.studio, loaded.trainings, port, _room(settings, loaded)).serve()
 
 
 def _room(settings: DitSettings, loaded: _Loaded) -> Room:
@@ -89,6 +91,7 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         attention_reasons=fitted.attention.reasons,
         is_compiled=fitted.compilation.is_compiled,
         compilation_reason=fitted.compilation.reason,
+        vae_sha256=vae.digest(),
         vae_tile_px=vae.tile_px or 0,
         preview_r_squared=studio.preview.r_squared,
         latent_channels=vae.latent_channels,
@@ -96,7 +99,8 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         thread_count=torch.get_num_threads() if device.type == "cpu" else 0,
         library_versions=devices.library_versions(),
     )
-    return _Loaded(device, studio, description)
+    trainings = Trainings(transformer, backend, port.announce, studio.diary)
+    return _Loaded(device, studio, trainings, description)
 
 
 def _load_vae(settings: DitSettings, device: torch.device) -> Vae:

@@ -3,6 +3,7 @@
 Shapes: C latent channels of H x W; a picture is [H, W, 3] in pixels.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,15 @@ class Vae:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.tile_px = tile_px
+
+    def digest(self) -> str:
+        """Over everything that decides latents beside the device."""
+        constants = self._scaling_factor, self._shift_factor
+        digest = hashlib.sha256(repr(constants).encode())
+        for name, weight in sorted(self._model.state_dict().items()):
+            digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def encode(self, picture_HW3: Tensor) -> Tensor:

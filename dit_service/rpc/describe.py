@@ -42,6 +42,7 @@ def response(
             default_step_count=resolver.variant.step_count,
             default_guidance_scale=resolver.variant.guidance,
             preview_r_squared=model.preview_r_squared,
+            vae_sha256=model.vae_sha256,
         )
     )
     for name, reason in model.attention_reasons.items():

@@ -6,7 +6,7 @@ from encoder_service.prompt import Tokenizer, read_token_limit
 from encoder_service.rpc.encode import EncoderServicer
 from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.serving.admission import Limits
-from zimage_core.serving.server import Service
+from zimage_core.serving.server import Beside, OnReady, Service
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import EncoderSettings
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -19,15 +19,16 @@ def service(settings: EncoderSettings) -> Service:
     tokenizer = Tokenizer(files.tokenizer)
     token_limit = settings.token_limit or read_token_limit(settings.model)
 
-    def register(server: grpc.aio.Server, worker: Worker) -> None:
+    def register(server: grpc.aio.Server, on_ready: OnReady) -> Beside:
+        worker = Worker("encoder_service.engine.worker:main", settings, settings.watchdog, on_ready)
         limits = Limits(
             settings.max_queue_length, settings.max_queue_seconds, settings.max_queue_bytes
         )
         servicer = EncoderServicer(worker, tokenizer, token_limit, limits)
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
+        return worker.supervise
 
     return Service(
         name=encoder_pb2.DESCRIPTOR.services_by_name["EncoderService"].full_name,
-        entry="encoder_service.engine.worker:main",
         register=register,
     )

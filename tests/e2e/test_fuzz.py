@@ -28,14 +28,17 @@ from zimage_core.tensors import TensorData
 from zimage_core.wire import embeddings, tensors
 from zimage_core.wire.status import SERVED_BY_US
 from zimage_rpc.blob.v1 import blob_pb2
-from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.dit.v1 import dit_pb2, training_pb2
 from zimage_rpc.encoder.v1 import encoder_pb2
+from zimage_rpc.trainer.v1 import trainer_pb2
 from zimage_rpc.types.v1 import types_pb2
 
 WIDTH = 128
 LIMITS = ("--max-side-px", "64", "--max-image-count", "2", "--max-step-count", "2")
 _ENCODER, _DIT = "zimage_rpc.encoder.v1.EncoderService", "zimage_rpc.dit.v1.DitService"
 _BLOBS = "zimage_rpc.blob.v1.BlobService"
+_TRAINING = "zimage_rpc.dit.v1.TrainingService"
+_TRAINER = "zimage_rpc.trainer.v1.TrainerService"
 _WARM = 1000
 _GROWTH = 1.02
 
@@ -90,6 +93,20 @@ _CHANGED = {"layers.0.attention.to_q": (192, 192)}  # of the demo model
 ADAPTER = save(adapter_files.LAYOUTS["bare"](adapter_files.random_lora(_CHANGED))[0])
 ADAPTER_SHA256 = hashlib.sha256(ADAPTER).hexdigest()
 ZEROS = hashlib.sha256(bytes(8 * WIDTH)).hexdigest()
+PLAN = training_pb2.TrainingPlan(
+    seed=1,
+    step_count=2,
+    lora=training_pb2.LoraPlan(
+        groups=[
+            training_pb2.LoraGroup(
+                stack="layers", end_block=1, linears=["attention.to_q"], rank=1, alpha=1.0
+            )
+        ]
+    ),
+    noise=training_pb2.NoisePlan(shift=3.0),
+    learning_rate=training_pb2.LearningRatePlan(peak=1e-3),
+)
+_FILE = types_pb2.Digest(sha256=SHA256, size_bytes=9)
 METHODS: dict[str, list[Message]] = {
     f"{_ENCODER}/Describe": [encoder_pb2.DescribeRequest()],
     f"{_ENCODER}/Encode": [encoder_pb2.EncodeRequest(prompts=[PROMPT, PROMPT])],
@@ -121,6 +138,35 @@ METHODS: dict[str, list[Message]] = {
         blob_pb2.PutRequest(chunk=b"123456789"),
     ],
     f"{_BLOBS}/Get": [blob_pb2.GetRequest(sha256=SHA256, offset=1)],
+    f"{_TRAINING}/TrainSession": [
+        training_pb2.TrainSessionRequest(
+            open=training_pb2.OpenTraining(job="job", session_epoch=1, plan=PLAN)
+        ),
+        training_pb2.TrainSessionRequest(
+            batch=training_pb2.TrainBatch(
+                step=0, samples=[training_pb2.TrainSample(latents=_FILE, caption=_FILE, weight=1)]
+            )
+        ),
+        training_pb2.TrainSessionRequest(checkpoint=training_pb2.TakeCheckpoint()),
+        training_pb2.TrainSessionRequest(chunk=dit_pb2.BlobChunk(sha256=SHA256, data=b"123")),
+    ],
+    f"{_TRAINER}/Describe": [trainer_pb2.DescribeRequest()],
+    f"{_TRAINER}/CreateTrainJob": [
+        trainer_pb2.CreateTrainJobRequest(
+            spec=trainer_pb2.TrainJobSpec(
+                name="style", dataset=_FILE, training=PLAN, batch_size=2, side_px=64
+            ),
+            request_id="request",
+        )
+    ],
+    f"{_TRAINER}/GetTrainJob": [trainer_pb2.GetTrainJobRequest(id="job")],
+    f"{_TRAINER}/ListTrainJobs": [
+        trainer_pb2.ListTrainJobsRequest(page_size=3, page_token=str(1.5))
+    ],
+    f"{_TRAINER}/WatchTrainJob": [trainer_pb2.WatchTrainJobRequest(id="job", after_step=1)],
+    f"{_TRAINER}/PauseTrainJob": [trainer_pb2.PauseTrainJobRequest(id="job")],
+    f"{_TRAINER}/ResumeTrainJob": [trainer_pb2.ResumeTrainJobRequest(id="job")],
+    f"{_TRAINER}/CancelTrainJob": [trainer_pb2.CancelTrainJobRequest(id="job")],
 }
 """What clients send, as a place to begin."""
 _UNARY = (
@@ -130,6 +176,8 @@ _UNARY = (
     "Trace",
     *(f"{verb}Adapter" for verb in ("Add", "Get", "Remove")),
     "ListAdapters",
+    *(f"{verb}TrainJob" for verb in ("Create", "Get", "Pause", "Resume", "Cancel")),
+    "ListTrainJobs",
 )
 
 
@@ -154,8 +202,25 @@ def dit(encoder: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield service
 
 
-def test_every_method_is_here(encoder: Service, dit: Service) -> None:
-    files = encoder_pb2.DESCRIPTOR, dit_pb2.DESCRIPTOR, blob_pb2.DESCRIPTOR
+@pytest.fixture(scope="module")
+def trainer(
+    encoder: Service, dit: Service, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("trainer")
+    flags = "--encoder", encoder.address, "--dit", dit.address, "--store", str(folder / "store")
+    with running("trainer_service", *flags, "--database", f"sqlite:///{folder}/jobs") as service:
+        service.wait_until("SERVING")
+        yield service
+
+
+def test_every_method_is_here() -> None:
+    files = (
+        encoder_pb2.DESCRIPTOR,
+        dit_pb2.DESCRIPTOR,
+        training_pb2.DESCRIPTOR,
+        trainer_pb2.DESCRIPTOR,
+        blob_pb2.DESCRIPTOR,
+    )
     services = [service for file in files for service in file.services_by_name.values()]
     assert set(METHODS) == {f"{s.full_name}/{m.name}" for s in services for m in s.methods}
 
@@ -163,11 +228,13 @@ def test_every_method_is_here(encoder: Service, dit: Service) -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("method", METHODS)
 def test_whatever_comes_gets_an_answer(
-    method: str, encoder: Service, dit: Service, pytestconfig: pytest.Config
+    method: str, request: pytest.FixtureRequest, pytestconfig: pytest.Config
 ) -> None:
-    service = encoder if method.startswith(_ENCODER) else dit
+    name = {_ENCODER: "encoder", _TRAINER: "trainer"}.get(method.partition("/")[0], "dit")
+    service: Service = request.getfixturevalue(name)
     call = service.channel.stream_stream(f"/{method}")
-    processes = [psutil.Process(service.process.pid), service.worker]
+    workers = [] if name == "trainer" else [service.worker]
+    processes = [psutil.Process(service.process.pid), *workers]
     one = st.one_of([hostile(base) for base in METHODS[method]])
     is_unary = method.rpartition("/")[2] in _UNARY
     count = pytestconfig.getoption("--fuzz-requests")
@@ -196,7 +263,7 @@ def test_whatever_comes_gets_an_answer(
 
     ask()
     assert service.process.poll() is None
-    assert service.worker == processes[1]
+    assert not workers or [service.worker] == workers
     assert not [line for line in service.log if "Traceback" in line]
     if len(sizes) > 2 * _WARM:
         assert max(sizes[-100:]) <= _GROWTH * max(sizes[:_WARM])

@@ -23,8 +23,9 @@ from zimage_core.serving.interceptors import Around
 from zimage_core.wire import status
 from zimage_core.wire.limits import CHANNEL_OPTIONS, SERVER_OPTIONS
 from zimage_rpc.blob.v1 import blob_pb2
-from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.dit.v1 import dit_pb2, training_pb2
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
+from zimage_rpc.trainer.v1 import trainer_pb2
 
 PAINTER, WRITER, CHIEF = ("p" * 20, "w" * 20, "c" * 20)
 FILE = f"""
@@ -74,8 +75,8 @@ def _with(token: str) -> dict[str, str | bytes]:
 def test_every_method_needs_a_role_or_says_that_any_will_do() -> None:
     services = [
         service
-        for file in (encoder_pb2.DESCRIPTOR, dit_pb2.DESCRIPTOR, blob_pb2.DESCRIPTOR)
-        for service in file.services_by_name.values()
+        for file in (encoder_pb2, dit_pb2, training_pb2, trainer_pb2, blob_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
     ]
     methods = {f"/{service.full_name}/{m.name}" for service in services for m in service.methods}
     assert set(ROLES) == methods

@@ -40,6 +40,7 @@ TURBO = messages.Model(
     weights_reason="as the file has them",
     streamed_block_count=0,
     preview_r_squared=0.9,
+    vae_sha256="",
     latent_channels=16,
     pixels_per_latent=8,
     thread_count=2,

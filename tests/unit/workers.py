@@ -58,6 +58,7 @@ def _serve(port: Port, settings: object, folder: Path, studio: Any) -> None:
     import torch
 
     from dit_service.engine.schedule import Room, Schedule
+    from dit_service.engine.training import Trainings
     from dit_service.model import loading
 
     cpu = torch.device("cpu")
@@ -65,7 +66,9 @@ def _serve(port: Port, settings: object, folder: Path, studio: Any) -> None:
         transformer = loading.load_transformer(folder, cpu, torch.float32)
         vae = loading.load_vae(folder, cpu, torch.float32)
         port.ready(settings)
-        Schedule(studio(transformer, vae, "sdpa", port.announce), port, Room(0.25, 1e9)).serve()
+        of_kind = studio(transformer, vae, "sdpa", port.announce)
+        trainings = Trainings(transformer, "sdpa", port.announce, of_kind.diary)
+        Schedule(of_kind, trainings, port, Room(0.25, 1e9)).serve()
 
 
 def cramped(port: Port, settings: tuple[Path, int]) -> None:

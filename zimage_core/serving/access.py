@@ -44,6 +44,15 @@ ROLES: dict[str, Role | None] = {
     "/zimage_rpc.dit.v1.DitService/ListAdapters": "generate",
     "/zimage_rpc.dit.v1.DitService/RemoveAdapter": "train",
     "/zimage_rpc.dit.v1.DitService/Trace": "admin",
+    "/zimage_rpc.dit.v1.TrainingService/TrainSession": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/Describe": None,
+    "/zimage_rpc.trainer.v1.TrainerService/CreateTrainJob": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/GetTrainJob": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/ListTrainJobs": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/WatchTrainJob": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/PauseTrainJob": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/ResumeTrainJob": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/CancelTrainJob": "train",
 }
 """The role that a method needs; for None any token does, and an admin may do everything."""
 

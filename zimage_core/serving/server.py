@@ -13,9 +13,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -27,7 +28,6 @@ from zimage_core.serving.access import Access
 from zimage_core.serving.interceptors import Around
 from zimage_core.serving.readiness import Readiness
 from zimage_core.serving.tls import server_credentials
-from zimage_core.serving.worker import Worker
 from zimage_core.settings import ServiceSettings
 from zimage_core.tls import Tls
 from zimage_core.wire.addresses import is_loopback
@@ -36,16 +36,22 @@ from zimage_core.wire.limits import SERVER_OPTIONS
 _log = logging.getLogger(__name__)
 
 
+OnReady = Callable[[bool], None]
+"""Hears whether calls can be served, of every change."""
+
+Beside = Callable[[], Coroutine[Any, Any, None]]
+"""What a service does beside its calls."""
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """What makes one service differ from another."""
 
     name: str
     """The full name of its gRPC service."""
-    entry: str
-    """Where its worker begins, as "module:function"."""
-    register: Callable[[grpc.aio.Server, Worker], None]
-    """Adds the servicer, which hands its work to the worker."""
+    register: Callable[[grpc.aio.Server, OnReady], Beside]
+    """Adds the servicer, and returns what runs beside it as long as calls are served: that says
+    whether they can be, and raises what makes serving pointless."""
     also: Sequence[str] = ()
     """The full names of services that it has beside its own."""
     neighbours: Sequence[AbstractAsyncContextManager[object]] = ()
@@ -59,8 +65,7 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
     around = Around(tokens)
     server = grpc.aio.server(interceptors=[around], options=_options(settings))
     readiness = Readiness(service.name)
-    worker = Worker(service.entry, settings, settings.watchdog, readiness.set)
-    service.register(server, worker)
+    beside = service.register(server, readiness.set)
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
     names = (
         service.name,
@@ -84,7 +89,7 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
         _log.info("%s listens on %s, %s", service.name, _spoken(settings.listen, port), how)
         loop = asyncio.get_running_loop()
         metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
-        supervision = asyncio.create_task(worker.supervise())
+        supervision = asyncio.create_task(beside())
         try:
             with _stop_signals() as stop:
                 if settings.exit_with_stdin:

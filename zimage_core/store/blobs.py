@@ -12,9 +12,11 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -57,6 +59,7 @@ class Blobs:
         self._keep_seconds = keep_seconds
         # On the same disk where possible, so that what is whole is only renamed.
         self._gathering = (self._shelf.folder or scratch) / "incoming"
+        self._making = (self._shelf.folder or scratch) / "making"
         self._copies = scratch / "copies"
         self._verified: dict[str, int] = {}
         """The files that were what their digests say, by their inodes."""
@@ -132,6 +135,34 @@ class Blobs:
         """Lets everybody see a blob that is whole; raises InvalidRequest for one that is not."""
         incoming.finish(lambda path: self._shelf.take(path, _key(sha256)))
         self._sizes[sha256] = incoming.size_bytes
+
+    @contextmanager
+    def making(self) -> Iterator[Path]:
+        """A folder of this machine for files that become blobs; it is gone afterwards."""
+        with on_disk():
+            self._making.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder = Path(tempfile.mkdtemp(dir=self._making))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def adopt(self, path: Path) -> tuple[str, int]:
+        """Moves a whole file here, and says its digest and size; raises Overloaded where there is
+        no room."""
+        with on_disk(), path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+            os.fsync(file.fileno())
+        key = _key(sha256)
+        if self._shelf.size(key) == size:
+            self._shelf.touch(key)
+            return sha256, size
+        with self._making_room:
+            self._make_room(sha256, size)
+            self._shelf.take(path, key)
+            self._sizes[sha256] = size
+        return sha256, size
 
     def keep(self, sha256: str, data: bytes) -> None:
         """A small blob that is here already; raises what `receive` and `complete` raise."""

@@ -11,5 +11,7 @@ DIT = (
     "named_embeddings",
     "trace",
     "adapters",
+    "train_lora",
 )
+TRAINER = ("lora",)
 ENCODER = ("encode_stream",)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from zimage_core.planning import schedule, shares
-from zimage_rpc.dit.v1 import dit_pb2
+from zimage_rpc.dit.v1 import dit_pb2, training_pb2
+from zimage_rpc.trainer.v1 import trainer_pb2
 from zimage_rpc.types.v1 import types_pb2
 
 FORMATS = {
@@ -41,6 +42,31 @@ WORKER_STATES = {
     "loading": types_pb2.Worker.STATE_LOADING,
     "idle": types_pb2.Worker.STATE_IDLE,
     "working": types_pb2.Worker.STATE_WORKING,
+}
+DISTRIBUTIONS = {
+    "uniform": training_pb2.NoisePlan.DISTRIBUTION_UNIFORM,
+    "logit_normal": training_pb2.NoisePlan.DISTRIBUTION_LOGIT_NORMAL,
+    "schedule": training_pb2.NoisePlan.DISTRIBUTION_SCHEDULE,
+}
+OPTIMIZERS = {
+    "adamw": training_pb2.OptimizerPlan.NAME_ADAMW,
+}
+COURSES = {
+    "constant": training_pb2.LearningRatePlan.COURSE_CONSTANT,
+    "cosine": training_pb2.LearningRatePlan.COURSE_COSINE,
+    "one_cycle": training_pb2.LearningRatePlan.COURSE_ONE_CYCLE,
+}
+JOB_STATES = {
+    "waiting": trainer_pb2.TrainJob.STATE_WAITING,
+    "running": trainer_pb2.TrainJob.STATE_RUNNING,
+    "paused": trainer_pb2.TrainJob.STATE_PAUSED,
+    "completed": trainer_pb2.TrainJob.STATE_COMPLETED,
+    "failed": trainer_pb2.TrainJob.STATE_FAILED,
+    "cancelled": trainer_pb2.TrainJob.STATE_CANCELLED,
+}
+RECOMPUTES = {
+    "blocks": training_pb2.TrainingPlan.RECOMPUTE_BLOCKS,
+    "nothing": training_pb2.TrainingPlan.RECOMPUTE_NOTHING,
 }
 
 

@@ -21,8 +21,10 @@ from zimage_client.cli import (
     info,
     inline,
     inspect,
+    jobs,
     profile,
     trace,
+    train,
     up,
     verify,
 )
@@ -51,6 +53,8 @@ _COMMANDS = {
     "doctor": (doctor, "try every link to the services and say what to change"),
     "certs": (certs, "make a private authority, and certificates for machines"),
     "profile": (profile, "measure encoding, steps and pictures, and compare ways to compute"),
+    "train": (train, "teach a LoRA from pictures and captions"),
+    "jobs": (jobs, "show, watch, pause, resume and export trainings"),
     "trace": (trace, "show what the device of a running DiT service did, and for whom"),
     "verify": (verify, "make a picture again and say whether it is the same"),
 }

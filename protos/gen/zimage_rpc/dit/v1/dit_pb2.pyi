@@ -1334,6 +1334,7 @@ class Model(_message.Message):
     DEFAULT_STEP_COUNT_FIELD_NUMBER: _builtins.int
     DEFAULT_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     PREVIEW_R_SQUARED_FIELD_NUMBER: _builtins.int
+    VAE_SHA256_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The folder's name."""
     variant: Global___Model.Variant.ValueType
@@ -1352,6 +1353,8 @@ class Model(_message.Message):
     """How much of the pictures' variance a linear map of the latents tells: R squared on pictures it was not fitted to. Below
     0.5 previews from the latents are unavailable.
     """
+    vae_sha256: _builtins.str
+    """SHA-256 over the weights and constants of its VAE: which latents are its own."""
     @_builtins.property
     def encoder_identity(self) -> _types_pb2.EncoderIdentity:
         """The encoder whose embeddings this model takes; unset when none is pinned."""
@@ -1368,10 +1371,11 @@ class Model(_message.Message):
         default_step_count: _builtins.int = ...,
         default_guidance_scale: _builtins.float = ...,
         preview_r_squared: _builtins.float = ...,
+        vae_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_identity", b"encoder_identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption_width", b"caption_width", "default_guidance_scale", b"default_guidance_scale", "default_side_px", b"default_side_px", "default_step_count", b"default_step_count", "encoder_identity", b"encoder_identity", "name", b"name", "preview_r_squared", b"preview_r_squared", "shift", b"shift", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption_width", b"caption_width", "default_guidance_scale", b"default_guidance_scale", "default_side_px", b"default_side_px", "default_step_count", b"default_step_count", "encoder_identity", b"encoder_identity", "name", b"name", "preview_r_squared", b"preview_r_squared", "shift", b"shift", "vae_sha256", b"vae_sha256", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,119 @@
+"""Jobs of a trainer service, as users see them."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from zimage_core.digests import Named
+from zimage_core.errors import ZImageError
+from zimage_core.wire import names, status
+from zimage_rpc.trainer.v1 import trainer_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class TrainCheckpoint:
+    """What there is of a job behind so many steps."""
+
+    step: int
+    adapter: Named
+    """The adapter's file in the trainer's store."""
+    state: Named
+    """What training goes on from."""
+    created: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """A job as it is."""
+
+    id: str
+    name: str
+    """Of the adapter."""
+    state: str
+    """"waiting", "running", "paused", "completed", "failed" or "cancelled"; empty for one that is
+    newer than this client."""
+    waits_for: str
+    failure: ZImageError | None
+    step: int
+    """How many are behind it."""
+    step_count: int
+    created: datetime
+    updated: datetime
+    checkpoints: tuple[TrainCheckpoint, ...]
+    spec: trainer_pb2.TrainJobSpec
+    """What was asked, everything decided."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it does not go on by itself, ever."""
+        return self.state in ("completed", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """What came of a step."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
+    seconds: float
+    waited_seconds: float
+
+
+JobEvent = TrainJob | TrainStep | TrainCheckpoint
+"""What happens to a job: it is in another state, it has learnt, it is kept."""
+
+
+def job(message: trainer_pb2.TrainJob) -> TrainJob:
+    """A job."""
+    failure = status.from_failure(message.failure) if message.HasField("failure") else None
+    return TrainJob(
+        id=message.id,
+        name=message.spec.name,
+        state=names.name_of(message.state, names.JOB_STATES),
+        waits_for=message.waits_for,
+        failure=failure,
+        step=message.step,
+        step_count=message.spec.training.step_count,
+        created=message.create_time.ToDatetime(),
+        updated=message.update_time.ToDatetime(),
+        checkpoints=tuple(map(checkpoint, message.checkpoints)),
+        spec=message.spec,
+    )
+
+
+def checkpoint(message: trainer_pb2.TrainCheckpoint) -> TrainCheckpoint:
+    """A checkpoint."""
+    return TrainCheckpoint(
+        step=message.step,
+        adapter=Named(message.adapter.sha256, message.adapter.size_bytes),
+        state=Named(message.state.sha256, message.state.size_bytes),
+        created=message.create_time.ToDatetime(),
+    )
+
+
+def step(message: trainer_pb2.TrainStep) -> TrainStep:
+    """A step."""
+    return TrainStep(
+        step=message.step,
+        loss=message.loss,
+        gradient_norm=message.gradient_norm,
+        learning_rate=message.learning_rate,
+        skipped=message.skipped,
+        seconds=message.duration.ToNanoseconds() / 1e9,
+        waited_seconds=message.waited.ToNanoseconds() / 1e9,
+    )
+
+
+def event(message: trainer_pb2.WatchTrainJobResponse) -> JobEvent | None:
+    """What happened; None for what this version cannot read."""
+    match message.WhichOneof("event"):
+        case "job":
+            return job(message.job)
+        case "step":
+            return step(message.step)
+        case "checkpoint":
+            return checkpoint(message.checkpoint)
+        case _:
+            return None

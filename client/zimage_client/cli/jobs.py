@@ -1,0 +1,179 @@
+"""`zimage-client jobs`: trainings as they go on."""
+
+import json
+import math
+from argparse import ArgumentParser, Namespace
+from contextlib import aclosing
+from pathlib import Path
+
+from zimage_client import AsyncTrainer, TrainCheckpoint, TrainJob, TrainStep
+from zimage_client.cli import output
+from zimage_client.cli.terminal import Terminal
+from zimage_client.cli.usage import wrong
+from zimage_core.errors import NotFound
+from zimage_core.settings import ClientSettings
+
+_SMOOTHING = 0.98
+_FAILED = 1
+
+
+def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
+    """What can be done, each with its arguments; the settings go with these."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, purpose in (
+        ("list", "list all, the latest first"),
+        ("show", "show what is known of one"),
+        ("watch", "tell what happens until it ends"),
+        ("pause", "let one rest behind its next checkpoint"),
+        ("resume", "let one go on from its last checkpoint"),
+        ("cancel", "end one for good; its checkpoints stay"),
+        ("export", "write a checkpoint's adapter to a file"),
+    ):
+        of_action = actions.add_parser(
+            action, help=purpose, description=purpose, allow_abbrev=False
+        )
+        if action != "list":
+            of_action.add_argument("job", metavar="JOB")
+        of_action.add_argument(
+            "--json", action="store_true", help="one JSON object a line on stdout"
+        )
+        if action == "export":
+            of_action.add_argument("-o", "--output", type=Path, metavar="FILE", help="required")
+            of_action.add_argument("--step", type=int, metavar="N", help="default: the last")
+            of_action.add_argument("--overwrite", action="store_true", help="replace a file")
+    return list(actions.choices.values())
+
+
+async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int | None:
+    """Does the one thing."""
+    async with trainer(settings) as client:
+        match args.action:
+            case "list":
+                for job in await client.jobs():
+                    _show(job, args, terminal)
+            case "show":
+                job = await client.get(args.job)
+                _show(job, args, terminal)
+                if not args.json:
+                    for kept in job.checkpoints:
+                        terminal.result(f"  step {kept.step}: adapter {kept.adapter.sha256}")
+            case "watch":
+                return await watch(client, args.job, args, terminal)
+            case "export":
+                await _export(client, args, terminal)
+            case "pause" | "resume" | "cancel" as action:
+                _show(await getattr(client, action)(args.job), args, terminal)
+    return None
+
+
+def trainer(settings: ClientSettings) -> AsyncTrainer:
+    """The client of the trainer service that is configured."""
+    if not settings.trainer:
+        raise wrong("--trainer", "training needs a trainer service; give --trainer ADDR")
+    return AsyncTrainer(settings.trainer, **settings.credentials)
+
+
+async def watch(client: AsyncTrainer, job_id: str, args: Namespace, terminal: Terminal) -> int:
+    """What happens until it ends; Ctrl-C leaves it to go on."""
+    progress = _Progress()
+    last = await client.get(job_id)
+    async with aclosing(client.watch(job_id)) as events:
+        async for event in events:
+            match event:
+                case TrainJob():
+                    is_new = (event.state, event.waits_for) != (last.state, last.waits_for)
+                    last = event
+                    if is_new and not event.has_ended:
+                        waits = f": {event.waits_for}" if event.waits_for else ""
+                        terminal.note(f"{event.state}{waits}")
+                case TrainStep():
+                    progress.enter(event)
+                    if args.json:
+                        terminal.result(json.dumps(_step(event)))
+                    terminal.live(progress.line(last.step_count))
+                case TrainCheckpoint():
+                    terminal.note(f"checkpoint behind step {event.step}")
+    last = await client.get(job_id)
+    _show(last, args, terminal)
+    return 0 if last.state == "completed" else _FAILED
+
+
+class _Progress:
+    """How a training goes, in a line."""
+
+    def __init__(self) -> None:
+        self._smoothed: float | None = None
+        self._waited = self._worked = 0.0
+        self._last: TrainStep | None = None
+
+    def enter(self, step: TrainStep) -> None:
+        """One more is done."""
+        self._last = step
+        if math.isfinite(step.loss):
+            before = step.loss if self._smoothed is None else self._smoothed
+            self._smoothed = _SMOOTHING * before + (1 - _SMOOTHING) * step.loss
+        self._waited += step.waited_seconds
+        self._worked += step.seconds
+
+    def line(self, step_count: int) -> str:
+        """For people who watch."""
+        step = self._last
+        assert step is not None
+        done = step.step + 1
+        each = step.seconds + step.waited_seconds
+        share = self._waited / max(self._waited + self._worked, 1e-9)
+        left = each * (step_count - done)
+        smoothed = math.nan if self._smoothed is None else self._smoothed
+        return (
+            f"step {done} of {step_count}  loss {step.loss:.4f} ({smoothed:.4f})  "
+            f"gradient {step.gradient_norm:.3g}  rate {step.learning_rate:.2e}  "
+            f"{each:.2f} s  waited {share:.0%}  {_duration(left)} left"
+        )
+
+
+async def _export(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> None:
+    if args.output is None:
+        raise wrong("--output", "give the file to write, -o FILE")
+    output.check(args.output, overwrite=args.overwrite)
+    job = await client.get(args.job)
+    found = [kept for kept in job.checkpoints if args.step in (None, kept.step)]
+    if not found:
+        there = ", ".join(str(kept.step) for kept in job.checkpoints) or "none yet"
+        raise NotFound(f"job {job.id} has no such checkpoint; there is {there}")
+    await client.get_blob(found[-1].adapter.sha256, args.output)
+    terminal.result(f"{args.output}  behind step {found[-1].step}")
+
+
+def _show(job: TrainJob, args: Namespace, terminal: Terminal) -> None:
+    failure = job.failure.message if job.failure else ""
+    if args.json:
+        told = {
+            "id": job.id, "name": job.name, "state": job.state, "waits_for": job.waits_for,
+            "failure": failure, "step": job.step, "step_count": job.step_count,
+            "checkpoints": [kept.step for kept in job.checkpoints],
+        }  # fmt: skip
+        terminal.result(json.dumps(told))
+        return
+    more = job.waits_for or failure
+    terminal.result(
+        f"{job.id}  {job.name}  {job.state}  step {job.step} of {job.step_count}"
+        + (f"  {more}" if more else "")
+    )
+
+
+def _step(step: TrainStep) -> dict[str, object]:
+    return {
+        "step": step.step,
+        "loss": step.loss,
+        "gradient_norm": step.gradient_norm,
+        "learning_rate": step.learning_rate,
+        "skipped": step.skipped,
+        "seconds": round(step.seconds, 4),
+        "waited_seconds": round(step.waited_seconds, 4),
+    }
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,287 @@
+"""The trainings under way on this device: their steps take turns with those of pictures, in pieces
+that nobody waits long behind."""
+
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dit_service import messages
+from dit_service.engine.diary import Diary, part
+from dit_service.engine.lines import Load
+from dit_service.engine.pace import Announce, Pace
+from dit_service.model.attention.backends import BACKENDS
+from dit_service.model.transformer import ZImageTransformer
+from dit_service.training.training import Example, Training
+from zimage_core.errors import InvalidRequest, NotReady
+from zimage_core.planning.flops import dit_step_flops
+from zimage_core.planning.limits import padded
+from zimage_core.planning.training import TrainingPlan
+
+_log = logging.getLogger(__name__)
+
+_SLOWEST_SECONDS_PER_FLOP = 1e-9
+_FORWARDS = {"nothing": 3, "blocks": 4}
+"""What a sample costs, in forwards: itself, about twice that for its gradient, and what is computed
+again."""
+_KEPT_BYTES = 4 << 30
+"""Of samples in host memory: 3,000 of 1024x1024 pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a training wants of the device next."""
+
+    load: Load
+    flops_left: float
+    """Of this and all that is left of its step."""
+
+
+class Turn:
+    """Waits for the step before."""
+
+    def __init__(self, course: "_Course", step: int) -> None:
+        self._course = course
+        self._step = step
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is behind this training, or never will be."""
+        return self._course.is_broken or self._course.training.step >= self._step
+
+    def wait(self) -> None:
+        """It comes while others work."""
+
+
+Learning = Generator[Lesson | Turn, object, None]
+"""A step of a training under way: has its turn whenever it is gone on with."""
+
+
+class Trainings:
+    """One model's, by the sessions that they belong to."""
+
+    def __init__(
+        self, model: ZImageTransformer, backend: str, announce: Announce, diary: Diary
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._diary = diary
+        self._samples = _Samples(_KEPT_BYTES)
+        self._pace = Pace("train", _SLOWEST_SECONDS_PER_FLOP, announce)
+        self._courses: dict[str, _Course] = {}
+
+    def turn_to(
+        self, asked: messages.OpenTraining | messages.CloseTraining
+    ) -> Iterator[messages.TrainingOpened]:
+        """Opens a training, and says how far it is, or closes it."""
+        if isinstance(asked, messages.OpenTraining):
+            yield self._open(asked)
+        elif course := self._courses.pop(asked.session, None):
+            course.is_broken = True  # for whoever still waits for its next step
+
+    def _open(self, asked: messages.OpenTraining) -> messages.TrainingOpened:
+        """Begins a training, or goes on from its state."""
+        self._refuse_what_cannot_learn()
+        state, step = _read_state(asked.state) if asked.state else ({}, 0)
+        with torch.inference_mode(mode=False):
+            training = Training(self._model, self._backend, asked.plan, state, step)
+        self._courses[asked.session] = _Course(training, asked.plan)
+        count = sum(weight.numel() for weight in training.weights.values())
+        _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
+        return messages.TrainingOpened(step, count)
+
+    def learn(self, asked: messages.Learn, emit: Callable[[object], None]) -> "Learning":
+        """A step, in pieces of as many samples as the plan computes at once; emits its outcome."""
+        course = self._course(asked.session)
+        turn = Turn(course, asked.step)
+        if not turn.is_there:
+            yield turn
+        if course.is_broken or course.training.step != asked.step:
+            raise _out_of_order(course, asked.step)
+        try:
+            emit((yield from self._step(course, asked)))
+        except BaseException:
+            course.is_broken = True  # half a gradient is none
+            raise
+
+    def checkpoint(self, asked: messages.TakeCheckpoint) -> Callable[[], messages.Checkpoint]:
+        """What writes the checkpoint that is there now, in its own time."""
+        course = self._course(asked.session)
+        with torch.inference_mode(mode=False):
+            adapter = course.training.adapter_tensors(torch.bfloat16)
+            state = course.training.state()
+        adapter = {name: tensor.cpu().contiguous() for name, tensor in adapter.items()}
+        step = course.training.step
+
+        def write() -> messages.Checkpoint:
+            files = asked.folder / "adapter.safetensors", asked.folder / "state.safetensors"
+            save_file(adapter, files[0], metadata={"format": "pt", "step": str(step)})
+            save_file(state, files[1], metadata={"step": str(step)})
+            return messages.Checkpoint(step, *files)
+
+        return write
+
+    def _step(
+        self, course: "_Course", asked: messages.Learn
+    ) -> Generator[Lesson, object, messages.Learnt]:
+        waited = time.monotonic() - course.idle_since
+        seconds = 0.0
+        examples = self._examples(asked)
+        flops = [self._flops(course.plan, example) for example in examples]
+        at_once = course.plan.samples_at_once
+        for first in range(0, len(examples), at_once):
+            end = first + at_once
+            yield Lesson(Load(sum(flops[first:end]), 0), flops_left=sum(flops[first:]))
+            seconds += self._learn_from(course, examples[first:end], first, sum(flops[first:end]))
+        with torch.inference_mode(mode=False):
+            outcome = course.training.take_step()
+        course.idle_since = time.monotonic()
+        return messages.Learnt(
+            step=asked.step,
+            loss=outcome.loss,
+            gradient_norm=outcome.gradient_norm,
+            learning_rate=outcome.learning_rate,
+            is_taken=outcome.is_taken,
+            seconds=seconds,
+            waited_seconds=waited,
+        )
+
+    def _learn_from(
+        self, course: "_Course", examples: list[Example], first: int, flops: float
+    ) -> float:
+        with torch.inference_mode(mode=False), self._pace.working(flops) as piece:
+            course.training.learn(examples, first)
+        self._diary.enter("train", piece.seconds, part(step=course.training.step + 1))
+        return piece.seconds
+
+    def _examples(self, asked: messages.Learn) -> list[Example]:
+        total = sum(sample.weight for sample in asked.samples)
+        config, device = self._model.config, self._model.device
+        examples = []
+        for sample in asked.samples:
+            latents_CHW = self._samples.tensor("latents", *sample.latents)
+            features_LF = self._samples.tensor("embeddings", *sample.caption)
+            _check("latents", latents_CHW, (config.in_channels, None, None), config.patch_size)
+            _check("embeddings", features_LF, (None, config.cap_feat_dim))
+            with torch.inference_mode(mode=False):
+                examples.append(
+                    Example(
+                        latents_CHW.to(device).float(),
+                        features_LF.to(device).to(self._model.dtype),
+                        sample.weight / total,
+                    )
+                )
+        return examples
+
+    def _flops(self, plan: TrainingPlan, example: Example) -> float:
+        _, height, width = example.latents_CHW.shape
+        tokens = height * width // self._model.config.patch_size**2
+        rows = padded(len(example.features_LF))
+        forward = dit_step_flops(self._model.config, [(tokens, rows)])
+        return float(_FORWARDS[plan.recompute] * forward)
+
+    def _course(self, session: str) -> "_Course":
+        if session not in self._courses:
+            raise NotReady(
+                f"training {session} is not open here any more; open it again from its last "
+                "checkpoint",
+                reason="TRAINING_NOT_OPEN",
+            )
+        return self._courses[session]
+
+    def _refuse_what_cannot_learn(self) -> None:
+        """Kernels and weights that are for pictures alone."""
+        if BACKENDS[self._backend].is_lossy:
+            what = f"attention_backend {self._backend} computes no gradients; sdpa does"
+        elif self._model.weights != "full":
+            what = f"weights {self._model.weights} are for pictures; training needs full"
+        elif self._model.streamed_block_count:
+            what = "blocks that take turns on the device (max_weight_bytes) do not train"
+        else:
+            return
+        raise NotReady(f"this service cannot train: {what}", reason="CANNOT_TRAIN")
+
+
+@dataclass(slots=True)
+class _Course:
+    """A training, and where it is."""
+
+    training: Training
+    plan: TrainingPlan
+    is_broken: bool = False
+    idle_since: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.idle_since = time.monotonic()
+
+
+class _Samples:
+    """What steps learn from, in host memory: those of late, from files that are not read twice."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def tensor(self, name: str, sha256: str, file: Path) -> Tensor:
+        """The file's tensor of that name; raises InvalidRequest where it has none."""
+        if sha256 in self._kept:
+            self._kept.move_to_end(sha256)
+            return self._kept[sha256]
+        try:
+            with torch.inference_mode(mode=False), safe_open(file, framework="pt") as tensors:
+                tensor: Tensor = tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InvalidRequest.given(
+                "sample", f"file {sha256} ({error})", f"safetensors with {name}", "TRAIN_SAMPLE"
+            ) from error
+        self._kept[sha256] = tensor
+        self._bytes += tensor.nbytes
+        while self._bytes > self._most_bytes and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= oldest.nbytes
+        return tensor
+
+
+def _check(
+    name: str, tensor: Tensor, sizes: tuple[int | None, ...], multiple: int | None = None
+) -> None:
+    """Raises InvalidRequest for what this model cannot learn from."""
+    fits = tensor.ndim == len(sizes) and all(
+        given == wanted if wanted is not None else given > 0 and given % (multiple or 1) == 0
+        for given, wanted in zip(tensor.shape, sizes, strict=True)
+    )
+    if not fits or not tensor.is_floating_point():
+        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+        more = f" by multiples of {multiple}" if multiple else ""
+        given = f"{tensor.dtype} {list(tensor.shape)}"
+        raise InvalidRequest.given(name, given, f"floats [{wanted}]{more}", "TRAIN_SAMPLE")
+    if not tensor.isfinite().all():
+        raise InvalidRequest.given(name, "values that are no numbers", "numbers", "TRAIN_SAMPLE")
+
+
+def _read_state(file: Path) -> tuple[dict[str, Tensor], int]:
+    try:
+        with torch.inference_mode(mode=False), safe_open(file, framework="pt") as tensors:
+            step = int((tensors.metadata() or {})["step"])
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}, step  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InvalidRequest.given(
+            "open.state", f"a file that is none ({error})", "a checkpoint's state", "TRAINING_STATE"
+        ) from error
+
+
+def _out_of_order(course: _Course, step: int) -> NotReady:
+    if course.is_broken:
+        what = "a step of this training failed; open it again from its last checkpoint"
+    else:
+        what = f"step {step} was sent, and step {course.training.step} is the next"
+    return NotReady(what, reason="TRAINING_ORDER")

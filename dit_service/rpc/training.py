@@ -1,0 +1,270 @@
+"""Training on the wire: batches come in, with the files they name; what came of them goes out."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from itertools import count
+from typing import Any
+
+import grpc.aio
+
+from dit_service import messages
+from dit_service.rpc.arrivals import Arrivals
+from dit_service.rpc.describe import numeric_plan
+from zimage_core.errors import InvalidRequest, NotReady, Unavailable
+from zimage_core.planning.shares import BACKGROUND, Share
+from zimage_core.serving import access
+from zimage_core.serving.worker import Worker
+from zimage_core.store.blobs import Blobs, check_name
+from zimage_core.wire import training as plans
+from zimage_rpc.dit.v1 import dit_pb2, training_pb2, training_pb2_grpc
+from zimage_rpc.types.v1 import types_pb2
+
+_BATCHES_AHEAD = 2
+"""One is worked on while the next is there already."""
+_MOST_SAMPLES = 256
+_SILENT_SECONDS = 30.0
+_REMEMBERED_JOBS = 1000
+_MEDIA_TYPE = "application/vnd.safetensors"
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Request = training_pb2.TrainSessionRequest
+_Response = training_pb2.TrainSessionResponse
+
+
+class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
+    """Hands trainings to the worker."""
+
+    def __init__(self, worker: Worker, blobs: Blobs) -> None:
+        self._worker = worker
+        self._blobs = blobs
+        self._epochs: OrderedDict[str, int] = OrderedDict()
+        """The latest stretches of jobs of late."""
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    async def TrainSession(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[_Request], context: _Context
+    ) -> AsyncIterator[_Response]:
+        """From the opening to the last checkpoint; when the call ends, so does the session."""
+        try:
+            async with asyncio.timeout(_SILENT_SECONDS):
+                first = await anext(request_iterator, None)
+        except TimeoutError:
+            raise _refusal(f"nothing within {_SILENT_SECONDS:g} s") from None
+        if first is None or first.WhichOneof("payload") != "open":
+            raise _refusal("no open in the first")
+        name = self._name(first.open)
+        session = _Session(name, request_iterator, self._worker, self._blobs)
+        running = self._running[first.open.job] = asyncio.create_task(session.run(first.open))
+        running.add_done_callback(lambda _done: session.told.put_nowait(None))
+        try:
+            for sequence in count(1):
+                answer = await session.told.get()
+                if answer is None:
+                    break
+                answer.sequence = sequence
+                answer.event_time.GetCurrentTime()
+                yield answer
+            if running.cancelled():
+                raise _replaced(first.open)
+            running.result()  # raises what ended it
+        finally:
+            running.cancel()
+            if self._running.get(first.open.job) is running:
+                del self._running[first.open.job]
+            await asyncio.wait([running])
+            await asyncio.shield(session.close())
+
+    def _name(self, opening: training_pb2.OpenTraining) -> str:
+        """The session's own; an earlier stretch of its job is over. Raises NotReady for a stretch
+        that is over itself, whoever comes back with it."""
+        job, epoch = check_name(opening.job, "open.job"), opening.session_epoch
+        if epoch <= self._epochs.get(job, 0):
+            raise _replaced(opening)
+        self._epochs[job] = epoch
+        self._epochs.move_to_end(job)
+        while len(self._epochs) > _REMEMBERED_JOBS:
+            self._epochs.popitem(last=False)
+        if earlier := self._running.get(job):
+            earlier.cancel()
+        return f"{job}/{epoch}"
+
+
+class _Session:
+    """One call's."""
+
+    def __init__(
+        self, name: str, requests: AsyncIterator[_Request], worker: Worker, blobs: Blobs
+    ) -> None:
+        self.told: asyncio.Queue[_Response | None] = asyncio.Queue()
+        """What the client shall hear; None is the end."""
+        self._requests = requests
+        self._worker = worker
+        self._blobs = blobs
+        self._arrivals = Arrivals(blobs, self._need)
+        self._asked: asyncio.Queue[_Request | None] = asyncio.Queue()
+        self._opened = asyncio.Event()
+        self._next_step = 0
+        self._unanswered = 0
+        self._name = name
+
+    async def run(self, opening: training_pb2.OpenTraining) -> None:
+        """Until all that was asked is answered; raises the first error, and ends the rest."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read())
+                group.create_task(self._answer(opening, group))
+        except BaseExceptionGroup as errors:
+            raise _first_of(errors) from None
+
+    async def _read(self) -> None:
+        async for request in self._requests:
+            match request.WhichOneof("payload"):
+                case "chunk":
+                    await self._arrivals.take(request.chunk)
+                case "batch":
+                    self._count(request.batch)
+                    self._asked.put_nowait(request)
+                case "checkpoint":
+                    self._refuse_unopened()
+                    self._asked.put_nowait(request)
+                case other:
+                    raise _refusal(other or "nothing in one")
+        self._asked.put_nowait(None)
+
+    def _count(self, batch: training_pb2.TrainBatch) -> None:
+        self._refuse_unopened()
+        if batch.step != self._next_step:
+            raise InvalidRequest.given("batch.step", batch.step, f"{self._next_step}", "GRAMMAR")
+        if not 1 <= len(batch.samples) <= _MOST_SAMPLES:
+            given = f"{len(batch.samples)} samples"
+            raise InvalidRequest.given("batch.samples", given, f"1 to {_MOST_SAMPLES}", "GRAMMAR")
+        if self._unanswered == _BATCHES_AHEAD:
+            raise _refusal(f"more than {_BATCHES_AHEAD} batches ahead of their reports")
+        self._next_step += 1
+        self._unanswered += 1
+
+    def _refuse_unopened(self) -> None:
+        if not self._opened.is_set():
+            raise _refusal("a batch or checkpoint before the training was opened")
+
+    async def _answer(self, opening: training_pb2.OpenTraining, group: asyncio.TaskGroup) -> None:
+        """What was asked, in its order. A checkpoint is of what came before it and nothing else."""
+        await self._open(opening)
+        learning: list[asyncio.Task[None]] = []
+        while (request := await self._asked.get()) is not None:
+            if request.HasField("batch"):
+                samples = await self._samples(request.batch)
+                share = Share(access.project(), BACKGROUND)
+                step = self._learn(messages.Learn(self._name, request.batch.step, samples, share))
+                learning = [
+                    *(task for task in learning if not task.done()),
+                    group.create_task(step),
+                ]
+            else:
+                await asyncio.gather(*learning)
+                await self._take_checkpoint()
+        await asyncio.gather(*learning)
+
+    async def close(self) -> None:
+        """Nobody goes on with it."""
+        self._arrivals.close()
+        with suppress(Unavailable):  # a worker that died has forgotten it
+            async for _ in self._worker.call(messages.CloseTraining(self._name)):
+                pass
+
+    async def _open(self, opening: training_pb2.OpenTraining) -> None:
+        model = self._worker.loaded(messages.Model)
+        plan = plans.plan(opening.plan, model.shape, "open.plan")
+        state = None
+        if opening.HasField("state"):
+            [(_, state)] = await self._arrivals.files([opening.state])
+        opened = await self._one(messages.OpenTraining(self._name, plan, state))
+        assert isinstance(opened, messages.TrainingOpened)
+        self._next_step = opened.step
+        self._opened.set()
+        self._tell(
+            opened=training_pb2.TrainingOpened(
+                plan=plans.message(plan),
+                step=opened.step,
+                parameter_count=opened.parameter_count,
+                batches_ahead=_BATCHES_AHEAD,
+                numeric_plan=numeric_plan(model),
+            )
+        )
+
+    async def _samples(self, batch: training_pb2.TrainBatch) -> tuple[messages.TrainSample, ...]:
+        """With their files on this machine."""
+        latents = await self._arrivals.files([sample.latents for sample in batch.samples])
+        captions = await self._arrivals.files([sample.caption for sample in batch.samples])
+        weights = [sample.weight if sample.HasField("weight") else 1.0 for sample in batch.samples]
+        for index, weight in enumerate(weights):
+            if not 0 < weight < float("inf"):
+                field = f"batch.samples[{index}].weight"
+                raise InvalidRequest.given(field, weight, "a number above 0", "TRAIN_SAMPLE")
+        return tuple(
+            messages.TrainSample(*three) for three in zip(latents, captions, weights, strict=True)
+        )
+
+    async def _learn(self, asked: messages.Learn) -> None:
+        learnt = await self._one(asked)
+        assert isinstance(learnt, messages.Learnt)
+        self._unanswered -= 1
+        report = training_pb2.StepReport(
+            step=learnt.step,
+            loss=learnt.loss,
+            gradient_norm=learnt.gradient_norm,
+            learning_rate=learnt.learning_rate,
+            skipped=not learnt.is_taken,
+        )
+        report.duration.FromNanoseconds(round(learnt.seconds * 1e9))
+        report.waited.FromNanoseconds(round(learnt.waited_seconds * 1e9))
+        self._tell(step=report)
+
+    async def _take_checkpoint(self) -> None:
+        with self._blobs.making() as folder:
+            taken = await self._one(messages.TakeCheckpoint(self._name, folder))
+            assert isinstance(taken, messages.Checkpoint)
+            adapter, state = [
+                await asyncio.to_thread(self._blobs.adopt, file)
+                for file in (taken.adapter, taken.state)
+            ]
+        self._tell(
+            checkpoint=training_pb2.CheckpointReady(
+                step=taken.step, adapter=_digest(*adapter), state=_digest(*state)
+            )
+        )
+
+    async def _one(self, asked: object) -> object:
+        """What the worker answers to what has one answer."""
+        [answer] = [event async for event in self._worker.call(asked)]
+        return answer
+
+    def _need(self, digests: list[types_pb2.Digest]) -> None:
+        self._tell(need=dit_pb2.Need(digests=digests))
+
+    def _tell(self, **event: Any) -> None:
+        self.told.put_nowait(_Response(**event))
+
+
+def _digest(sha256: str, size_bytes: int) -> types_pb2.Digest:
+    return types_pb2.Digest(sha256=sha256, size_bytes=size_bytes, media_type=_MEDIA_TYPE)
+
+
+def _replaced(opening: training_pb2.OpenTraining) -> NotReady:
+    return NotReady(
+        f"stretch {opening.session_epoch} of {opening.job} is over: a later one was opened",
+        reason="SESSION_REPLACED",
+        fields={"field": "open.session_epoch", "given": str(opening.session_epoch)},
+    )
+
+
+def _first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = errors.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _refusal(given: str) -> InvalidRequest:
+    allowed = "open; once it is opened, batches and checkpoints; what is needed at any time"
+    return InvalidRequest.given("messages of TrainSession", given, allowed, "GRAMMAR")

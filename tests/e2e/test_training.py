@@ -1,0 +1,203 @@
+"""Trainings through all three services: from pictures to an adapter to draw with."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+
+from tests.e2e.services import PATIENCE_SECONDS, Service, running
+from zimage_client import Client, Options
+from zimage_client._embedded.stack import demo_model
+from zimage_client.cli.main import main as command
+
+pytestmark = pytest.mark.timeout(300)
+
+STEPS, INTERVAL = 7, 3
+PROMPT = "a large red circle in the middle on a blue background"
+WISH = Options(seed=3, steps=4, guidance=0.0)
+
+
+@dataclass(frozen=True)
+class Services:
+    encoder: Service
+    dit: Service
+    trainer: Service
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    folder = tmp_path_factory.mktemp("trainer")
+    model = "--model", str(demo_model())
+    with running("encoder_service", *model) as encoder:
+        flags = "--encoder", encoder.address, "--store", str(folder / "dit")
+        with running("dit_service", *model, *flags) as dit:
+            flags = "--encoder", encoder.address, "--dit", dit.address
+            places = "--store", str(folder / "trainer"), "--database", f"sqlite:///{folder}/jobs"
+            with running("trainer_service", *flags, *places) as trainer:
+                for service in (encoder, dit, trainer):
+                    service.wait_until("SERVING")
+                yield Services(encoder, dit, trainer)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few, of several shapes, with captions of several lengths."""
+    folder = tmp_path_factory.mktemp("data") / "frames"
+    folder.mkdir()
+    for number, size in enumerate([(128, 128), (160, 96), (96, 160), (200, 128), (128, 128)]):
+        image = Image.new("RGB", size, (20 * number, 90, 200))
+        ImageDraw.Draw(image).rectangle((20, 20, size[0] - 20, size[1] - 20), outline="white")
+        image.save(folder / f"{number}.png")
+        caption = "a white frame" + " on a large plain background" * number
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+def _asked(pictures: Path, services: Services, *flags: str) -> list[str]:
+    where = ["--images", str(pictures), "--trainer", services.trainer.address, "--isolated"]
+    usual = ["--steps", str(STEPS), "--checkpoint-interval", str(INTERVAL), "--batch-size", "2"]
+    return ["train", *where, *usual, *flags]
+
+
+def _lines(out: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
+    services: Services, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--rank", "4", "--learning-rate", "0.01", "--side", "96", "--json"
+    assert command(_asked(pictures, services, "--name", "frames", *flags)) == 0
+    *steps, job = _lines(capsys.readouterr().out)
+    assert [step["step"] for step in steps] == list(range(STEPS))
+    assert job["state"] == "completed"
+    assert job["checkpoints"] == [3, 6, 7]
+
+    with Client(services.dit.address) as client:
+        adapter = client.get_adapter("frames")
+        assert adapter.rank == 4
+        assert adapter.linear_count == 6 * 7  # of the demo model's six layers
+        plain = client.generate(PROMPT, **WISH).pictures[0]
+        changed = client.generate(PROMPT, **WISH, adapters={"frames": 1.0}).pictures[0]
+    assert plain.pixels_sha256 != changed.pixels_sha256
+
+    at = ["--trainer", services.trainer.address, "--isolated"]
+    file = tmp_path / "frames.safetensors"
+    assert command(["jobs", "export", str(job["id"]), "-o", str(file), *at]) == 0
+    with safe_open(file, framework="pt") as tensors:
+        assert len(list(tensors.keys())) == 2 * 6 * 7
+    capsys.readouterr()
+    assert command(["jobs", "list", "--json", *at]) == 0
+    assert job in _lines(capsys.readouterr().out)
+
+
+def test_the_same_again_learns_the_same_from_what_is_kept(
+    services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for name in ("once", "twice"):
+        assert command(_asked(pictures, services, "--name", name, "--seed", "4", "--json")) == 0
+        runs.append(_lines(capsys.readouterr().out))
+    first, second = ([(step["loss"], step["gradient_norm"]) for step in run[:-1]] for run in runs)
+    assert first == second
+    assert len(set(first)) == STEPS
+    encoded = [line for line in services.dit.log if "EncodeImages" in line]
+    assert len(encoded) <= 2 * 5  # five pictures in two sizes, whatever number of jobs
+
+
+def _show(job: str, at: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    capsys.readouterr()
+    assert command(["jobs", "show", job, "--json", *at]) == 0
+    [shown] = _lines(capsys.readouterr().out)
+    return shown
+
+
+def test_what_breaks_on_the_way_changes_no_loss(
+    services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--trainer", services.trainer.address, "--isolated"]
+    flags = "--steps", "24", "--checkpoint-interval", "4", "--seed", "9"
+
+    def wait(job: str, what: Callable[[dict[str, object]], bool]) -> dict[str, object]:
+        until = time.monotonic() + 2 * PATIENCE_SECONDS
+        while not what(shown := _show(job, at, capsys)):
+            assert time.monotonic() < until, shown
+            time.sleep(0.05)
+        return shown
+
+    assert command(_asked(pictures, services, *flags, "--name", "whole", "--json")) == 0
+    *expected, _ = _lines(capsys.readouterr().out)
+    assert command(_asked(pictures, services, *flags, "--name", "broken", "--detach")) == 0
+    job = capsys.readouterr().out.strip()
+
+    wait(job, lambda shown: int(str(shown["step"])) >= 6)
+    services.dit.worker.kill()
+    wait(job, lambda shown: shown["state"] == "waiting")
+    wait(job, lambda shown: int(str(shown["step"])) >= 10)
+    assert command(["jobs", "pause", job, *at]) == 0
+    rested = wait(job, lambda shown: shown["state"] == "paused")
+    assert rested["step"] == rested["checkpoints"][-1]  # type: ignore[index]
+    assert command(["jobs", "resume", job, *at]) == 0
+    capsys.readouterr()
+    assert command(["jobs", "watch", job, "--json", *at]) == 0
+    *learnt, end = _lines(capsys.readouterr().out)
+    assert end["state"] == "completed"
+
+    def decisive(steps: list[dict[str, object]]) -> list[tuple[object, ...]]:
+        return [(one["step"], one["loss"], one["gradient_norm"]) for one in steps]
+
+    assert decisive(learnt) == decisive(expected)
+
+
+def test_a_job_can_be_ended(
+    services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--trainer", services.trainer.address, "--isolated"]
+    asked = _asked(pictures, services, "--name", "never", "--steps", "100000", "--detach")
+    assert command(asked) == 0
+    job = capsys.readouterr().out.strip()
+    with Client(services.dit.address) as client:  # pictures are the same beside it
+        beside = client.generate(PROMPT, **WISH, packing="solo").pictures[0]
+        assert _show(job, at, capsys)["state"] == "running"
+        assert command(["jobs", "cancel", job, *at]) == 0
+        alone = client.generate(PROMPT, **WISH, packing="solo").pictures[0]
+    assert beside.pixels_sha256 == alone.pixels_sha256
+    assert _show(job, at, capsys)["state"] == "cancelled"
+    assert command(["jobs", "watch", job, *at]) == 1
+    assert command(["jobs", "resume", job, *at]) == 3
+    assert "does not go on" in capsys.readouterr().err
+    assert command(["jobs", "show", "job-of-nobody", *at]) == 3
+
+
+def test_what_cannot_be_learnt_from_is_named(
+    services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (128, 128)).save(tmp_path / "without.png")
+    Image.new("RGB", (128, 20)).save(tmp_path / "flat.png")
+    (tmp_path / "flat.txt").write_text("flat")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "broken.txt").write_text("broken")
+    assert command(_asked(tmp_path, services)) == 3
+    said = capsys.readouterr().err
+    for fault in (
+        "no text file beside it: without.png",
+        "a side of less than 64 pixels: flat.png",
+        "not a readable PNG, JPEG or WebP file",
+    ):
+        assert fault in said
+    assert command(_asked(tmp_path / "nowhere", services)) == 3
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_what_the_dit_service_refuses_is_why_a_job_failed(
+    services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(_asked(pictures, services, "--name", "large", "--rank", "5000", "--json")) == 1
+    [job] = _lines(capsys.readouterr().out)
+    assert job["state"] == "failed"
+    assert "lora.groups[0].rank: 5000 given, allowed is 1 to 1024" in str(job["failure"])

@@ -1,0 +1,296 @@
+"""Jobs that nothing makes forget: each change is one transaction, and what happened is kept in the
+order in which it did."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy.engine import Connection, Engine, RowMapping
+
+from trainer_service.jobs.tables import CHECKPOINTS, EVENTS, JOBS, METADATA, STEPS
+from zimage_client import training
+from zimage_core.digests import Named
+from zimage_core.errors import InvalidRequest, InvalidSettings, NotFound
+
+WAITING, RUNNING, PAUSED = "waiting", "running", "paused"
+COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
+ENDED = (COMPLETED, FAILED, CANCELLED)
+
+CHANGED, CHECKPOINT = "changed", "checkpoint"
+"""Kinds of events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as it is."""
+
+    id: str
+    project: str
+    spec: bytes
+    """What was asked, everything decided; a message, which others read."""
+    state: str
+    waits_for: str
+    failure: bytes
+    """A message; empty without."""
+    step: int
+    """How many are behind it."""
+    session_epoch: int
+    created: float
+    updated: float
+    checkpoints: tuple["Kept", ...] = ()
+    """The latest last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A checkpoint."""
+
+    step: int
+    adapter: Named
+    state: Named
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """Something that happened to a job."""
+
+    sequence: int
+    time: float
+    kind: str
+    step: int
+    """Of a checkpoint."""
+
+
+class Jobs:
+    """Those of one database. It is waited for: call it from threads."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._engine = _engine(url)
+        except (sql.exc.ArgumentError, ImportError) as error:
+            raise InvalidSettings(
+                f"database {url}: {error}", fields={"field": "database", "given": url}
+            ) from error
+        METADATA.create_all(self._engine)
+
+    def create(self, project: str, request_id: str, asked: bytes, spec: bytes) -> Job:
+        """A new one, or that of the same request; raises InvalidRequest where that was another."""
+        with self._engine.begin() as connection:
+            same = sql.and_(JOBS.c.project == project, JOBS.c.request_id == request_id)
+            there = connection.execute(sql.select(JOBS).where(same)).mappings().first()
+            if there is not None:
+                if there["asked"] != asked:
+                    raise InvalidRequest.given(
+                        "request_id", request_id, "one that named no other request", "REQUEST_ID"
+                    )
+                return _job(connection, there)
+            now, job = time.time(), f"job-{secrets.token_hex(6)}"
+            values = {
+                "id": job, "project": project, "request_id": request_id, "asked": asked,
+                "spec": spec, "state": WAITING, "created": now, "updated": now,
+            }  # fmt: skip
+            connection.execute(JOBS.insert().values(values))
+            _enter(connection, job, now, CHANGED)
+            return _read(connection, job)
+
+    def get(self, project: str, job: str) -> Job:
+        """One of a project; raises NotFound."""
+        with self._engine.connect() as connection:
+            found = _read(connection, job)
+        if found.project != project:
+            raise _missing(job)
+        return found
+
+    def page(self, project: str, before: float, count: int) -> list[Job]:
+        """Those of a project that were made before, the latest first."""
+        wanted = (
+            sql.select(JOBS)
+            .where(JOBS.c.project == project, JOBS.c.created < before)
+            .order_by(JOBS.c.created.desc())
+            .limit(count)
+        )
+        with self._engine.connect() as connection:
+            return [_job(connection, row) for row in connection.execute(wanted).mappings()]
+
+    def unfinished(self) -> list[str]:
+        """All that should be learning, the oldest first."""
+        wanted = (
+            sql.select(JOBS.c.id)
+            .where(JOBS.c.state.in_([WAITING, RUNNING]))
+            .order_by(JOBS.c.created)
+        )
+        with self._engine.connect() as connection:
+            return list(connection.scalars(wanted))
+
+    def read(self, job: str) -> Job:
+        """One of any project; raises NotFound."""
+        with self._engine.connect() as connection:
+            return _read(connection, job)
+
+    def change(self, job: str, state: str, *, waits_for: str = "", failure: bytes = b"") -> Job:
+        """Enters how it is now. What has ended stays as it is."""
+        with self._engine.begin() as connection:
+            before = _read(connection, job)
+            is_over = before.state in (COMPLETED, CANCELLED)
+            is_asleep = before.state == PAUSED and state == RUNNING  # until it is resumed
+            if is_over or is_asleep or (before.state, before.waits_for) == (state, waits_for):
+                return before
+            now = time.time()
+            _update(connection, job, state=state, waits_for=waits_for, failure=failure, updated=now)
+            _enter(connection, job, now, CHANGED)
+            return _read(connection, job)
+
+    def begin_session(self, job: str) -> int:
+        """The number of its next stretch: whatever went on before is over."""
+        with self._engine.begin() as connection:
+            epoch = _read(connection, job).session_epoch + 1
+            _update(connection, job, session_epoch=epoch)
+            return epoch
+
+    def add_steps(self, job: str, learnt: Sequence[training.Learnt]) -> None:
+        """Enters what came of steps; those that are learnt again replace what was said before."""
+        if not learnt:
+            return
+        with self._engine.begin() as connection:
+            steps = [one.step for one in learnt]
+            connection.execute(STEPS.delete().where(STEPS.c.job == job, STEPS.c.step >= min(steps)))
+            connection.execute(STEPS.insert(), [_step(job, one) for one in learnt])
+            _update(connection, job, step=max(steps) + 1, updated=time.time())
+
+    def add_checkpoint(self, job: str, kept: Kept) -> None:
+        """Enters a checkpoint whose files are there."""
+        values = {
+            "job": job, "step": kept.step, "time": kept.time,
+            "adapter_sha256": kept.adapter.sha256, "adapter_bytes": kept.adapter.size_bytes,
+            "state_sha256": kept.state.sha256, "state_bytes": kept.state.size_bytes,
+        }  # fmt: skip
+        with self._engine.begin() as connection:
+            same = sql.and_(CHECKPOINTS.c.job == job, CHECKPOINTS.c.step == kept.step)
+            connection.execute(CHECKPOINTS.delete().where(same))
+            connection.execute(CHECKPOINTS.insert().values(values))
+            _enter(connection, job, kept.time, CHECKPOINT, kept.step)
+
+    def happened(self, job: str, after: int) -> list[Happened]:
+        """What happened behind an event."""
+        wanted = (
+            sql.select(EVENTS)
+            .where(EVENTS.c.job == job, EVENTS.c.sequence > after)
+            .order_by(EVENTS.c.sequence)
+        )
+        with self._engine.connect() as connection:
+            return [
+                Happened(row["sequence"], row["time"], row["kind"], row["step"])
+                for row in connection.execute(wanted).mappings()
+            ]
+
+    def steps(self, job: str, after: int, count: int) -> list[training.Learnt]:
+        """What came of steps behind one, of so many at most."""
+        wanted = (
+            sql.select(STEPS)
+            .where(STEPS.c.job == job, STEPS.c.step > after)
+            .order_by(STEPS.c.step)
+            .limit(count)
+        )
+        with self._engine.connect() as connection:
+            return [_learnt(row) for row in connection.execute(wanted).mappings()]
+
+
+def _engine(url: str) -> Engine:
+    engine = sql.create_engine(url)
+    if engine.dialect.name == "sqlite":
+        path = engine.url.database
+        if path and path != ":memory:":
+            from pathlib import Path
+
+            Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+        @sql.event.listens_for(engine, "connect")
+        def _settle(connection: Any, _record: object) -> None:
+            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+                connection.execute(f"PRAGMA {pragma}")
+
+    return engine
+
+
+def _read(connection: Connection, job: str) -> Job:
+    row = connection.execute(sql.select(JOBS).where(JOBS.c.id == job)).mappings().first()
+    if row is None:
+        raise _missing(job)
+    return _job(connection, row)
+
+
+def _job(connection: Connection, row: RowMapping) -> Job:
+    wanted = (
+        sql.select(CHECKPOINTS).where(CHECKPOINTS.c.job == row["id"]).order_by(CHECKPOINTS.c.step)
+    )
+    kept = tuple(
+        Kept(
+            one["step"],
+            Named(one["adapter_sha256"], one["adapter_bytes"]),
+            Named(one["state_sha256"], one["state_bytes"]),
+            one["time"],
+        )
+        for one in connection.execute(wanted).mappings()
+    )
+    return Job(
+        id=row["id"],
+        project=row["project"],
+        spec=row["spec"],
+        state=row["state"],
+        waits_for=row["waits_for"],
+        failure=row["failure"] or b"",
+        step=row["step"],
+        session_epoch=row["session_epoch"],
+        created=row["created"],
+        updated=row["updated"],
+        checkpoints=kept,
+    )
+
+
+def _update(connection: Connection, job: str, **values: object) -> None:
+    connection.execute(JOBS.update().where(JOBS.c.id == job).values(values))
+
+
+def _enter(connection: Connection, job: str, now: float, kind: str, step: int = 0) -> None:
+    last = sql.select(sql.func.coalesce(sql.func.max(EVENTS.c.sequence), 0)).where(
+        EVENTS.c.job == job
+    )
+    sequence = connection.execute(last).scalar_one() + 1
+    values = {"job": job, "sequence": sequence, "time": now, "kind": kind, "step": step}
+    connection.execute(EVENTS.insert().values(values))
+
+
+def _step(job: str, learnt: training.Learnt) -> dict[str, object]:
+    return {
+        "job": job,
+        "step": learnt.step,
+        "loss": learnt.loss,
+        "gradient_norm": learnt.gradient_norm,
+        "learning_rate": learnt.learning_rate,
+        "skipped": learnt.skipped,
+        "seconds": learnt.seconds,
+        "waited_seconds": learnt.waited_seconds,
+    }
+
+
+def _learnt(row: RowMapping) -> training.Learnt:
+    nothing = float("nan")  # SQL knows none: it is kept as nothing
+    return training.Learnt(
+        step=row["step"],
+        loss=nothing if row["loss"] is None else row["loss"],
+        gradient_norm=nothing if row["gradient_norm"] is None else row["gradient_norm"],
+        learning_rate=row["learning_rate"],
+        skipped=row["skipped"],
+        seconds=row["seconds"],
+        waited_seconds=row["waited_seconds"],
+    )
+
+
+def _missing(job: str) -> NotFound:
+    return NotFound(
+        f"there is no job {job[:200]}", reason="JOB_NOT_FOUND", fields={"field": "id", "given": job}
+    )

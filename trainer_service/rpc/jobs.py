@@ -1,0 +1,193 @@
+"""Jobs on the wire."""
+
+from collections.abc import AsyncIterator
+from importlib import metadata
+from typing import Any
+
+import grpc.aio
+
+from trainer_service.feeding import Desk
+from trainer_service.jobs.jobs import CHECKPOINT, ENDED, Happened, Job, Kept
+from trainer_service.rpc.spec import decided
+from trainer_service.running import Runner
+from zimage_client import training
+from zimage_core.errors import InvalidRequest
+from zimage_core.serving import access
+from zimage_core.store.blobs import check_name
+from zimage_core.wire import features, names
+from zimage_rpc.trainer.v1 import trainer_pb2, trainer_pb2_grpc
+from zimage_rpc.types.v1 import types_pb2
+
+VERSION = metadata.version("zimage-grpc")
+
+_USUAL_PAGE, _LARGEST_PAGE = 100, 1000
+_STEPS_AT_ONCE = 1000
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
+    """What people ask of jobs."""
+
+    def __init__(self, desk: Desk, runner: Runner) -> None:
+        self._desk = desk
+        self._runner = runner
+
+    async def Describe(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.DescribeRequest, context: _Context
+    ) -> trainer_pb2.DescribeResponse:
+        """What this service is."""
+        return trainer_pb2.DescribeResponse(version=VERSION, features=features.TRAINER)
+
+    async def CreateTrainJob(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.CreateTrainJobRequest, context: _Context
+    ) -> trainer_pb2.CreateTrainJobResponse:
+        """Looks at everything before it says yes."""
+        check_name(request.request_id, "request_id")
+        spec = await decided(self._desk, request.spec)
+        job = await self._desk.aside(
+            lambda: self._desk.jobs.create(
+                access.project(),
+                request.request_id,
+                request.spec.SerializeToString(deterministic=True),
+                spec.SerializeToString(deterministic=True),
+            )
+        )
+        self._runner.submit(job.id)
+        return trainer_pb2.CreateTrainJobResponse(job=_message(job))
+
+    async def GetTrainJob(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.GetTrainJobRequest, context: _Context
+    ) -> trainer_pb2.GetTrainJobResponse:
+        """How it is."""
+        return trainer_pb2.GetTrainJobResponse(job=_message(await self._get(request.id)))
+
+    async def ListTrainJobs(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.ListTrainJobsRequest, context: _Context
+    ) -> trainer_pb2.ListTrainJobsResponse:
+        """A page."""
+        count = request.page_size or _USUAL_PAGE
+        if not 1 <= count <= _LARGEST_PAGE:
+            allowed = f"1 to {_LARGEST_PAGE}"
+            raise InvalidRequest.given("page_size", count, allowed, "PAGE_SIZE")
+        try:
+            before = float(request.page_token or "inf")
+        except ValueError:
+            raise InvalidRequest.given(
+                "page_token", request.page_token[:100], "that of the page before", "PAGE_TOKEN"
+            ) from None
+        project = access.project()
+        jobs = await self._desk.aside(lambda: self._desk.jobs.page(project, before, count))
+        answer = trainer_pb2.ListTrainJobsResponse(jobs=map(_message, jobs))
+        if len(jobs) == count:
+            answer.next_page_token = repr(jobs[-1].created)
+        return answer
+
+    async def WatchTrainJob(  # noqa: N802 - gRPC's name
+        self,
+        request_iterator: AsyncIterator[trainer_pb2.WatchTrainJobRequest],
+        context: _Context,
+    ) -> AsyncIterator[trainer_pb2.WatchTrainJobResponse]:
+        """All that the caller does not know, then what comes."""
+        requests = [request async for request in request_iterator]
+        if len(requests) != 1:
+            given = f"{len(requests)} messages"
+            raise InvalidRequest.given(
+                "WatchTrainJobRequest", given, "one, then the end", "GRAMMAR"
+            )
+        [request] = requests
+        await self._get(request.id)
+        after = request.after_sequence
+        after_step = request.after_step if request.HasField("after_step") else -1
+        while True:
+            bell = self._runner.bell(request.id)
+            job = await self._get(request.id)
+            while steps := await self._steps(job.id, after_step):
+                for learnt in steps:
+                    yield _step(learnt)
+                after_step = steps[-1].step
+            for happened in await self._desk.aside(
+                lambda job=job, after=after: self._desk.jobs.happened(job.id, after)  # type: ignore[misc]
+            ):
+                after = happened.sequence
+                yield _event(happened, job)
+            if job.state in ENDED:
+                return
+            await bell.wait()
+
+    async def PauseTrainJob(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.PauseTrainJobRequest, context: _Context
+    ) -> trainer_pb2.PauseTrainJobResponse:
+        """Soon."""
+        job = await self._runner.pause(await self._get(request.id))
+        return trainer_pb2.PauseTrainJobResponse(job=_message(job))
+
+    async def ResumeTrainJob(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.ResumeTrainJobRequest, context: _Context
+    ) -> trainer_pb2.ResumeTrainJobResponse:
+        """When its turn comes."""
+        job = await self._runner.resume(await self._get(request.id))
+        return trainer_pb2.ResumeTrainJobResponse(job=_message(job))
+
+    async def CancelTrainJob(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.CancelTrainJobRequest, context: _Context
+    ) -> trainer_pb2.CancelTrainJobResponse:
+        """At once."""
+        job = await self._runner.cancel(await self._get(request.id))
+        return trainer_pb2.CancelTrainJobResponse(job=_message(job))
+
+    async def _get(self, job: str) -> Job:
+        project = access.project()
+        return await self._desk.aside(lambda: self._desk.jobs.get(project, job))
+
+    async def _steps(self, job: str, after: int) -> list[training.Learnt]:
+        return await self._desk.aside(lambda: self._desk.jobs.steps(job, after, _STEPS_AT_ONCE))
+
+
+def _message(job: Job) -> trainer_pb2.TrainJob:
+    message = trainer_pb2.TrainJob(
+        id=job.id,
+        spec=trainer_pb2.TrainJobSpec.FromString(job.spec),
+        state=names.JOB_STATES[job.state],
+        waits_for=job.waits_for,
+        step=job.step,
+        checkpoints=map(_checkpoint, job.checkpoints),
+    )
+    if job.failure:
+        message.failure.CopyFrom(types_pb2.Failure.FromString(job.failure))
+    message.create_time.FromNanoseconds(round(job.created * 1e9))
+    message.update_time.FromNanoseconds(round(job.updated * 1e9))
+    return message
+
+
+def _checkpoint(kept: Kept) -> trainer_pb2.TrainCheckpoint:
+    message = trainer_pb2.TrainCheckpoint(
+        step=kept.step,
+        adapter=types_pb2.Digest(**kept.adapter._asdict()),
+        state=types_pb2.Digest(**kept.state._asdict()),
+    )
+    message.create_time.FromNanoseconds(round(kept.time * 1e9))
+    return message
+
+
+def _event(happened: Happened, job: Job) -> trainer_pb2.WatchTrainJobResponse:
+    """What happened, with the job as it is by now."""
+    message = trainer_pb2.WatchTrainJobResponse(sequence=happened.sequence)
+    message.event_time.FromNanoseconds(round(happened.time * 1e9))
+    if happened.kind == CHECKPOINT:
+        [kept] = [one for one in job.checkpoints if one.step == happened.step]
+        message.checkpoint.CopyFrom(_checkpoint(kept))
+    else:
+        message.job.CopyFrom(_message(job))
+    return message
+
+
+def _step(learnt: training.Learnt) -> trainer_pb2.WatchTrainJobResponse:
+    message = trainer_pb2.WatchTrainJobResponse()
+    message.event_time.GetCurrentTime()
+    step = message.step
+    step.step, step.loss, step.gradient_norm = learnt.step, learnt.loss, learnt.gradient_norm
+    step.learning_rate, step.skipped = learnt.learning_rate, learnt.skipped
+    step.duration.FromNanoseconds(round(learnt.seconds * 1e9))
+    step.waited.FromNanoseconds(round(learnt.waited_seconds * 1e9))
+    return message
