@@ -23,6 +23,9 @@ from zimage_core.tensors import TensorData
 CAPTIONS, LATENTS = "captions", "latents"
 """The kinds of names that they have in the store."""
 
+_AT_ONCE = {CAPTIONS: 4, LATENTS: 2}
+"""What is made of each kind: people ask the same services for pictures meanwhile."""
+
 T = TypeVar("T")
 
 
@@ -35,6 +38,7 @@ class Caches:
         self._client = client
         self._threads = threads
         self._making: dict[str, asyncio.Task[Named]] = {}
+        self._turns = {kind: asyncio.Semaphore(count) for kind, count in _AT_ONCE.items()}
 
     async def caption(self, text: str, encoder: EncoderDescription) -> Named:
         """The file of a caption's embedding. Encoded alone: in company its last bits would depend
@@ -102,7 +106,8 @@ class Caches:
         try:
             return await self._aside(lambda: self._find(kind, name))
         except NotFound:
-            data = await make()
+            async with self._turns[kind]:
+                data = await make()
             return await self._aside(lambda: self._keep(kind, name, data))
 
     def _find(self, kind: str, name: str) -> Named:

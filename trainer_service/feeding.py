@@ -2,19 +2,26 @@
 kept."""
 
 import asyncio
+import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from trainer_service.caches import Caches
 from trainer_service.jobs.jobs import Job, Jobs, Kept
 from zimage_client import AsyncClient, DitDescription, EncoderDescription, training
 from zimage_core.digests import Named
-from zimage_core.errors import Unavailable
+from zimage_core.errors import (
+    DeadlineTooShort,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    ZImageError,
+)
 from zimage_core.formats.dataset_file import Example
 from zimage_core.planning.curriculum import Curriculum, Place, size_px
 from zimage_core.store.blobs import Blobs
@@ -24,6 +31,7 @@ from zimage_rpc.types.v1 import types_pb2
 
 _PREPARED_AHEAD = 8
 """Steps whose samples are being prepared while others are learnt."""
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 _ENTERED_SECONDS = 1.0
 """Between two transactions for steps."""
 
@@ -45,15 +53,39 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
 
+class Listener(Protocol):
+    """Hears how a stretch goes."""
+
+    async def runs(self, job: str) -> None:
+        """It learns now."""
+
+    async def waits(self, job: str, error: ZImageError) -> None:
+        """It has to wait for somebody who is away."""
+
+    def ring(self, job: str) -> None:
+        """There is news of it."""
+
+
+def is_passing(error: ZImageError) -> bool:
+    """Whether it is worth to wait: somebody is away, busy or slow."""
+    is_busy = isinstance(error, Overloaded) and error.reason in ("QUEUE_FULL", "RATE_LIMITED")
+    return is_busy or isinstance(error, Unavailable | DeadlineTooShort)
+
+
+def pause_seconds(failures: int) -> float:
+    """Until the next try, after so many that failed in a row."""
+    longest = min(_FIRST_PAUSE_SECONDS * 2.0**failures, _LONGEST_PAUSE_SECONDS)
+    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - so that jobs do not come in step
+
+
 class Feeding:
     """One stretch."""
 
     def __init__(
-        self, desk: Desk, job: Job, examples: tuple[Example, ...], happened: Callable[[str], None]
+        self, desk: Desk, job: Job, examples: tuple[Example, ...], listener: Listener
     ) -> None:
-        """`happened` hears when there is news of the job."""
         self._desk = desk
-        self._happened = happened
+        self._listener = listener
         self._job = job
         self._examples = examples
         self._spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
@@ -65,18 +97,15 @@ class Feeding:
         )
         self._learnt: list[training.Learnt] = []
         self._entered = time.monotonic()
+        self._is_waiting = False
+        self._awaited_step = -1
         self.shall_rest = asyncio.Event()
         """Whether it ends behind its next checkpoint, which comes soon then."""
 
-    @property
-    def job_id(self) -> str:
-        """Whose."""
-        return self._job.id
-
-    async def run(self, epoch: int, opened: Callable[[], Awaitable[object]]) -> bool:
+    async def run(self, epoch: int) -> bool:
         """From the last checkpoint until all is learnt, or rest is due; whether all is. Raises what
         broke it."""
-        last = self._job.checkpoints[-1] if self._job.checkpoints else None
+        last = await self._desk.aside(self._last_whole)
         opening = training_pb2.OpenTraining(
             job=self._job.id, session_epoch=epoch, plan=self._spec.training
         )
@@ -91,7 +120,8 @@ class Feeding:
                 async for event in events:
                     match event:
                         case training.Opened():
-                            await opened()
+                            await self._decide(event.plan)
+                            await self._listener.runs(self._job.id)
                         case training.Learnt():
                             await self._enter(event)
                         case training.Checkpoint():
@@ -101,6 +131,23 @@ class Feeding:
         finally:
             await asyncio.shield(self._flush())
         return done == self._spec.training.step_count
+
+    def _last_whole(self) -> Kept | None:
+        """The latest checkpoint whose state is there."""
+        for kept in reversed(self._job.checkpoints):
+            try:
+                self._desk.blobs.local(kept.state.sha256)
+            except NotFound:
+                continue
+            return kept
+        return None
+
+    async def _decide(self, plan: training_pb2.TrainingPlan) -> None:
+        """What was left open until the service decided it stays so, whatever a later one would."""
+        if plan != self._spec.training:
+            self._spec.training.CopyFrom(plan)
+            spec = self._spec.SerializeToString(deterministic=True)
+            await self._desk.aside(lambda: self._desk.jobs.decide(self._job.id, spec))
 
     async def _neighbours(self) -> tuple[EncoderDescription, DitDescription]:
         encoder = await self._desk.client.describe_encoder()
@@ -112,16 +159,24 @@ class Feeding:
 
     async def _asked(
         self, step: int, encoder: EncoderDescription, dit: DitDescription
-    ) -> AsyncIterator[training.Batch | training.TakeCheckpoint]:
+    ) -> AsyncGenerator[training.Batch | training.TakeCheckpoint, None]:
         """What is left, with samples prepared ahead; checkpoints where they are due."""
         count, interval = self._spec.training.step_count, self._spec.checkpoint_interval_steps
         ahead: deque[asyncio.Task[training.Batch]] = deque()
         try:
             for following in range(step, count):
                 while len(ahead) < min(_PREPARED_AHEAD, count - following):
-                    preparing = self._batch(following + len(ahead), encoder, dit)
+                    preparing = self._prepared(following + len(ahead), encoder, dit)
                     ahead.append(asyncio.create_task(preparing))
+                self._awaited_step = following
+                if not await self._is_prepared(ahead[0]):
+                    if following > step:
+                        yield training.TakeCheckpoint()
+                    return
                 yield await ahead.popleft()
+                if self._is_waiting:
+                    self._is_waiting = False
+                    await self._listener.runs(self._job.id)
                 is_last = following + 1 == count or self.shall_rest.is_set()
                 if is_last or (following + 1) % interval == 0:
                     yield training.TakeCheckpoint()
@@ -131,6 +186,32 @@ class Feeding:
             for task in ahead:
                 task.cancel()
             await asyncio.gather(*ahead, return_exceptions=True)
+
+    async def _is_prepared(self, batch: asyncio.Task[training.Batch]) -> bool:
+        """Waits for a batch; False when rest is due before it is there."""
+        resting = asyncio.create_task(self.shall_rest.wait())
+        try:
+            await asyncio.wait({batch, resting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            resting.cancel()
+        return batch.done()
+
+    async def _prepared(
+        self, step: int, encoder: EncoderDescription, dit: DitDescription
+    ) -> training.Batch:
+        """Waits for whoever is away: what was learnt since the last checkpoint stays."""
+        failures = 0
+        while True:
+            try:
+                return await self._batch(step, encoder, dit)
+            except ZImageError as error:
+                if not is_passing(error) or error.reason == "ENCODER_REPLACED":
+                    raise
+                if step == self._awaited_step:
+                    self._is_waiting = True
+                    await self._listener.waits(self._job.id, error)
+            await asyncio.sleep(pause_seconds(failures))
+            failures += 1
 
     async def _batch(
         self, step: int, encoder: EncoderDescription, dit: DitDescription
@@ -163,7 +244,7 @@ class Feeding:
         learnt, self._learnt = self._learnt, []
         self._entered = time.monotonic()
         await self._desk.aside(lambda: self._desk.jobs.add_steps(self._job.id, learnt))
-        self._happened(self._job.id)
+        self._listener.ring(self._job.id)
 
     async def _keep(self, made: training.Checkpoint) -> None:
         """Its files are here, and stay, before anybody hears of it."""
@@ -177,7 +258,7 @@ class Feeding:
             )
         kept = Kept(made.step, made.adapter, made.state, time.time())
         await self._desk.aside(lambda: self._desk.jobs.add_checkpoint(self._job.id, kept))
-        self._happened(self._job.id)
+        self._listener.ring(self._job.id)
 
     async def _fetch(self, named: Named) -> None:
         blobs = self._desk.blobs

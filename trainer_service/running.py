@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
-from trainer_service.feeding import Desk, Feeding
+from trainer_service.feeding import Desk, Feeding, is_passing, pause_seconds
 from trainer_service.jobs.jobs import (
     CANCELLED,
     COMPLETED,
@@ -17,7 +16,7 @@ from trainer_service.jobs.jobs import (
     WAITING,
     Job,
 )
-from zimage_core.errors import InternalError, NotReady, Unavailable, ZImageError
+from zimage_core.errors import DeviceLost, InternalError, NotReady, ZImageError
 from zimage_core.formats import dataset_file
 from zimage_core.formats.dataset_file import Example
 from zimage_core.wire import status
@@ -25,7 +24,8 @@ from zimage_rpc.trainer.v1 import trainer_pb2
 
 _log = logging.getLogger(__name__)
 
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+_MOST_LOSSES = 5
+"""Of the device without a new checkpoint between: a job that kills it must not go on for ever."""
 _OPEN_AGAIN = ("TRAINING_NOT_OPEN", "TRAINING_ORDER", "SESSION_REPLACED")
 """What another session from the last checkpoint mends."""
 
@@ -39,6 +39,10 @@ class Runner:
         self._feeding: dict[str, Feeding] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
+        self._resting: set[str] = set()
+        """Those that somebody wants to rest, also when what they do now breaks."""
+        self.is_leaving = False
+        """Whether the trainer is about to stop: nobody waits for news any more."""
 
     async def run(self, on_ready: Callable[[bool], None]) -> None:
         """Goes on with what was left, then with what comes."""
@@ -47,6 +51,8 @@ class Runner:
         on_ready(True)
         while True:
             job = await self._queue.get()
+            if self.is_leaving:
+                continue
             self._running[job] = asyncio.create_task(self._see_through(job))
             try:
                 await asyncio.wait([self._running[job]])
@@ -57,6 +63,19 @@ class Runner:
                 _log.error("job %s broke the trainer's own part", job, exc_info=fault)
                 await self._fail(job, InternalError("internal error; the trainer's log knows more"))
 
+    async def leave(self) -> None:
+        """Lets the job at hand take a checkpoint, to go on from at the next start."""
+        self.is_leaving = True
+        for job in list(self._changed):
+            self.ring(job)
+        for job, task in self._running.items():
+            if feeding := self._feeding.get(job):
+                feeding.shall_rest.set()
+            else:
+                task.cancel()
+        if self._running:
+            await asyncio.wait(list(self._running.values()))
+
     def submit(self, job: str) -> None:
         """Lets a job learn when its turn comes."""
         self._queue.put_nowait(job)
@@ -65,8 +84,10 @@ class Runner:
         """Lets it rest, behind a checkpoint where it learns now."""
         if job.state in ENDED:
             raise _ended(job)
-        if feeding := self._feeding.get(job.id):
-            feeding.shall_rest.set()
+        if job.id in self._running:
+            self._resting.add(job.id)
+            if feeding := self._feeding.get(job.id):
+                feeding.shall_rest.set()
             return job
         return await self._change(job.id, PAUSED)
 
@@ -74,8 +95,11 @@ class Runner:
         """Lets it go on."""
         if job.state in (COMPLETED, CANCELLED):
             raise _ended(job)
+        if job.id in self._resting and (feeding := self._feeding.get(job.id)):
+            feeding.shall_rest.clear()
+        self._resting.discard(job.id)
         if job.state in (PAUSED, FAILED):
-            job = await self._change(job.id, WAITING)
+            job = await self._change(job.id, WAITING, wakes=True)
             self.submit(job.id)
         return job
 
@@ -99,51 +123,76 @@ class Runner:
 
     async def _see_through(self, job_id: str) -> None:
         """Until it is done, rests, or cannot go on; waits for what is away."""
-        failures = 0
+        failures = losses = 0
         while True:
             job = await self._desk.aside(lambda: self._desk.jobs.read(job_id))
             if job.state not in (WAITING, RUNNING):
                 return
+            if await self._rests(job_id):
+                return
+            if self.is_leaving:
+                await self._change(job_id, WAITING, waits_for="the trainer was stopped")
+                return
             before = len(job.checkpoints)
             try:
-                await self._end(job_id, await self._stretch(job))
-                return
+                if await self._stretch(job):
+                    await self._publish(job_id)
+                    await self._change(job_id, COMPLETED)
+                    return
+                continue
             except ZImageError as error:
-                if not _may_pass(error):
+                losses += isinstance(error, DeviceLost)
+                may_pass = is_passing(error) or error.reason in _OPEN_AGAIN
+                if not may_pass or losses > _MOST_LOSSES:
                     await self._fail(job_id, error)
                     return
-                _log.info("job %s waits: %s", job_id, error.message)
-                await self._change(job_id, WAITING, waits_for=error.message)
+                await self.waits(job_id, error)
             after = await self._desk.aside(lambda: self._desk.jobs.read(job_id))
-            failures = 0 if len(after.checkpoints) > before else failures + 1
-            longest = min(_FIRST_PAUSE_SECONDS * 2.0**failures, _LONGEST_PAUSE_SECONDS)
-            await asyncio.sleep(longest * random.uniform(0.5, 1.0))  # noqa: S311 - not in step
+            has_come_further = len(after.checkpoints) > before
+            failures = 0 if has_come_further else failures + 1
+            losses = 0 if has_come_further else losses
+            await asyncio.sleep(pause_seconds(failures))
 
     async def _stretch(self, job: Job) -> bool:
         examples = await self._desk.aside(lambda: self._examples(job))
-        feeding = self._feeding[job.id] = Feeding(self._desk, job, examples, self.ring)
+        feeding = self._feeding[job.id] = Feeding(self._desk, job, examples, self)
         try:
             epoch = await self._desk.aside(lambda: self._desk.jobs.begin_session(job.id))
-            return await feeding.run(epoch, partial(self._opened, feeding))
+            return await feeding.run(epoch)
         finally:
             del self._feeding[job.id]
 
-    async def _opened(self, feeding: Feeding) -> None:
-        job = await self._change(feeding.job_id, RUNNING)
-        if job.state != RUNNING:  # somebody wanted it to rest meanwhile
-            feeding.shall_rest.set()
+    async def runs(self, job: str) -> None:
+        """It learns now."""
+        changed = await self._change(job, RUNNING)
+        if changed.state != RUNNING:  # somebody wanted it to rest meanwhile
+            self._feeding[job].shall_rest.set()
+
+    async def waits(self, job: str, error: ZImageError) -> None:
+        """It has to wait."""
+        _log.info("job %s waits: %s", job, error.message)
+        await self._change(job, WAITING, waits_for=error.message)
 
     def _examples(self, job: Job) -> tuple[Example, ...]:
-        spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
-        with self._desk.blobs.open(spec.dataset.sha256) as file:
-            return dataset_file.load(file.read())
+        """What it learns from; the store keeps dataset and pictures from now on."""
+        dataset = trainer_pb2.TrainJobSpec.FromString(job.spec).dataset.sha256
+        blobs = self._desk.blobs
+        blobs.point("datasets", job.id, dataset)
+        with blobs.open(dataset) as file:
+            examples = dataset_file.load(file.read())
+        kept = set(blobs.names("pictures"))
+        for sha256 in dict.fromkeys(one.sha256 for one in examples):
+            if sha256 not in kept:
+                blobs.point("pictures", sha256, sha256)
+        return examples
 
-    async def _end(self, job: str, is_done: bool) -> None:
-        if not is_done:
-            await self._change(job, PAUSED)
-            return
-        await self._publish(job)
-        await self._change(job, COMPLETED)
+    async def _rests(self, job: str) -> bool:
+        """Lets one rest that somebody wants to."""
+        if job not in self._resting:
+            return False
+        self._resting.discard(job)
+        await self._change(job, PAUSED)
+        return True
 
     async def _publish(self, job_id: str) -> None:
         """Gives the last checkpoint the job's name as an adapter."""
@@ -157,19 +206,10 @@ class Runner:
         failure = status.to_failure(error).SerializeToString()
         await self._change(job, FAILED, failure=failure)
 
-    async def _change(
-        self, job: str, state: str, *, waits_for: str = "", failure: bytes = b""
-    ) -> Job:
-        changed = await self._desk.aside(
-            lambda: self._desk.jobs.change(job, state, waits_for=waits_for, failure=failure)
-        )
+    async def _change(self, job: str, state: str, **more: Any) -> Job:
+        changed = await self._desk.aside(lambda: self._desk.jobs.change(job, state, **more))
         self.ring(job)
         return changed
-
-
-def _may_pass(error: ZImageError) -> bool:
-    """Whether it is worth to go on from the last checkpoint."""
-    return isinstance(error, Unavailable) or error.reason in _OPEN_AGAIN
 
 
 def _ended(job: Job) -> NotReady:

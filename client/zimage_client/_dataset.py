@@ -12,6 +12,7 @@ from zimage_core.pictures import files
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NAMED = 5
+_LONGEST_SIDE_PX = 1 << 16
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ def folder(path: Path, least_side_px: int) -> Dataset:
         name = picture.relative_to(path).as_posix()
         try:
             example = _example(picture, name, least_side_px)
-        except (InvalidRequest, OSError) as error:
+        except (InvalidRequest, OSError, UnicodeDecodeError) as error:
             what = error.message if isinstance(error, InvalidRequest) else str(error)
             found.faults.setdefault(what.removeprefix(f"{name}: "), []).append(name)
             continue
@@ -70,9 +71,9 @@ def _example(picture: Path, name: str, least_side_px: int) -> Example:
     text = picture.with_suffix(".txt")
     if not text.is_file():
         raise InvalidRequest("no text file beside it")
-    caption = text.read_text(encoding="utf-8").strip()
+    caption = text.read_text(encoding="utf-8-sig").strip()
     data = picture.read_bytes()
-    width, height = files.size_of(data, name)
+    (width, height), _ = files.decode_for_model(data, name, _LONGEST_SIDE_PX)
     if min(width, height) < least_side_px:
         raise InvalidRequest(f"a side of less than {least_side_px} pixels")
     sha256 = hashlib.sha256(data).hexdigest()

@@ -19,6 +19,7 @@ _PATIENCE_SECONDS = {
     "ENCODER_UNAVAILABLE": 60.0,
     "BLOB_BUSY": 60.0,  # a dead connection is noticed after 15 s
     "STORE_UNAVAILABLE": 60.0,
+    "STOPPING": 60.0,
 }
 _LONGEST_PATIENCE_SECONDS = max(_PATIENCE_SECONDS.values())
 _SHORT_PATIENCE_SECONDS = 10.0  # nobody there: more often a wrong address than a restart

@@ -1,7 +1,8 @@
 """The client of a trainer service."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -14,6 +15,8 @@ from zimage_core.errors import ZImageError
 from zimage_core.tls import Credentials
 from zimage_core.wire import request_id
 from zimage_rpc.trainer.v1 import trainer_pb2, trainer_pb2_grpc
+
+_QUIET_SECONDS = 5.0
 
 
 class AsyncTrainer:
@@ -36,6 +39,10 @@ class AsyncTrainer:
     async def put_blob(self, file: str | Path) -> str:
         """Sends a file to the trainer's store, unless it is there; its SHA-256 names it."""
         return await self._transfers().put(Path(file), Replay())
+
+    async def find_blobs(self, digests: Iterable[str]) -> set[str]:
+        """Those that the trainer has."""
+        return await self._transfers().find(digests, _calls.DESCRIBE_SECONDS)
 
     async def get_blob(self, sha256: str, file: str | Path) -> None:
         """Writes a file of the trainer's store, such as a checkpoint's."""
@@ -87,6 +94,7 @@ class AsyncTrainer:
         request = trainer_pb2.WatchTrainJobRequest(id=job)
         replay, same_id = Replay(), self._channels.metadata()
         while True:
+            began = time.monotonic()
             try:
                 with self._channels.trainer.one_try() as channel:
                     stub = trainer_pb2_grpc.TrainerServiceStub(channel)
@@ -107,6 +115,8 @@ class AsyncTrainer:
                         call.cancel()  # without effect on a call that has ended
                         del call
             except ZImageError as error:
+                if time.monotonic() - began > _QUIET_SECONDS:  # it was there; nothing happened
+                    replay = Replay()
                 pause = replay.pause_after(error)
             await asyncio.sleep(pause)
 

@@ -89,7 +89,7 @@ class Session:
     def __init__(
         self,
         opening: training_pb2.OpenTraining,
-        asked: AsyncIterator[Batch | TakeCheckpoint],
+        asked: AsyncGenerator[Batch | TakeCheckpoint, None],
         file: Callable[[str], Path],
     ) -> None:
         """`asked` is read as the service gets on; `file` says where what was named lies."""
@@ -120,6 +120,7 @@ class Session:
             for task in self._aside:
                 task.cancel()
             await asyncio.gather(*self._aside, return_exceptions=True)
+            await self._asked.aclose()
             call.cancel()  # without effect on a call that has ended
             del call
 
@@ -155,7 +156,8 @@ class Session:
 
     async def _send(self, digests: Sequence[types_pb2.Digest]) -> None:
         for digest in digests:
-            pieces = iter(chunks(self._file(digest.sha256), 0, CHUNK_BYTES))
+            file = await asyncio.to_thread(self._file, digest.sha256)
+            pieces = iter(chunks(file, 0, CHUNK_BYTES))
             while data := await asyncio.to_thread(next, pieces, b""):
                 chunk = dit_pb2.BlobChunk(sha256=digest.sha256, data=data)
                 await self._outbox.put(_Request(chunk=chunk))

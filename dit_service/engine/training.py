@@ -201,6 +201,8 @@ class Trainings:
         """Kernels and weights that are for pictures alone."""
         if BACKENDS[self._backend].is_lossy:
             what = f"attention_backend {self._backend} computes no gradients; sdpa does"
+        elif self._model.dtype == torch.float16:
+            what = "it computes in float16, in which gradients vanish; bfloat16 or float32 do"
         elif self._model.weights != "full":
             what = f"weights {self._model.weights} are for pictures; training needs full"
         elif self._model.streamed_block_count:

@@ -77,10 +77,13 @@ class Arrivals:
 
     def close(self) -> None:
         """What came in part stays for the next time."""
+        self._thread.submit(self._leave)  # behind a piece that it is about to keep
+        self._thread.shutdown(wait=False)
+
+    def _leave(self) -> None:
         for coming in self._coming.values():
             if coming.incoming is not None:
-                self._thread.submit(coming.incoming.close)
-        self._thread.shutdown(wait=False)
+                coming.incoming.close()
 
     async def _in_thread(self, work: Callable[..., T], *given: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)

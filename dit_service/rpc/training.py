@@ -56,7 +56,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             raise _refusal("no open in the first")
         name = self._name(first.open)
         session = _Session(name, request_iterator, self._worker, self._blobs)
-        running = self._running[first.open.job] = asyncio.create_task(session.run(first.open))
+        job = self._job(first.open)
+        running = self._running[job] = asyncio.create_task(session.run(first.open))
         running.add_done_callback(lambda _done: session.told.put_nowait(None))
         try:
             for sequence in count(1):
@@ -71,15 +72,19 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             running.result()  # raises what ended it
         finally:
             running.cancel()
-            if self._running.get(first.open.job) is running:
-                del self._running[first.open.job]
+            if self._running.get(job) is running:
+                del self._running[job]
             await asyncio.wait([running])
             await asyncio.shield(session.close())
+
+    def _job(self, opening: training_pb2.OpenTraining) -> str:
+        """Jobs of two projects have nothing to do with each other."""
+        return f"{access.project()}/{check_name(opening.job, 'open.job')}"
 
     def _name(self, opening: training_pb2.OpenTraining) -> str:
         """The session's own; an earlier stretch of its job is over. Raises NotReady for a stretch
         that is over itself, whoever comes back with it."""
-        job, epoch = check_name(opening.job, "open.job"), opening.session_epoch
+        job, epoch = self._job(opening), opening.session_epoch
         if epoch <= self._epochs.get(job, 0):
             raise _replaced(opening)
         self._epochs[job] = epoch
@@ -127,27 +132,27 @@ class _Session:
                     self._count(request.batch)
                     self._asked.put_nowait(request)
                 case "checkpoint":
-                    self._refuse_unopened()
+                    self._count_in()
                     self._asked.put_nowait(request)
                 case other:
                     raise _refusal(other or "nothing in one")
         self._asked.put_nowait(None)
 
     def _count(self, batch: training_pb2.TrainBatch) -> None:
-        self._refuse_unopened()
+        self._count_in()
         if batch.step != self._next_step:
             raise InvalidRequest.given("batch.step", batch.step, f"{self._next_step}", "GRAMMAR")
         if not 1 <= len(batch.samples) <= _MOST_SAMPLES:
             given = f"{len(batch.samples)} samples"
             raise InvalidRequest.given("batch.samples", given, f"1 to {_MOST_SAMPLES}", "GRAMMAR")
-        if self._unanswered == _BATCHES_AHEAD:
-            raise _refusal(f"more than {_BATCHES_AHEAD} batches ahead of their reports")
         self._next_step += 1
-        self._unanswered += 1
 
-    def _refuse_unopened(self) -> None:
+    def _count_in(self) -> None:
         if not self._opened.is_set():
             raise _refusal("a batch or checkpoint before the training was opened")
+        if self._unanswered == _BATCHES_AHEAD:
+            raise _refusal(f"more than {_BATCHES_AHEAD} batches and checkpoints ahead")
+        self._unanswered += 1
 
     async def _answer(self, opening: training_pb2.OpenTraining, group: asyncio.TaskGroup) -> None:
         """What was asked, in its order. A checkpoint is of what came before it and nothing else."""
@@ -230,6 +235,7 @@ class _Session:
                 await asyncio.to_thread(self._blobs.adopt, file)
                 for file in (taken.adapter, taken.state)
             ]
+        self._unanswered -= 1
         self._tell(
             checkpoint=training_pb2.CheckpointReady(
                 step=taken.step, adapter=_digest(*adapter), state=_digest(*state)

@@ -1,9 +1,12 @@
 """Trainings through all three services: from pictures to an adapter to draw with."""
 
+import io
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -117,41 +120,87 @@ def _show(job: str, at: list[str], capsys: pytest.CaptureFixture[str]) -> dict[s
     return shown
 
 
-def test_what_breaks_on_the_way_changes_no_loss(
-    services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    at = ["--trainer", services.trainer.address, "--isolated"]
-    flags = "--steps", "24", "--checkpoint-interval", "4", "--seed", "9"
+LONGER = "--steps", "24", "--checkpoint-interval", "4", "--seed", "9"
+Losses = list[tuple[object, ...]]
 
-    def wait(job: str, what: Callable[[dict[str, object]], bool]) -> dict[str, object]:
-        until = time.monotonic() + 2 * PATIENCE_SECONDS
-        while not what(shown := _show(job, at, capsys)):
-            assert time.monotonic() < until, shown
-            time.sleep(0.05)
-        return shown
 
-    assert command(_asked(pictures, services, *flags, "--name", "whole", "--json")) == 0
-    *expected, _ = _lines(capsys.readouterr().out)
-    assert command(_asked(pictures, services, *flags, "--name", "broken", "--detach")) == 0
-    job = capsys.readouterr().out.strip()
+@pytest.fixture(scope="module")
+def expected(services: Services, pictures: Path) -> Losses:
+    """What is learnt in those steps when nothing breaks."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert command(_asked(pictures, services, *LONGER, "--name", "whole", "--json")) == 0
+    return _decisive(_lines(out.getvalue())[:-1])
 
-    wait(job, lambda shown: int(str(shown["step"])) >= 6)
-    services.dit.worker.kill()
-    wait(job, lambda shown: shown["state"] == "waiting")
-    wait(job, lambda shown: int(str(shown["step"])) >= 10)
-    assert command(["jobs", "pause", job, *at]) == 0
-    rested = wait(job, lambda shown: shown["state"] == "paused")
-    assert rested["step"] == rested["checkpoints"][-1]  # type: ignore[index]
-    assert command(["jobs", "resume", job, *at]) == 0
+
+def _decisive(steps: list[dict[str, object]]) -> Losses:
+    return [(one["step"], one["loss"], one["gradient_norm"]) for one in steps]
+
+
+def _wait(
+    job: str,
+    at: list[str],
+    capsys: pytest.CaptureFixture[str],
+    what: Callable[[dict[str, object]], bool],
+) -> dict[str, object]:
+    until = time.monotonic() + 2 * PATIENCE_SECONDS
+    while not what(shown := _show(job, at, capsys)):
+        assert time.monotonic() < until, shown
+        time.sleep(0.05)
+    return shown
+
+
+def _watched(job: str, at: list[str], capsys: pytest.CaptureFixture[str]) -> Losses:
+    """What was learnt by the end."""
     capsys.readouterr()
     assert command(["jobs", "watch", job, "--json", *at]) == 0
     *learnt, end = _lines(capsys.readouterr().out)
     assert end["state"] == "completed"
+    return _decisive(learnt)
 
-    def decisive(steps: list[dict[str, object]]) -> list[tuple[object, ...]]:
-        return [(one["step"], one["loss"], one["gradient_norm"]) for one in steps]
 
-    assert decisive(learnt) == decisive(expected)
+def test_what_breaks_on_the_way_changes_no_loss(
+    services: Services, pictures: Path, expected: Losses, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--trainer", services.trainer.address, "--isolated"]
+    assert command(_asked(pictures, services, *LONGER, "--name", "broken", "--detach")) == 0
+    job = capsys.readouterr().out.strip()
+
+    _wait(job, at, capsys, lambda shown: int(str(shown["step"])) >= 6)
+    services.dit.worker.kill()
+    _wait(job, at, capsys, lambda shown: shown["state"] == "waiting")
+    _wait(job, at, capsys, lambda shown: int(str(shown["step"])) >= 10)
+    assert command(["jobs", "pause", job, *at]) == 0
+    rested = _wait(job, at, capsys, lambda shown: shown["state"] == "paused")
+    assert rested["step"] == rested["checkpoints"][-1]  # type: ignore[index]
+    assert command(["jobs", "resume", job, *at]) == 0
+    assert _watched(job, at, capsys) == expected
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_trainer_that_ends_goes_on_at_its_next_start(
+    services: Services,
+    pictures: Path,
+    expected: Losses,
+    how: signal.Signals,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = "--store", str(tmp_path / "store"), "--database", f"sqlite:///{tmp_path}/jobs"
+    flags = "--encoder", services.encoder.address, "--dit", services.dit.address, *places
+    with running("trainer_service", *flags) as first:
+        first.wait_until("SERVING")
+        at = ["--trainer", first.address, "--isolated"]
+        asked = _asked(pictures, replace(services, trainer=first), *LONGER, "--detach")
+        assert command(asked) == 0
+        job = capsys.readouterr().out.strip()
+        _wait(job, at, capsys, lambda shown: int(str(shown["step"])) >= 6)
+        first.process.send_signal(how)
+        assert first.wait_for_exit() == (0 if how == signal.SIGTERM else -how)
+    with running("trainer_service", *flags) as second:
+        second.wait_until("SERVING")
+        at = ["--trainer", second.address, "--isolated"]
+        assert _watched(job, at, capsys) == expected
 
 
 def test_a_job_can_be_ended(
@@ -201,3 +250,34 @@ def test_what_the_dit_service_refuses_is_why_a_job_failed(
     [job] = _lines(capsys.readouterr().out)
     assert job["state"] == "failed"
     assert "lora.groups[0].rank: 5000 given, allowed is 1 to 1024" in str(job["failure"])
+
+
+def test_a_job_belongs_to_the_project_that_made_it(
+    services: Services, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens, roles = tmp_path / "tokens.toml", '["train", "generate"]'
+    owners = {"mine": "posters", "other": "films"}
+    tokens.write_text(
+        "".join(
+            f'[[token]]\nname = "{name}"\ntoken = "{name * 8}"\nroles = {roles}\n'
+            f'project = "{project}"\n'
+            for name, project in owners.items()
+        )
+    )
+    files = {name: tmp_path / name for name in owners}
+    for name, file in files.items():
+        file.write_text(name * 8)
+    places = "--store", str(tmp_path / "store"), "--database", f"sqlite:///{tmp_path}/jobs"
+    flags = "--encoder", services.encoder.address, "--dit", services.dit.address, *places
+    with running("trainer_service", *flags, "--tokens", str(tokens)) as trainer:
+        trainer.wait_until("SERVING")
+        asked = _asked(pictures, replace(services, trainer=trainer), "--detach")
+        assert command([*asked, "--token-file", str(files["mine"])]) == 0
+        job = capsys.readouterr().out.strip()
+        at = ["--trainer", trainer.address, "--isolated", "--token-file"]
+        assert _show(job, [*at, str(files["mine"])], capsys)["id"] == job
+        assert command(["jobs", "show", job, *at, str(files["other"])]) == 3
+        assert command(["jobs", "cancel", job, *at, str(files["other"])]) == 3
+        capsys.readouterr()
+        assert command(["jobs", "list", *at, str(files["other"])]) == 0
+        assert capsys.readouterr().out == ""

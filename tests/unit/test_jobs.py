@@ -94,8 +94,9 @@ def test_what_has_ended_stays_so(jobs: Jobs, end: str) -> None:
 def test_what_rests_runs_only_after_it_was_resumed(jobs: Jobs) -> None:
     job = jobs.create("me", "r1", b"", b"").id
     jobs.change(job, "paused")
-    assert jobs.change(job, "running").state == "paused"
-    jobs.change(job, "waiting")
+    for state in ("running", "waiting"):
+        assert jobs.change(job, state).state == "paused"
+    jobs.change(job, "waiting", wakes=True)
     assert jobs.change(job, "running").state == "running"
 
 

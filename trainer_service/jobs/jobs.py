@@ -80,14 +80,8 @@ class Jobs:
     def create(self, project: str, request_id: str, asked: bytes, spec: bytes) -> Job:
         """A new one, or that of the same request; raises InvalidRequest where that was another."""
         with self._engine.begin() as connection:
-            same = sql.and_(JOBS.c.project == project, JOBS.c.request_id == request_id)
-            there = connection.execute(sql.select(JOBS).where(same)).mappings().first()
-            if there is not None:
-                if there["asked"] != asked:
-                    raise InvalidRequest.given(
-                        "request_id", request_id, "one that named no other request", "REQUEST_ID"
-                    )
-                return _job(connection, there)
+            if made := _made_of(connection, project, request_id, asked):
+                return made
             now, job = time.time(), f"job-{secrets.token_hex(6)}"
             values = {
                 "id": job, "project": project, "request_id": request_id, "asked": asked,
@@ -96,6 +90,16 @@ class Jobs:
             connection.execute(JOBS.insert().values(values))
             _enter(connection, job, now, CHANGED)
             return _read(connection, job)
+
+    def made_of(self, project: str, request_id: str, asked: bytes) -> Job | None:
+        """The job of a request that came before; None for a new one."""
+        with self._engine.connect() as connection:
+            return _made_of(connection, project, request_id, asked)
+
+    def decide(self, job: str, spec: bytes) -> None:
+        """Enters what was decided only when it began."""
+        with self._engine.begin() as connection:
+            _update(connection, job, spec=spec)
 
     def get(self, project: str, job: str) -> Job:
         """One of a project; raises NotFound."""
@@ -131,12 +135,20 @@ class Jobs:
         with self._engine.connect() as connection:
             return _read(connection, job)
 
-    def change(self, job: str, state: str, *, waits_for: str = "", failure: bytes = b"") -> Job:
-        """Enters how it is now. What has ended stays as it is."""
+    def change(
+        self,
+        job: str,
+        state: str,
+        *,
+        waits_for: str = "",
+        failure: bytes = b"",
+        wakes: bool = False,
+    ) -> Job:
+        """Enters how it is now. What has ended stays so, and what rests, unless it is woken."""
         with self._engine.begin() as connection:
             before = _read(connection, job)
             is_over = before.state in (COMPLETED, CANCELLED)
-            is_asleep = before.state == PAUSED and state == RUNNING  # until it is resumed
+            is_asleep = before.state == PAUSED and state in (RUNNING, WAITING) and not wakes
             if is_over or is_asleep or (before.state, before.waits_for) == (state, waits_for):
                 return before
             now = time.time()
@@ -210,10 +222,26 @@ def _engine(url: str) -> Engine:
 
         @sql.event.listens_for(engine, "connect")
         def _settle(connection: Any, _record: object) -> None:
+            connection.isolation_level = None  # or it would begin transactions only to write
             for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
                 connection.execute(f"PRAGMA {pragma}")
 
+        @sql.event.listens_for(engine, "begin")
+        def _begin(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
     return engine
+
+
+def _made_of(connection: Connection, project: str, request_id: str, asked: bytes) -> Job | None:
+    same = sql.and_(JOBS.c.project == project, JOBS.c.request_id == request_id)
+    there = connection.execute(sql.select(JOBS).where(same)).mappings().first()
+    if there is None:
+        return None
+    if there["asked"] != asked:
+        allowed = "one that named no other request"
+        raise InvalidRequest.given("request_id", request_id, allowed, "REQUEST_ID")
+    return _job(connection, there)
 
 
 def _read(connection: Connection, job: str) -> Job:

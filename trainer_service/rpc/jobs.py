@@ -1,5 +1,6 @@
 """Jobs on the wire."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from importlib import metadata
 from typing import Any
@@ -11,7 +12,7 @@ from trainer_service.jobs.jobs import CHECKPOINT, ENDED, Happened, Job, Kept
 from trainer_service.rpc.spec import decided
 from trainer_service.running import Runner
 from zimage_client import training
-from zimage_core.errors import InvalidRequest
+from zimage_core.errors import InvalidRequest, Unavailable
 from zimage_core.serving import access
 from zimage_core.store.blobs import check_name
 from zimage_core.wire import features, names
@@ -22,6 +23,7 @@ VERSION = metadata.version("zimage-grpc")
 
 _USUAL_PAGE, _LARGEST_PAGE = 100, 1000
 _STEPS_AT_ONCE = 1000
+_SILENT_SECONDS = 30.0
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,15 +46,13 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     ) -> trainer_pb2.CreateTrainJobResponse:
         """Looks at everything before it says yes."""
         check_name(request.request_id, "request_id")
-        spec = await decided(self._desk, request.spec)
-        job = await self._desk.aside(
-            lambda: self._desk.jobs.create(
-                access.project(),
-                request.request_id,
-                request.spec.SerializeToString(deterministic=True),
-                spec.SerializeToString(deterministic=True),
-            )
-        )
+        project, jobs = access.project(), self._desk.jobs
+        asked = request.spec.SerializeToString(deterministic=True)
+        made = await self._desk.aside(lambda: jobs.made_of(project, request.request_id, asked))
+        if made is not None:
+            return trainer_pb2.CreateTrainJobResponse(job=_message(made))
+        spec = (await decided(self._desk, request.spec)).SerializeToString(deterministic=True)
+        job = await self._desk.aside(lambda: jobs.create(project, request.request_id, asked, spec))
         self._runner.submit(job.id)
         return trainer_pb2.CreateTrainJobResponse(job=_message(job))
 
@@ -89,30 +89,32 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         context: _Context,
     ) -> AsyncIterator[trainer_pb2.WatchTrainJobResponse]:
         """All that the caller does not know, then what comes."""
-        requests = [request async for request in request_iterator]
-        if len(requests) != 1:
-            given = f"{len(requests)} messages"
+        async with asyncio.timeout(_SILENT_SECONDS):
+            first, second = await anext(request_iterator, None), await anext(request_iterator, None)
+        if first is None or second is not None:
+            given = "more than one" if first else "none"
             raise InvalidRequest.given(
                 "WatchTrainJobRequest", given, "one, then the end", "GRAMMAR"
             )
-        [request] = requests
-        await self._get(request.id)
-        after = request.after_sequence
-        after_step = request.after_step if request.HasField("after_step") else -1
+        after = first.after_sequence
+        after_step = first.after_step if first.HasField("after_step") else -1
+        await self._get(first.id)
         while True:
-            bell = self._runner.bell(request.id)
-            job = await self._get(request.id)
-            while steps := await self._steps(job.id, after_step):
+            bell = self._runner.bell(first.id)
+            before = await self._get(first.id)
+            while steps := await self._steps(before.id, after_step):
                 for learnt in steps:
                     yield _step(learnt)
                 after_step = steps[-1].step
-            for happened in await self._desk.aside(
-                lambda job=job, after=after: self._desk.jobs.happened(job.id, after)  # type: ignore[misc]
-            ):
-                after = happened.sequence
-                yield _event(happened, job)
-            if job.state in ENDED:
+            happened = await self._happened(before.id, after)
+            job = await self._get(first.id)  # later than what happened: it knows of it
+            for one in happened:
+                after = one.sequence
+                yield _event(one, job)
+            if before.state in ENDED:
                 return
+            if self._runner.is_leaving:
+                raise Unavailable("the trainer is being stopped", reason="STOPPING")
             await bell.wait()
 
     async def PauseTrainJob(  # noqa: N802 - gRPC's name
@@ -139,6 +141,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def _get(self, job: str) -> Job:
         project = access.project()
         return await self._desk.aside(lambda: self._desk.jobs.get(project, job))
+
+    async def _happened(self, job: str, after: int) -> list[Happened]:
+        return await self._desk.aside(lambda: self._desk.jobs.happened(job, after))
 
     async def _steps(self, job: str, after: int) -> list[training.Learnt]:
         return await self._desk.aside(lambda: self._desk.jobs.steps(job, after, _STEPS_AT_ONCE))

@@ -29,8 +29,9 @@ def service(settings: TrainerSettings) -> Service:
     jobs = Jobs(settings.database_url)
     desk = Desk(jobs, blobs, client, Caches(blobs, client, threads), threads)
 
+    runner = Runner(desk)
+
     def register(server: grpc.aio.Server, on_ready: OnReady) -> Beside:
-        runner = Runner(desk)
         trainer_pb2_grpc.add_TrainerServiceServicer_to_server(TrainerServicer(desk, runner), server)
         blob_pb2_grpc.add_BlobServiceServicer_to_server(BlobServicer(blobs), server)
         return partial(runner.run, on_ready)
@@ -39,5 +40,6 @@ def service(settings: TrainerSettings) -> Service:
         name=trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name,
         register=register,
         also=[blob_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name],
+        leave=runner.leave,
         neighbours=[client],
     )

@@ -33,7 +33,8 @@ async def decided(desk: Desk, asked: trainer_pb2.TrainJobSpec) -> trainer_pb2.Tr
     if dit.model is None or dit.limits is None:
         raise Unavailable("the model is being loaded", reason="LOADING", retry_after=1.0)
     spec.side_px = spec.side_px if spec.HasField("side_px") else dit.model.default_side_px
-    least, most = dit.limits.side_multiple_px, dit.limits.max_side_px
+    # A picture of four to one is twice as wide as one with equal sides.
+    least, most = dit.limits.side_multiple_px, dit.limits.max_side_px // 2
     if not least <= spec.side_px <= most:
         raise InvalidRequest.given("spec.side_px", spec.side_px, f"{least} to {most}", "SIDE")
     if spec.training.step_count < 1:

@@ -33,7 +33,6 @@ _MOST_PIXELS = 89_000_000
 
 _WINDOW_PX = 8
 _SSIM_1, _SSIM_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-_ORIENTATION, _ON_THE_SIDE = 0x0112, (5, 6, 7, 8)
 _LONGEST_SIDE_PX = 1 << 16
 _EXIF, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 
@@ -146,14 +145,6 @@ def decode_for_model(data: bytes, name: str, longest_side: int) -> tuple[tuple[i
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.size, image.convert("RGB").tobytes()
-
-
-def size_of(data: bytes, name: str) -> tuple[int, int]:
-    """Width and height of a picture as a viewer shows it, by its header."""
-    with _opened(data, name) as opened:
-        width, height = opened.size
-        turned = opened.getexif().get(_ORIENTATION, 1) in _ON_THE_SIDE
-    return (height, width) if turned else (width, height)
 
 
 def cut(data: bytes, name: str, size_px: tuple[int, int]) -> bytes:

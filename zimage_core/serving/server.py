@@ -54,6 +54,8 @@ class Service:
     whether they can be, and raises what makes serving pointless."""
     also: Sequence[str] = ()
     """The full names of services that it has beside its own."""
+    leave: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """Brings what it does beside its calls to a good end, before it stops."""
     neighbours: Sequence[AbstractAsyncContextManager[object]] = ()
     """Clients of other services, closed when this one ends."""
 
@@ -99,12 +101,19 @@ async def serve(service: Service, settings: ServiceSettings) -> None:
             if not supervision.done():
                 _log.info("draining")
                 await asyncio.sleep(settings.drain_delay_seconds)
+                await _leave(service, settings.grace_seconds)
             await _end_calls(server, around, readiness, settings.grace_seconds)
         finally:
             supervision.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await supervision  # raises what ended it, if it ended by itself
     _log.info("stopped")
+
+
+async def _leave(service: Service, seconds: float) -> None:
+    if service.leave:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(service.leave(), seconds)
 
 
 async def _end_calls(

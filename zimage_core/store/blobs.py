@@ -35,6 +35,7 @@ _IN_USE_SECONDS = 600.0
 """What came or was read so lately may be about to get a name."""
 _MOST_PARTS = 1000
 """Beginnings that nobody goes on with; each costs a look at every put."""
+_LONGEST_MAKING_SECONDS = 86_400.0
 _COPY_BYTES = 1 << 20
 _LOOK_SECONDS = 60.0
 """How long we believe what we saw on the shelf, which others may use, too."""
@@ -141,6 +142,9 @@ class Blobs:
         """A folder of this machine for files that become blobs; it is gone afterwards."""
         with on_disk():
             self._making.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for left in self._making.iterdir():  # by a process that was killed
+                if time.time() - _modified(left) > _LONGEST_MAKING_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(dir=self._making))
         try:
             yield folder

@@ -164,8 +164,8 @@ def _show(job: TrainJob, args: Namespace, terminal: Terminal) -> None:
 def _step(step: TrainStep) -> dict[str, object]:
     return {
         "step": step.step,
-        "loss": step.loss,
-        "gradient_norm": step.gradient_norm,
+        "loss": step.loss if math.isfinite(step.loss) else None,
+        "gradient_norm": step.gradient_norm if math.isfinite(step.gradient_norm) else None,
         "learning_rate": step.learning_rate,
         "skipped": step.skipped,
         "seconds": round(step.seconds, 4),

@@ -69,8 +69,10 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
 
 
 async def _sent(trainer: AsyncTrainer, dataset: Dataset, terminal: Terminal) -> types_pb2.Digest:
-    for number, path in enumerate(dataset.paths.values(), 1):
-        terminal.live(f"sending pictures, {number} of {len(dataset.paths)}")
+    there = await trainer.find_blobs(dataset.paths)
+    lacking = [path for sha256, path in dataset.paths.items() if sha256 not in there]
+    for number, path in enumerate(lacking, 1):
+        terminal.live(f"sending pictures, {number} of {len(lacking)}")
         await trainer.put_blob(path)
     data = dataset_file.dump(dataset.examples)
     with tempfile.TemporaryDirectory() as scratch:

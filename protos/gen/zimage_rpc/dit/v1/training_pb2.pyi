@@ -663,7 +663,7 @@ class TrainingOpened(_message.Message):
     parameter_count: _builtins.int
     """How many numbers are learnt."""
     batches_ahead: _builtins.int
-    """How many batches may be sent ahead of their reports."""
+    """How many batches and checkpoints may be asked for ahead of their answers."""
     @_builtins.property
     def plan(self) -> Global___TrainingPlan:
         """The plan with everything that was left out."""

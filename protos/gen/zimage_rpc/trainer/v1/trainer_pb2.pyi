@@ -70,7 +70,7 @@ Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
 
 @_typing.final
 class TrainJobSpec(_message.Message):
-    """What shall be learnt from what. In answers, every field is set."""
+    """What shall be learnt from what. In answers, every field is set, of `training` once the job has begun."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -82,7 +82,7 @@ class TrainJobSpec(_message.Message):
     CAPTION_DROPOUT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name that checkpoints get as adapters; 1 to 128 letters, digits, '.', '_' and '-'."""
+    """The name that the last checkpoint gets as an adapter, in the place of one that has it; 1 to 128 letters, digits, '.', '_' and '-'."""
     batch_size: _builtins.int
     """How many samples a step learns from, 1 to 256. Unset means 1."""
     side_px: _builtins.int
@@ -97,7 +97,7 @@ class TrainJobSpec(_message.Message):
 
     @_builtins.property
     def training(self) -> _training_pb2.TrainingPlan:
-        """What is trained, and how. Its step count may be left out where epoch_count is given."""
+        """What is trained, and how. What is left out the DiT service decides when the job begins."""
 
     def __init__(
         self,
@@ -614,7 +614,7 @@ class WatchTrainJobResponse(_message.Message):
     """Its number among what happened to this job, from 1 on; 0 for steps, which have numbers of their own, and for progress."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
-        """When it happened."""
+        """When it happened; of steps, when it was told."""
 
     @_builtins.property
     def job(self) -> Global___TrainJob:
