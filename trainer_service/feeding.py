@@ -27,7 +27,6 @@ from zimage_core.planning.curriculum import Curriculum, Place, size_px
 from zimage_core.store.blobs import Blobs
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
-from zimage_rpc.types.v1 import types_pb2
 
 _PREPARED_AHEAD = 8
 """Steps whose samples are being prepared while others are learnt."""
@@ -110,7 +109,7 @@ class Feeding:
             job=self._job.id, session_epoch=epoch, plan=self._spec.training
         )
         if last:
-            opening.state.CopyFrom(_digest(last.state))
+            opening.state.CopyFrom(training.digest(last.state))
         done = last.step if last else 0
         encoder, dit = await self._neighbours()
         asked = self._asked(done, encoder, dit)
@@ -269,7 +268,3 @@ class Feeding:
             file = folder / named.sha256
             await self._desk.client.get_blob(named.sha256, file)
             await self._desk.aside(lambda: blobs.adopt(file))
-
-
-def _digest(named: Named) -> types_pb2.Digest:
-    return types_pb2.Digest(sha256=named.sha256, size_bytes=named.size_bytes)

@@ -13,6 +13,7 @@ from zimage_client._calls import TypedErrors
 from zimage_client._channel import Metadata
 from zimage_client._events import NumericPlan
 from zimage_core.digests import Named
+from zimage_core.errors import Cancelled
 from zimage_core.files import chunks
 from zimage_core.wire.limits import CHUNK_BYTES
 from zimage_rpc.dit.v1 import dit_pb2, training_pb2, training_pb2_grpc
@@ -111,7 +112,7 @@ class Session:
                 async for response in call:
                     if (answer := self._heard(response, call)) is not None:
                         yield answer
-        except BaseException:
+        except Cancelled:
             for task in self._aside:
                 if task.done() and not task.cancelled() and (fault := task.exception()):
                     raise fault from None  # it was ours, and ended the call

@@ -31,12 +31,9 @@ def noised(latents_CHW: Tensor, noise: Noise, seed: int, *place: int) -> Noised:
     return Noised(torch.lerp(latents_CHW, drawn_CHW, sigma), 1 - sigma, latents_CHW - drawn_CHW)
 
 
-def loss(velocity_CHW: Tensor, wanted_CHW: Tensor, weights_HW: Tensor | None = None) -> Tensor:
-    """The mean square of what is missing; of what counts, where weights say so."""
-    squares_CHW = (velocity_CHW - wanted_CHW).square()
-    if weights_HW is None:
-        return squares_CHW.mean()
-    return (squares_CHW.mean(0) * weights_HW).sum() / weights_HW.sum()
+def loss(velocity_CHW: Tensor, wanted_CHW: Tensor) -> Tensor:
+    """The mean square of what is missing."""
+    return (velocity_CHW - wanted_CHW).square().mean()
 
 
 def _sigma(noise: Noise, own: torch.Generator) -> float:

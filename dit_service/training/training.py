@@ -32,8 +32,6 @@ class Example:
     """Its caption's embedding."""
     share: float
     """Of the batch's loss."""
-    weights_HW: Tensor | None = None
-    """How much each place of the picture counts; None for all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,7 @@ class Training:
         layout = self._model.layout(shapes)
         velocities = self._model(samples, layout, self._backend, self._call)
         losses = [
-            example.share * flow.loss(velocity, one.velocity_CHW, example.weights_HW)
+            example.share * flow.loss(velocity, one.velocity_CHW)
             for velocity, one, example in zip(velocities, noised, examples, strict=True)
         ]
         loss = torch.stack(losses).sum()

@@ -168,8 +168,8 @@ def _message(job: Job) -> trainer_pb2.TrainJob:
 def _checkpoint(kept: Kept) -> trainer_pb2.TrainCheckpoint:
     message = trainer_pb2.TrainCheckpoint(
         step=kept.step,
-        adapter=types_pb2.Digest(**kept.adapter._asdict()),
-        state=types_pb2.Digest(**kept.state._asdict()),
+        adapter=training.digest(kept.adapter),
+        state=training.digest(kept.state),
     )
     message.create_time.FromNanoseconds(round(kept.time * 1e9))
     return message

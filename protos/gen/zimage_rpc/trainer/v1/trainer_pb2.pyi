@@ -607,11 +607,10 @@ class WatchTrainJobResponse(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     EVENT_TIME_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
-    CACHING_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Its number among what happened to this job, from 1 on; 0 for steps, which have numbers of their own, and for progress."""
+    """Its number among what happened to this job, from 1 on; 0 for steps, which have numbers of their own."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When it happened; of steps, when it was told."""
@@ -619,10 +618,6 @@ class WatchTrainJobResponse(_message.Message):
     @_builtins.property
     def job(self) -> Global___TrainJob:
         """The job is in another state."""
-
-    @_builtins.property
-    def caching(self) -> Global___CachingProgress:
-        """Samples are being prepared."""
 
     @_builtins.property
     def step(self) -> Global___TrainStep:
@@ -638,53 +633,18 @@ class WatchTrainJobResponse(_message.Message):
         sequence: _builtins.int = ...,
         event_time: _timestamp_pb2.Timestamp | None = ...,
         job: Global___TrainJob | None = ...,
-        caching: Global___CachingProgress | None = ...,
         step: Global___TrainStep | None = ...,
         checkpoint: Global___TrainCheckpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["caching", b"caching", "checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caching", b"caching", "checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "sequence", b"sequence", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "sequence", b"sequence", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["job", "caching", "step", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["job", "step", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchTrainJobResponse: _TypeAlias = WatchTrainJobResponse  # noqa: Y015
-
-@_typing.final
-class CachingProgress(_message.Message):
-    """How far the preparing of samples is."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CAPTION_COUNT_FIELD_NUMBER: _builtins.int
-    CACHED_CAPTION_COUNT_FIELD_NUMBER: _builtins.int
-    PICTURE_COUNT_FIELD_NUMBER: _builtins.int
-    CACHED_PICTURE_COUNT_FIELD_NUMBER: _builtins.int
-    caption_count: _builtins.int
-    """How many captions there are."""
-    cached_caption_count: _builtins.int
-    """How many of them have their embeddings."""
-    picture_count: _builtins.int
-    """How many pictures there are, crops counted each."""
-    cached_picture_count: _builtins.int
-    """How many of them have their latents."""
-    def __init__(
-        self,
-        *,
-        caption_count: _builtins.int = ...,
-        cached_caption_count: _builtins.int = ...,
-        picture_count: _builtins.int = ...,
-        cached_picture_count: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_caption_count", b"cached_caption_count", "cached_picture_count", b"cached_picture_count", "caption_count", b"caption_count", "picture_count", b"picture_count"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CachingProgress: _TypeAlias = CachingProgress  # noqa: Y015
 
 @_typing.final
 class TrainStep(_message.Message):
