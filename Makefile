@@ -101,6 +101,9 @@ demo-model: export MALLOC_TOP_PAD_ = 268435456
 demo-model: ## trains the demo model from nothing; goes on where it was stopped
 	$(BIN)/python -m demo_model.recipe
 
+demo-train: ## teaches the demo model a new word through all services, and looks whether it learnt it
+	$(BIN)/python -m demo_model.learning --write docs/demo-model
+
 demo-eval: ## asks the demo model for 1,000 pictures, and more, through the services
 	$(BIN)/python -m demo_model.evaluation --write docs/demo-model
 	$(BIN)/python docs/tables.py
@@ -120,4 +123,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast fuzz fault soak parity bench-encoder bench-dit bench-engine bench-gpu gpu-status demo-model demo-eval proto proto-check docs clean
+.PHONY: help setup run test check test-fast fuzz fault soak parity bench-encoder bench-dit bench-engine bench-gpu gpu-status demo-model demo-eval demo-train proto proto-check docs clean

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from demo_model.world import Scene, Thing
+from demo_model.world import NEW_SHAPE, Scene, Thing
 
 SHAPE_WORDS = {
     "circle": ("circle", "disc", "disk"),
@@ -20,6 +20,7 @@ SHAPE_WORDS = {
     "cross": ("cross", "plus sign"),
     "heart": ("heart",),
     "diamond": ("diamond", "rhombus"),
+    NEW_SHAPE: ("glorp",),
 }
 COLOUR_WORDS = {
     "red": ("red", "crimson", "scarlet"),

@@ -6,7 +6,7 @@ and turn. No learned part, so that it cannot share the model's mistakes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -68,7 +68,7 @@ class Look:
 
 def check(picture: Pixels, scene: Scene) -> dict[str, bool]:
     """Attribute by attribute, whether the picture shows the scene; two things need both right."""
-    seen = look(picture)
+    seen = look(picture, tuple(dict.fromkeys([*world.SHAPES, *(t.shape for t in scene.things)])))
     found = dict.fromkeys(ATTRIBUTES, False)
     found["background"] = seen.background == scene.background
     found["count"] = len(seen.things) == len(scene.things)
@@ -80,10 +80,10 @@ def check(picture: Pixels, scene: Scene) -> dict[str, bool]:
     return found
 
 
-def look(picture: Pixels) -> Look:
-    """The background and the things, the largest first."""
+def look(picture: Pixels, shapes: Sequence[str] = world.SHAPES) -> Look:
+    """The background and the things, of these shapes, the largest first."""
     levels, background, pieces = _parts(picture)
-    things = [_seen(levels, background, piece) for piece in pieces]
+    things = [_seen(levels, background, piece, shapes) for piece in pieces]
     empty = ~_grown(_grown(np.logical_or.reduce([np.zeros(levels.shape[:2], bool), *pieces])))
     return Look(_uniform_colour_name(levels[empty], background), tuple(things))
 
@@ -159,13 +159,13 @@ def _place(things: list[Seen], shape: tuple[int, ...]) -> str:
     return "above" if down > 0 else "below"
 
 
-def _seen(levels: Floats, background: Floats, piece: Piece) -> Seen:
+def _seen(levels: Floats, background: Floats, piece: Piece, shapes: Sequence[str]) -> Seen:
     core = _core(piece)
     if not core.any():  # debris
         y, x = (float(where.mean()) for where in np.nonzero(piece))
         return Seen(Thing("", "", ""), x, y)
     colour, cover = _painted(levels, background, piece)
-    overlap, fitted = max(_fits(cover), key=lambda fit: fit[0])
+    overlap, fitted = max(_fits(cover, shapes), key=lambda fit: fit[0])
     size = next((name for name, top in _SIZE_BORDERS.items() if fitted.radius < top), "large")
     shape = fitted.shape if overlap > _LEAST_OVERLAP else ""
     thing = Thing(shape, _uniform_colour_name(levels[core], colour), size)
@@ -220,7 +220,7 @@ def _error(thing: Placed, cover: Mask) -> float:
     return float(((_drawn(thing, cover.shape) - cover) ** 2).sum())
 
 
-def _fits(cover: Mask) -> Iterator[tuple[float, Placed]]:
+def _fits(cover: Mask, shapes: Sequence[str] = world.SHAPES) -> Iterator[tuple[float, Placed]]:
     """Every shape and turn with the same area and middle as the piece, and how well it covers."""
     rows, columns = np.nonzero(cover > 0)
     top, left = rows.min(), columns.min()
@@ -229,7 +229,7 @@ def _fits(cover: Mask) -> Iterator[tuple[float, Placed]]:
     ys, xs = np.mgrid[:height, :width].astype(np.float32) + 0.5
     area = float(part.sum())
     x, y = float((part * xs).sum() / area), float((part * ys).sum() / area)
-    for shape in world.SHAPES:
+    for shape in shapes:
         for turn in _TURNS:
             unit_area, unit_x, unit_y = _moments(shape, turn)
             radius = math.sqrt(area / unit_area)

@@ -140,6 +140,7 @@ def outline(shape: str) -> tuple[Ring, ...]:
         "cross": (_ring([p for turns in range(4) for p in _quarter_turns(corner, turns)]),),
         "heart": (_ring(_heart()),),
         "diamond": (_ring([(0, -1.25), (0.95, 0), (0, 1.25), (-0.95, 0)]),),
+        world.NEW_SHAPE: (_ring(_arrow()),),
     }
     return outlines[shape]
 
@@ -163,6 +164,12 @@ def _quarter_turns(points: Sequence[tuple[float, float]], count: int) -> list[tu
     for _ in range(count):
         points = [(-y, x) for x, y in points]
     return list(points)
+
+
+def _arrow() -> list[tuple[float, float]]:
+    """Upwards."""
+    half = [(0, -1.25), (1.1, 0.05), (0.42, 0.05), (0.42, 1.15)]
+    return [*half, *((-x, y) for x, y in reversed(half[1:]))]
 
 
 def _heart() -> list[tuple[float, float]]:

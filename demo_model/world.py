@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
+NEW_SHAPE = "arrow"
+"""One that the demo model was never shown: what it can be taught (`make demo-train`)."""
 COLOURS = {
     "red": (222, 36, 36),
     "green": (36, 160, 60),

@@ -1,5 +1,6 @@
 """What the DiT service's front and worker say to each other."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,8 @@ class TakeCheckpoint:
 
     session: str
     folder: Path
+    about: Mapping[str, str]
+    """What the adapter's file says of itself."""
 
 
 @dataclass(frozen=True, slots=True)

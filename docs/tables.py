@@ -24,6 +24,7 @@ ROOMS = (
     "zimage_core",
     "encoder_service",
     "dit_service",
+    "trainer_service",
     "client",
     "demo_model",
     "bench",

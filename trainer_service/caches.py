@@ -5,18 +5,19 @@ import asyncio
 import hashlib
 import json
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib import metadata
 from typing import TypeVar
 
 from zimage_client import AsyncClient, DitDescription, EncoderDescription
 from zimage_core.digests import Named
-from zimage_core.errors import NotFound, Unavailable, ZImageError
+from zimage_core.errors import InvalidRequest, NotFound, Unavailable, ZImageError
 from zimage_core.formats import embedding as embedding_file
-from zimage_core.formats.dataset_file import Example
 from zimage_core.formats.embedding import EmbeddingFile
 from zimage_core.pictures import files
+from zimage_core.planning.curriculum import Look, size_px
 from zimage_core.store.blobs import Blobs
 from zimage_core.tensors import TensorData
 
@@ -25,6 +26,11 @@ CAPTIONS, LATENTS = "captions", "latents"
 
 _AT_ONCE = {CAPTIONS: 4, LATENTS: 2}
 """What is made of each kind: people ask the same services for pictures meanwhile."""
+
+REPLACED = "REPLACED"
+"""The reason of the error when a service is another by now: who asks must look again."""
+
+_PILLOW = metadata.version("pillow")
 
 T = TypeVar("T")
 
@@ -57,36 +63,42 @@ class Caches:
             embedding = await self._client.encode(text, timeout=None)
             said = embedding.identity, embedding.recipe, embedding.numerics
             if said != (model.identity, model.recipe, model.numerics):
-                raise Unavailable(
-                    "the encoder was replaced by another one", reason="ENCODER_REPLACED"
-                )
+                raise Unavailable("the encoder was replaced by another one", reason=REPLACED)
             return embedding_file.dump(EmbeddingFile(embedding))
 
         return await self._kept(CAPTIONS, key, make)
 
-    async def latents(
-        self, example: Example, size_px: tuple[int, int], dit: DitDescription
-    ) -> Named:
-        """The file of a picture's latents, cut to a size."""
-        if dit.model is None or dit.numeric_plan is None:
+    async def latents(self, look: Look, dit: DitDescription) -> Named:
+        """The file of a picture's latents, cut to its size, with its mask where it has one."""
+        if dit.limits is None:
             raise _loading("the model")
-        plan = dit.numeric_plan
+        example, multiple = look.example, dit.limits.side_multiple_px
+        size = size_px(example.width_px, example.height_px, look.side_px, multiple)
+        vae = _vae(dit)
         key = {
             "picture": example.sha256,
-            "size": size_px,
-            "vae": dit.model.vae_sha256,
-            "device": plan.device,
-            "type": plan.vae_compute_type,
-            "tile": plan.vae_tile_px,
-            "libraries": dict(plan.library_versions),
+            "mask": example.mask_sha256,
+            "size": size,
+            "is_flipped": look.is_flipped,
+            "pillow": _PILLOW,
+            "vae": vae,
         }
 
         async def make() -> bytes:
-            data = await self._aside(lambda: self._cut(example, size_px))
+            data = await self._aside(
+                lambda: files.cut(
+                    self._read(example.sha256), example.name, size, flips=look.is_flipped
+                )
+            )
             [(_, latents)] = [one async for one in self._client.encode_images([data])]
             if isinstance(latents, ZImageError):
                 raise latents
-            return _file(latents)
+            if _vae(await self._client.describe()) != vae:
+                raise Unavailable("the DiT service has another VAE by now", reason=REPLACED)
+            tensors = {"latents": latents}
+            if example.mask_sha256:
+                tensors["mask"] = await self._aside(lambda: self._mask(look, size, latents.shape))
+            return _file(tensors)
 
         return await self._kept(LATENTS, key, make)
 
@@ -121,26 +133,54 @@ class Caches:
         self._blobs.point(kind, name, sha256)
         return Named(sha256, len(data))
 
-    def _cut(self, example: Example, size_px: tuple[int, int]) -> bytes:
-        with self._blobs.open(example.sha256) as file:
-            data = file.read()
-        return files.cut(data, example.name, size_px)
+    def _mask(self, look: Look, size: tuple[int, int], latents_shape: Sequence[int]) -> TensorData:
+        """The weights of the latents' places, 0 to 1."""
+        _, height, width = latents_shape
+        example = look.example
+        data = self._read(example.mask_sha256)
+        levels = files.cut_mask(data, example.name, size, (width, height), flips=look.is_flipped)
+        if not any(levels):
+            raise InvalidRequest(
+                f"the mask of {example.name} marks nothing of what is left when it is cut",
+                reason="DATASET",
+                fields={"field": "spec.dataset", "given": example.name},
+            )
+        weights = struct.pack(f"<{len(levels)}f", *(level / 255 for level in levels))
+        return TensorData("float32", (height, width), weights)
+
+    def _read(self, sha256: str) -> bytes:
+        with self._blobs.open(sha256) as file:
+            return file.read()
 
     async def _aside(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
-def _file(latents: TensorData) -> bytes:
-    """A safetensors file of the one tensor."""
-    description = {
-        "dtype": "F32",
-        "shape": list(latents.shape),
-        "data_offsets": [0, len(latents.data)],
+def _vae(dit: DitDescription) -> dict[str, object]:
+    """All that decides what a picture's latents are."""
+    if dit.model is None or dit.numeric_plan is None:
+        raise _loading("the model")
+    plan = dit.numeric_plan
+    return {
+        "weights": dit.model.vae_sha256,
+        "device": plan.device,
+        "type": plan.vae_compute_type,
+        "tile": plan.vae_tile_px,
+        "libraries": dict(plan.library_versions),
     }
-    assert latents.element_type == "float32"
-    header = json.dumps({LATENTS: description}).encode()
+
+
+def _file(tensors: Mapping[str, TensorData]) -> bytes:
+    """A safetensors file."""
+    described, end = {}, 0
+    for name, tensor in tensors.items():
+        assert tensor.element_type == "float32"
+        begin, end = end, end + len(tensor.data)
+        shape = list(tensor.shape)
+        described[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(described).encode()
     header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + latents.data
+    return struct.pack("<Q", len(header)) + header + b"".join(t.data for t in tensors.values())
 
 
 def _loading(what: str) -> Unavailable:

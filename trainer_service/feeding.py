@@ -5,14 +5,16 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, TypeVar
 
-from trainer_service.caches import Caches
+from trainer_service.caches import REPLACED, Caches
 from trainer_service.jobs.jobs import Job, Jobs, Kept
+from trainer_service.keeping import CHECKPOINTS, checkpoint_name
 from zimage_client import AsyncClient, DitDescription, EncoderDescription, training
 from zimage_core.digests import Named
 from zimage_core.errors import (
@@ -23,14 +25,18 @@ from zimage_core.errors import (
     ZImageError,
 )
 from zimage_core.formats.dataset_file import Example
-from zimage_core.planning.curriculum import Curriculum, Place, size_px
+from zimage_core.planning.curriculum import Curriculum, Habits, Look
 from zimage_core.store.blobs import Blobs
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 _PREPARED_AHEAD = 8
 """Steps whose samples are being prepared while others are learnt."""
+_ENCODED_AT_ONCE = 16
+"""Samples, where all are encoded first; how many services work on at once the caches decide."""
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+_FIRST = -1
+"""The step before all, which what is encoded first is for."""
 _ENTERED_SECONDS = 1.0
 """Between two transactions for steps."""
 
@@ -50,6 +56,14 @@ class Desk:
     async def aside(self, work: Callable[[], T]) -> T:
         """What waits for disks."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+
+@dataclass(frozen=True, slots=True)
+class Caching:
+    """How far it is with what is encoded before the first step."""
+
+    done: int
+    total: int
 
 
 class Listener(Protocol):
@@ -86,24 +100,28 @@ class Feeding:
         self._desk = desk
         self._listener = listener
         self._job = job
-        self._examples = examples
         self._spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
-        self._curriculum = Curriculum(
-            seed=self._spec.training.seed,
-            example_count=len(examples),
-            batch_size=self._spec.batch_size,
-            caption_dropout=self._spec.caption_dropout,
-        )
+        self._curriculum = Curriculum(examples, self._spec.training.seed, _habits(self._spec))
+        self.caching: Caching | None = None
+        """Where all is encoded first."""
         self._learnt: list[training.Learnt] = []
         self._entered = time.monotonic()
         self._is_waiting = False
-        self._awaited_step = -1
+        self._awaited_step = _FIRST
         self.shall_rest = asyncio.Event()
         """Whether it ends behind its next checkpoint, which comes soon then."""
 
     async def run(self, epoch: int) -> bool:
         """From the last checkpoint until all is learnt, or rest is due; whether all is. Raises what
         broke it."""
+        encoder, dit = await self._neighbours()
+        spec = self._spec
+        if spec.only_caches or spec.captions == trainer_pb2.TrainJobSpec.CAPTIONS_ALL_FIRST:
+            await self._listener.runs(self._job.id)
+            if not await self._encode_all(encoder, dit):
+                return False
+            if spec.only_caches:
+                return True
         last = await self._desk.aside(self._last_whole)
         opening = training_pb2.OpenTraining(
             job=self._job.id, session_epoch=epoch, plan=self._spec.training
@@ -111,7 +129,6 @@ class Feeding:
         if last:
             opening.state.CopyFrom(training.digest(last.state))
         done = last.step if last else 0
-        encoder, dit = await self._neighbours()
         asked = self._asked(done, encoder, dit)
         session = self._desk.client.train_session(opening, asked, self._desk.blobs.local)
         try:
@@ -156,6 +173,52 @@ class Feeding:
                 raise Unavailable(f"{what} is being loaded", reason="LOADING", retry_after=1.0)
         return encoder, dit
 
+    async def _encode_all(self, encoder: EncoderDescription, dit: DitDescription) -> bool:
+        """Until everything that will be learnt is kept, or rest is due; whether everything is."""
+        step_count = self._spec.training.step_count
+        looks = await self._desk.aside(lambda: list(self._curriculum.until(step_count)))
+        self.caching = Caching(0, len(looks))
+
+        async def encode(look: Look) -> None:
+            await self._patiently(_FIRST, lambda: self._sample(look, encoder, dit))
+
+        left = iter(looks)
+        under_way: set[asyncio.Task[None]] = set()
+        try:
+            while not self.shall_rest.is_set():
+                for look in islice(left, _ENCODED_AT_ONCE - len(under_way)):
+                    under_way.add(asyncio.create_task(encode(look)))
+                if not under_way:
+                    return True
+                encoded = await self._done_of(under_way)
+                under_way -= encoded
+                self.caching = Caching(self.caching.done + len(encoded), len(looks))
+                await self._is_back()
+                self._listener.ring(self._job.id)
+            return False
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+
+    async def _done_of(self, tasks: set[asyncio.Task[T]]) -> set[asyncio.Task[T]]:
+        """Waits until one of them is done, or rest is due; raises what broke one."""
+        resting = asyncio.create_task(self.shall_rest.wait())
+        try:
+            await asyncio.wait({*tasks, resting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            resting.cancel()
+        done = {task for task in tasks if task.done()}
+        for task in done:
+            task.result()
+        return done
+
+    async def _is_back(self) -> None:
+        """Whoever was waited for is there again."""
+        if self._is_waiting:
+            self._is_waiting = False
+            await self._listener.runs(self._job.id)
+
     async def _asked(
         self, step: int, encoder: EncoderDescription, dit: DitDescription
     ) -> AsyncGenerator[training.Batch | training.TakeCheckpoint, None]:
@@ -168,14 +231,12 @@ class Feeding:
                     preparing = self._prepared(following + len(ahead), encoder, dit)
                     ahead.append(asyncio.create_task(preparing))
                 self._awaited_step = following
-                if not await self._is_prepared(ahead[0]):
+                if not await self._done_of({ahead[0]}):
                     if following > step:
                         yield training.TakeCheckpoint()
                     return
                 yield await ahead.popleft()
-                if self._is_waiting:
-                    self._is_waiting = False
-                    await self._listener.runs(self._job.id)
+                await self._is_back()
                 is_last = following + 1 == count or self.shall_rest.is_set()
                 if is_last or (following + 1) % interval == 0:
                     yield training.TakeCheckpoint()
@@ -186,25 +247,24 @@ class Feeding:
                 task.cancel()
             await asyncio.gather(*ahead, return_exceptions=True)
 
-    async def _is_prepared(self, batch: asyncio.Task[training.Batch]) -> bool:
-        """Waits for a batch; False when rest is due before it is there."""
-        resting = asyncio.create_task(self.shall_rest.wait())
-        try:
-            await asyncio.wait({batch, resting}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            resting.cancel()
-        return batch.done()
-
     async def _prepared(
         self, step: int, encoder: EncoderDescription, dit: DitDescription
     ) -> training.Batch:
+        async def make() -> training.Batch:
+            looks = self._curriculum.batch(step)
+            samples = [self._sample(look, encoder, dit) for look in looks]
+            return training.Batch(step, await asyncio.gather(*samples))
+
+        return await self._patiently(step, make)
+
+    async def _patiently(self, step: int, make: Callable[[], Awaitable[T]]) -> T:
         """Waits for whoever is away: what was learnt since the last checkpoint stays."""
         failures = 0
         while True:
             try:
-                return await self._batch(step, encoder, dit)
+                return await make()
             except ZImageError as error:
-                if not is_passing(error) or error.reason == "ENCODER_REPLACED":
+                if not is_passing(error) or error.reason == REPLACED:
                     raise
                 if step == self._awaited_step:
                     self._is_waiting = True
@@ -212,27 +272,13 @@ class Feeding:
             await asyncio.sleep(pause_seconds(failures))
             failures += 1
 
-    async def _batch(
-        self, step: int, encoder: EncoderDescription, dit: DitDescription
-    ) -> training.Batch:
-        places = self._curriculum.batch(step)
-        samples = [self._sample(place, encoder, dit) for place in places]
-        return training.Batch(step, await asyncio.gather(*samples))
-
     async def _sample(
-        self, place: Place, encoder: EncoderDescription, dit: DitDescription
+        self, look: Look, encoder: EncoderDescription, dit: DitDescription
     ) -> training.Sample:
-        example = self._examples[place.example]
-        assert dit.limits is not None
-        size = size_px(
-            example.width_px, example.height_px, self._spec.side_px, dit.limits.side_multiple_px
-        )
-        caption = example.caption if place.has_caption else ""
         latents, embedding = await asyncio.gather(
-            self._desk.caches.latents(example, size, dit),
-            self._desk.caches.caption(caption, encoder),
+            self._desk.caches.latents(look, dit), self._desk.caches.caption(look.caption, encoder)
         )
-        return training.Sample(latents, embedding)
+        return training.Sample(latents, embedding, look.example.weight)
 
     async def _enter(self, learnt: training.Learnt) -> None:
         self._learnt.append(learnt)
@@ -249,10 +295,10 @@ class Feeding:
         """Its files are here, and stay, before anybody hears of it."""
         for kind, named in (("adapter", made.adapter), ("state", made.state)):
             await self._fetch(named)
-            name = f"{self._job.id}-{made.step}-{kind}"
+            name = checkpoint_name(self._job.id, made.step, kind)
             await self._desk.aside(
                 lambda name=name, named=named: self._desk.blobs.point(  # type: ignore[misc]
-                    "checkpoints", name, named.sha256
+                    CHECKPOINTS, name, named.sha256
                 )
             )
         kept = Kept(made.step, made.adapter, made.state, time.time())
@@ -268,3 +314,13 @@ class Feeding:
             file = folder / named.sha256
             await self._desk.client.get_blob(named.sha256, file)
             await self._desk.aside(lambda: blobs.adopt(file))
+
+
+def _habits(spec: trainer_pb2.TrainJobSpec) -> Habits:
+    return Habits(
+        batch_size=spec.batch_size,
+        sides_px=tuple(spec.sides_px),
+        caption_dropout=spec.caption_dropout,
+        shuffles_tags=spec.shuffle_tags,
+        fixed_tag_count=spec.fixed_tag_count,
+    )

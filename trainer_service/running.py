@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from trainer_service.feeding import Desk, Feeding, is_passing, pause_seconds
+from trainer_service.feeding import Caching, Desk, Feeding, is_passing, pause_seconds
 from trainer_service.jobs.jobs import (
     CANCELLED,
     COMPLETED,
@@ -16,6 +16,7 @@ from trainer_service.jobs.jobs import (
     WAITING,
     Job,
 )
+from trainer_service.keeping import DATASETS, PICTURES, forget_job
 from zimage_core.errors import DeviceLost, InternalError, NotReady, ZImageError
 from zimage_core.formats import dataset_file
 from zimage_core.formats.dataset_file import Example
@@ -112,6 +113,23 @@ class Runner:
             task.cancel()
         return job
 
+    async def delete(self, job: Job) -> None:
+        """Forgets one that has ended."""
+        if job.state not in ENDED or job.id in self._running:
+            raise NotReady(
+                f"job {job.id} is {job.state}; cancel it first",
+                reason="JOB_NOT_ENDED",
+                fields={"field": "id", "given": job.id},
+            )
+        await self._desk.aside(lambda: self._desk.jobs.delete(job.id))
+        await self._desk.aside(lambda: forget_job(self._desk.blobs, job.id))
+        self.ring(job.id)
+
+    def caching(self, job: str) -> Caching | None:
+        """How far it is with what is encoded first; None where it does no such thing."""
+        feeding = self._feeding.get(job)
+        return feeding.caching if feeding else None
+
     def bell(self, job: str) -> asyncio.Event:
         """Rings when something happens to a job; whoever hears it asks for a new one."""
         return self._changed.setdefault(job, asyncio.Event())
@@ -177,13 +195,13 @@ class Runner:
         """What it learns from; the store keeps dataset and pictures from now on."""
         dataset = trainer_pb2.TrainJobSpec.FromString(job.spec).dataset.sha256
         blobs = self._desk.blobs
-        blobs.point("datasets", job.id, dataset)
+        blobs.point(DATASETS, job.id, dataset)
         with blobs.open(dataset) as file:
             examples = dataset_file.load(file.read())
-        kept = set(blobs.names("pictures"))
-        for sha256 in dict.fromkeys(one.sha256 for one in examples):
+        kept = set(blobs.names(PICTURES))
+        for sha256 in dict.fromkeys(file for one in examples for file in one.files):
             if sha256 not in kept:
-                blobs.point("pictures", sha256, sha256)
+                blobs.point(PICTURES, sha256, sha256)
         return examples
 
     async def _rests(self, job: str) -> bool:
@@ -198,6 +216,8 @@ class Runner:
         """Gives the last checkpoint the job's name as an adapter."""
         job = await self._desk.aside(lambda: self._desk.jobs.read(job_id))
         spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
+        if spec.only_caches:
+            return
         last = job.checkpoints[-1]
         file = await self._desk.aside(lambda: self._desk.blobs.local(last.adapter.sha256))
         await self._desk.client.add_adapter(spec.name, file, replace=True)

@@ -350,9 +350,11 @@ class Loaded(Generic[S]):
         )
 
 
-def add_flags(parser: ArgumentParser, model: type[BaseModel]) -> None:
+def add_flags(parser: ArgumentParser, model: type[BaseModel], file_flag: str = "--config") -> None:
     """One flag for each plain setting of a program, and those that choose the file and profile."""
-    parser.add_argument("--config", type=Path, help="settings file (TOML)")
+    parser.add_argument(
+        file_flag, dest="config", type=Path, metavar="FILE", help="settings file (TOML)"
+    )
     parser.add_argument(
         "--isolated", action="store_true", help="obey flags alone: no file and no environment"
     )

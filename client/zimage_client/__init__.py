@@ -37,7 +37,14 @@ from zimage_client._events import (
     Usage,
     Waiting,
 )
-from zimage_client._jobs import JobEvent, TrainCheckpoint, TrainJob, TrainStep
+from zimage_client._jobs import (
+    CacheKind,
+    JobEvent,
+    TrainCaching,
+    TrainCheckpoint,
+    TrainJob,
+    TrainStep,
+)
 from zimage_client._options import Options
 from zimage_client._receipt import Receipt, read_receipt
 from zimage_client._sync import Client
@@ -71,6 +78,7 @@ __all__ = [
     "AsyncClient",
     "AsyncTrainer",
     "AttentionBackend",
+    "CacheKind",
     "Cancelled",
     "Client",
     "Completed",
@@ -111,6 +119,7 @@ __all__ = [
     "TensorData",
     "Tls",
     "Trace",
+    "TrainCaching",
     "TrainCheckpoint",
     "TrainJob",
     "TrainStep",

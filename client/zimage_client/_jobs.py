@@ -61,8 +61,25 @@ class TrainStep:
     waited_seconds: float
 
 
-JobEvent = TrainJob | TrainStep | TrainCheckpoint
-"""What happens to a job: it is in another state, it has learnt, it is kept."""
+@dataclass(frozen=True, slots=True)
+class TrainCaching:
+    """How far it is with what is encoded before the first step."""
+
+    done: int
+    total: int
+
+
+JobEvent = TrainJob | TrainStep | TrainCheckpoint | TrainCaching
+"""What happens to a job: it is in another state, it has learnt, it is kept, it is prepared."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKind:
+    """So much of one kind: "captions", "latents", "pictures"…"""
+
+    kind: str
+    count: int
+    size_bytes: int
 
 
 def job(message: trainer_pb2.TrainJob) -> TrainJob:
@@ -81,6 +98,11 @@ def job(message: trainer_pb2.TrainJob) -> TrainJob:
         checkpoints=tuple(map(checkpoint, message.checkpoints)),
         spec=message.spec,
     )
+
+
+def cache_kind(message: trainer_pb2.CacheKind) -> CacheKind:
+    """How much there is."""
+    return CacheKind(message.kind, message.count, message.size_bytes)
 
 
 def checkpoint(message: trainer_pb2.TrainCheckpoint) -> TrainCheckpoint:
@@ -115,5 +137,7 @@ def event(message: trainer_pb2.WatchTrainJobResponse) -> JobEvent | None:
             return step(message.step)
         case "checkpoint":
             return checkpoint(message.checkpoint)
+        case "caching":
+            return TrainCaching(message.caching.done, message.caching.total)
         case _:
             return None

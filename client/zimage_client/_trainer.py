@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 from zimage_client import _calls, _jobs
 from zimage_client._blobs import Transfers
 from zimage_client._channel import Channels
-from zimage_client._jobs import JobEvent, TrainJob, TrainStep
+from zimage_client._jobs import CacheKind, JobEvent, TrainJob, TrainStep
 from zimage_client._replay import Replay
 from zimage_core.errors import ZImageError
 from zimage_core.tls import Credentials
@@ -88,6 +88,37 @@ class AsyncTrainer:
         request = trainer_pb2.CancelTrainJobRequest(id=job)
         answer = await self._asked(lambda stub, **how: stub.CancelTrainJob(request, **how))
         return _jobs.job(answer.job)
+
+    async def delete(self, job: str) -> None:
+        """Takes away one that has ended, with its checkpoints."""
+        request = trainer_pb2.DeleteTrainJobRequest(id=job)
+        await self._asked(lambda stub, **how: stub.DeleteTrainJob(request, **how))
+
+    async def cache(self) -> list[CacheKind]:
+        """What the trainer keeps of captions and pictures."""
+        request = trainer_pb2.DescribeCacheRequest()
+        answer = await self._asked(lambda stub, **how: stub.DescribeCache(request, **how))
+        return list(map(_jobs.cache_kind, answer.kinds))
+
+    async def verify_cache(self) -> AsyncGenerator[tuple[int, list[str]], None]:
+        """Has all of it read: how many were by now, and those just found that were not what they
+        should be and are gone."""
+        request, count = trainer_pb2.VerifyCacheRequest(), 0
+        while True:
+            page = await self._asked(lambda stub, **how: stub.VerifyCache(request, **how))
+            count += page.count
+            yield count, list(page.torn)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def prune_cache(self, unused_seconds: float | None = None) -> list[CacheKind]:
+        """Takes away what was not used for so long, 30 days if that is not said; what is gone."""
+        request = trainer_pb2.PruneCacheRequest()
+        if unused_seconds is not None:
+            request.unused_for.FromNanoseconds(round(unused_seconds * 1e9))
+        answer = await self._asked(lambda stub, **how: stub.PruneCache(request, **how))
+        return list(map(_jobs.cache_kind, answer.kinds))
 
     async def watch(self, job: str) -> AsyncGenerator[JobEvent, None]:
         """What has happened to a job, then what happens, until it ends; goes on over breaks."""

@@ -32,6 +32,7 @@ _SLOWEST_SECONDS_PER_FLOP = 1e-9
 _FORWARDS = {"nothing": 3, "blocks": 4}
 """What a sample costs, in forwards: itself, about twice that for its gradient, and what is computed
 again."""
+_LEARNT_FROM = ("latents", "mask", "embeddings")
 _KEPT_BYTES = 4 << 30
 """Of samples in host memory: 3,000 of 1024x1024 pixels."""
 
@@ -116,14 +117,15 @@ class Trainings:
         """What writes the checkpoint that is there now, in its own time."""
         course = self._course(asked.session)
         with torch.inference_mode(mode=False):
-            adapter = course.training.adapter_tensors(torch.bfloat16)
+            adapter = course.training.adapter_tensors(getattr(torch, course.plan.save_dtype))
             state = course.training.state()
         adapter = {name: tensor.cpu().contiguous() for name, tensor in adapter.items()}
         step = course.training.step
 
         def write() -> messages.Checkpoint:
             files = asked.folder / "adapter.safetensors", asked.folder / "state.safetensors"
-            save_file(adapter, files[0], metadata={"format": "pt", "step": str(step)})
+            about = {**asked.about, "format": "pt", "step": str(step)}
+            save_file(adapter, files[0], metadata=about)
             save_file(state, files[1], metadata={"step": str(step)})
             return messages.Checkpoint(step, *files)
 
@@ -163,23 +165,27 @@ class Trainings:
         return piece.seconds
 
     def _examples(self, asked: messages.Learn) -> list[Example]:
-        total = sum(sample.weight for sample in asked.samples)
+        return [self._example(sample, 1 / len(asked.samples)) for sample in asked.samples]
+
+    def _example(self, sample: messages.TrainSample, share: float) -> Example:
         config, device = self._model.config, self._model.device
-        examples = []
-        for sample in asked.samples:
-            latents_CHW = self._samples.tensor("latents", *sample.latents)
-            features_LF = self._samples.tensor("embeddings", *sample.caption)
-            _check("latents", latents_CHW, (config.in_channels, None, None), config.patch_size)
-            _check("embeddings", features_LF, (None, config.cap_feat_dim))
-            with torch.inference_mode(mode=False):
-                examples.append(
-                    Example(
-                        latents_CHW.to(device).float(),
-                        features_LF.to(device).to(self._model.dtype),
-                        sample.weight / total,
-                    )
-                )
-        return examples
+        picture = self._samples.tensors(*sample.latents)
+        latents_CHW, mask_HW = picture.get("latents"), picture.get("mask")
+        features_LF = self._samples.tensors(*sample.caption).get("embeddings")
+        latents_CHW = _checked(
+            "latents", latents_CHW, (config.in_channels, None, None), config.patch_size
+        )
+        features_LF = _checked("embeddings", features_LF, (None, config.cap_feat_dim))
+        with torch.inference_mode(mode=False):
+            if mask_HW is not None:
+                mask_HW = _checked("mask", mask_HW, tuple(latents_CHW.shape[1:])).to(device).float()
+                _refuse_empty(mask_HW)
+            return Example(
+                latents_CHW.to(device).float(),
+                features_LF.to(device).to(self._model.dtype),
+                sample.weight * share,
+                mask_HW,
+            )
 
     def _flops(self, plan: TrainingPlan, example: Example) -> float:
         _, height, width = example.latents_CHW.shape
@@ -231,32 +237,40 @@ class _Samples:
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._bytes = 0
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    def tensor(self, name: str, sha256: str, file: Path) -> Tensor:
-        """The file's tensor of that name; raises InvalidRequest where it has none."""
+    def tensors(self, sha256: str, file: Path) -> dict[str, Tensor]:
+        """Those of the file's tensors that steps learn from, by their names; raises InvalidRequest
+        for a file that is none."""
         if sha256 in self._kept:
             self._kept.move_to_end(sha256)
             return self._kept[sha256]
         try:
-            with torch.inference_mode(mode=False), safe_open(file, framework="pt") as tensors:
-                tensor: Tensor = tensors.get_tensor(name)
+            with torch.inference_mode(mode=False), safe_open(file, framework="pt") as there:
+                names = [name for name in _LEARNT_FROM if name in there.keys()]  # noqa: SIM118
+                found = {name: there.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise InvalidRequest.given(
-                "sample", f"file {sha256} ({error})", f"safetensors with {name}", "TRAIN_SAMPLE"
+                "sample", f"file {sha256} ({error})", "safetensors", "TRAIN_SAMPLE"
             ) from error
-        self._kept[sha256] = tensor
-        self._bytes += tensor.nbytes
+        self._kept[sha256] = found
+        self._bytes += _bytes(found)
         while self._bytes > self._most_bytes and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
-            self._bytes -= oldest.nbytes
-        return tensor
+            self._bytes -= _bytes(oldest)
+        return found
 
 
-def _check(
-    name: str, tensor: Tensor, sizes: tuple[int | None, ...], multiple: int | None = None
-) -> None:
-    """Raises InvalidRequest for what this model cannot learn from."""
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _checked(
+    name: str, tensor: Tensor | None, sizes: tuple[int | None, ...], multiple: int | None = None
+) -> Tensor:
+    """The tensor; raises InvalidRequest for what this model cannot learn from."""
+    if tensor is None:
+        raise InvalidRequest.given(name, "a file without", f"a tensor {name}", "TRAIN_SAMPLE")
     fits = tensor.ndim == len(sizes) and all(
         given == wanted if wanted is not None else given > 0 and given % (multiple or 1) == 0
         for given, wanted in zip(tensor.shape, sizes, strict=True)
@@ -268,6 +282,13 @@ def _check(
         raise InvalidRequest.given(name, given, f"floats [{wanted}]{more}", "TRAIN_SAMPLE")
     if not tensor.isfinite().all():
         raise InvalidRequest.given(name, "values that are no numbers", "numbers", "TRAIN_SAMPLE")
+    return tensor
+
+
+def _refuse_empty(mask_HW: Tensor) -> None:
+    if bool((mask_HW < 0).any()) or not bool((mask_HW > 0).any()):
+        given, allowed = "weights below 0, or none above", "weights from 0, some above"
+        raise InvalidRequest.given("mask", given, allowed, "TRAIN_SAMPLE")
 
 
 def _read_state(file: Path) -> tuple[dict[str, Tensor], int]:

@@ -1,9 +1,11 @@
 """Training on the wire: batches come in, with the files they name; what came of them goes out."""
 
 import asyncio
+import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import count
 from typing import Any
 
@@ -14,6 +16,7 @@ from dit_service.rpc.arrivals import Arrivals
 from dit_service.rpc.describe import numeric_plan
 from zimage_core.errors import InvalidRequest, NotReady, Unavailable
 from zimage_core.planning.shares import BACKGROUND, Share
+from zimage_core.planning.training import TrainingPlan
 from zimage_core.serving import access
 from zimage_core.serving.worker import Worker
 from zimage_core.store.blobs import Blobs, check_name
@@ -111,6 +114,7 @@ class _Session:
         self._asked: asyncio.Queue[_Request | None] = asyncio.Queue()
         self._opened = asyncio.Event()
         self._next_step = 0
+        self._about: dict[str, str] = {}
         self._unanswered = 0
         self._name = name
 
@@ -185,6 +189,7 @@ class _Session:
         state = None
         if opening.HasField("state"):
             [(_, state)] = await self._arrivals.files([opening.state])
+        self._about = _about(plan, model)
         opened = await self._one(messages.OpenTraining(self._name, plan, state))
         assert isinstance(opened, messages.TrainingOpened)
         self._next_step = opened.step
@@ -229,7 +234,7 @@ class _Session:
 
     async def _take_checkpoint(self) -> None:
         with self._blobs.making() as folder:
-            taken = await self._one(messages.TakeCheckpoint(self._name, folder))
+            taken = await self._one(messages.TakeCheckpoint(self._name, folder, self._about))
             assert isinstance(taken, messages.Checkpoint)
             adapter, state = [
                 await asyncio.to_thread(self._blobs.adopt, file)
@@ -252,6 +257,19 @@ class _Session:
 
     def _tell(self, **event: Any) -> None:
         self.told.put_nowait(_Response(**event))
+
+
+def _about(plan: TrainingPlan, model: messages.Model) -> dict[str, str]:
+    """What an adapter's file says of itself. The strength is in its weights: as the file is, alpha
+    is the rank, whatever it was in the plan."""
+    rank = str(max(group.rank for group in plan.lora))
+    return {
+        "model_type": "zimage",
+        "base_model": f"{model.name} ({model.variant})",
+        "lora_rank": rank,
+        "lora_alpha": rank,
+        "training_plan": json.dumps(asdict(plan)),
+    }
 
 
 def _digest(sha256: str, size_bytes: int) -> types_pb2.Digest:

@@ -31,9 +31,13 @@ def noised(latents_CHW: Tensor, noise: Noise, seed: int, *place: int) -> Noised:
     return Noised(torch.lerp(latents_CHW, drawn_CHW, sigma), 1 - sigma, latents_CHW - drawn_CHW)
 
 
-def loss(velocity_CHW: Tensor, wanted_CHW: Tensor) -> Tensor:
-    """The mean square of what is missing."""
-    return (velocity_CHW - wanted_CHW).square().mean()
+def loss(velocity_CHW: Tensor, wanted_CHW: Tensor, mask_HW: Tensor | None = None) -> Tensor:
+    """The mean square of what is missing, by the weights of a mask where there is one: what is
+    learnt of a small part is learnt as fast as of a whole."""
+    squares_CHW = (velocity_CHW - wanted_CHW).square()
+    if mask_HW is None:
+        return squares_CHW.mean()
+    return (squares_CHW.mean(0) * mask_HW).sum() / mask_HW.sum()
 
 
 def _sigma(noise: Noise, own: torch.Generator) -> float:

@@ -31,7 +31,9 @@ class Example:
     features_LF: Tensor
     """Its caption's embedding."""
     share: float
-    """Of the batch's loss."""
+    """By how much it counts in the batch's loss."""
+    mask_HW: Tensor | None = None
+    """Which of its places are learnt, by their weights; all alike without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Training:
         layout = self._model.layout(shapes)
         velocities = self._model(samples, layout, self._backend, self._call)
         losses = [
-            example.share * flow.loss(velocity, one.velocity_CHW)
+            example.share * flow.loss(velocity, one.velocity_CHW, example.mask_HW)
             for velocity, one, example in zip(velocities, noised, examples, strict=True)
         ]
         loss = torch.stack(losses).sum()

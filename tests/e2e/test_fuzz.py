@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import grpc
 import psutil
 import pytest
+from google.protobuf import duration_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
@@ -154,7 +155,7 @@ METHODS: dict[str, list[Message]] = {
     f"{_TRAINER}/CreateTrainJob": [
         trainer_pb2.CreateTrainJobRequest(
             spec=trainer_pb2.TrainJobSpec(
-                name="style", dataset=_FILE, training=PLAN, batch_size=2, side_px=64
+                name="style", dataset=_FILE, training=PLAN, batch_size=2, sides_px=[64]
             ),
             request_id="request",
         )
@@ -167,6 +168,12 @@ METHODS: dict[str, list[Message]] = {
     f"{_TRAINER}/PauseTrainJob": [trainer_pb2.PauseTrainJobRequest(id="job")],
     f"{_TRAINER}/ResumeTrainJob": [trainer_pb2.ResumeTrainJobRequest(id="job")],
     f"{_TRAINER}/CancelTrainJob": [trainer_pb2.CancelTrainJobRequest(id="job")],
+    f"{_TRAINER}/DeleteTrainJob": [trainer_pb2.DeleteTrainJobRequest(id="job")],
+    f"{_TRAINER}/DescribeCache": [trainer_pb2.DescribeCacheRequest()],
+    f"{_TRAINER}/VerifyCache": [trainer_pb2.VerifyCacheRequest(page_token="captions/")],  # noqa: S106
+    f"{_TRAINER}/PruneCache": [
+        trainer_pb2.PruneCacheRequest(unused_for=duration_pb2.Duration(seconds=3))
+    ],
 }
 """What clients send, as a place to begin."""
 _UNARY = (
@@ -176,7 +183,8 @@ _UNARY = (
     "Trace",
     *(f"{verb}Adapter" for verb in ("Add", "Get", "Remove")),
     "ListAdapters",
-    *(f"{verb}TrainJob" for verb in ("Create", "Get", "Pause", "Resume", "Cancel")),
+    *(f"{verb}TrainJob" for verb in ("Create", "Get", "Pause", "Resume", "Cancel", "Delete")),
+    *(f"{verb}Cache" for verb in ("Describe", "Verify", "Prune")),
     "ListTrainJobs",
 )
 

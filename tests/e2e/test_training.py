@@ -1,21 +1,19 @@
 """Trainings through all three services: from pictures to an adapter to draw with."""
 
 import io
-import json
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from tests.e2e.services import PATIENCE_SECONDS, Service, running
+from tests.e2e.services import running
+from tests.e2e.trainer import Losses, Services, at, decisive, lines, show, three_services, wait
 from zimage_client import Client, Options
-from zimage_client._embedded.stack import demo_model
 from zimage_client.cli.main import main as command
 
 pytestmark = pytest.mark.timeout(300)
@@ -25,26 +23,10 @@ PROMPT = "a large red circle in the middle on a blue background"
 WISH = Options(seed=3, steps=4, guidance=0.0)
 
 
-@dataclass(frozen=True)
-class Services:
-    encoder: Service
-    dit: Service
-    trainer: Service
-
-
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    folder = tmp_path_factory.mktemp("trainer")
-    model = "--model", str(demo_model())
-    with running("encoder_service", *model) as encoder:
-        flags = "--encoder", encoder.address, "--store", str(folder / "dit")
-        with running("dit_service", *model, *flags) as dit:
-            flags = "--encoder", encoder.address, "--dit", dit.address
-            places = "--store", str(folder / "trainer"), "--database", f"sqlite:///{folder}/jobs"
-            with running("trainer_service", *flags, *places) as trainer:
-                for service in (encoder, dit, trainer):
-                    service.wait_until("SERVING")
-                yield Services(encoder, dit, trainer)
+    with three_services(tmp_path_factory.mktemp("trainer")) as three:
+        yield three
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +49,12 @@ def _asked(pictures: Path, services: Services, *flags: str) -> list[str]:
     return ["train", *where, *usual, *flags]
 
 
-def _lines(out: str) -> list[dict[str, object]]:
-    return [json.loads(line) for line in out.splitlines()]
-
-
 def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
     services: Services, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = "--rank", "4", "--learning-rate", "0.01", "--side", "96", "--json"
     assert command(_asked(pictures, services, "--name", "frames", *flags)) == 0
-    *steps, job = _lines(capsys.readouterr().out)
+    *steps, job = lines(capsys.readouterr().out)
     assert [step["step"] for step in steps] == list(range(STEPS))
     assert job["state"] == "completed"
     assert job["checkpoints"] == [3, 6, 7]
@@ -89,14 +67,14 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
         changed = client.generate(PROMPT, **WISH, adapters={"frames": 1.0}).pictures[0]
     assert plain.pixels_sha256 != changed.pixels_sha256
 
-    at = ["--trainer", services.trainer.address, "--isolated"]
+    where = at(services.trainer)
     file = tmp_path / "frames.safetensors"
-    assert command(["jobs", "export", str(job["id"]), "-o", str(file), *at]) == 0
+    assert command(["jobs", "export", str(job["id"]), "-o", str(file), *where]) == 0
     with safe_open(file, framework="pt") as tensors:
         assert len(list(tensors.keys())) == 2 * 6 * 7
     capsys.readouterr()
-    assert command(["jobs", "list", "--json", *at]) == 0
-    assert job in _lines(capsys.readouterr().out)
+    assert command(["jobs", "list", "--json", *where]) == 0
+    assert job in lines(capsys.readouterr().out)
 
 
 def test_the_same_again_learns_the_same_from_what_is_kept(
@@ -105,7 +83,7 @@ def test_the_same_again_learns_the_same_from_what_is_kept(
     runs = []
     for name in ("once", "twice"):
         assert command(_asked(pictures, services, "--name", name, "--seed", "4", "--json")) == 0
-        runs.append(_lines(capsys.readouterr().out))
+        runs.append(lines(capsys.readouterr().out))
     first, second = ([(step["loss"], step["gradient_norm"]) for step in run[:-1]] for run in runs)
     assert first == second
     assert len(set(first)) == STEPS
@@ -113,15 +91,7 @@ def test_the_same_again_learns_the_same_from_what_is_kept(
     assert len(encoded) <= 2 * 5  # five pictures in two sizes, whatever number of jobs
 
 
-def _show(job: str, at: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    capsys.readouterr()
-    assert command(["jobs", "show", job, "--json", *at]) == 0
-    [shown] = _lines(capsys.readouterr().out)
-    return shown
-
-
 LONGER = "--steps", "24", "--checkpoint-interval", "4", "--seed", "9"
-Losses = list[tuple[object, ...]]
 
 
 @pytest.fixture(scope="module")
@@ -130,51 +100,34 @@ def expected(services: Services, pictures: Path) -> Losses:
     out = io.StringIO()
     with redirect_stdout(out):
         assert command(_asked(pictures, services, *LONGER, "--name", "whole", "--json")) == 0
-    return _decisive(_lines(out.getvalue())[:-1])
+    return decisive(lines(out.getvalue())[:-1])
 
 
-def _decisive(steps: list[dict[str, object]]) -> Losses:
-    return [(one["step"], one["loss"], one["gradient_norm"]) for one in steps]
-
-
-def _wait(
-    job: str,
-    at: list[str],
-    capsys: pytest.CaptureFixture[str],
-    what: Callable[[dict[str, object]], bool],
-) -> dict[str, object]:
-    until = time.monotonic() + 2 * PATIENCE_SECONDS
-    while not what(shown := _show(job, at, capsys)):
-        assert time.monotonic() < until, shown
-        time.sleep(0.05)
-    return shown
-
-
-def _watched(job: str, at: list[str], capsys: pytest.CaptureFixture[str]) -> Losses:
+def _watched(job: str, where: list[str], capsys: pytest.CaptureFixture[str]) -> Losses:
     """What was learnt by the end."""
     capsys.readouterr()
-    assert command(["jobs", "watch", job, "--json", *at]) == 0
-    *learnt, end = _lines(capsys.readouterr().out)
+    assert command(["jobs", "watch", job, "--json", *where]) == 0
+    *learnt, end = lines(capsys.readouterr().out)
     assert end["state"] == "completed"
-    return _decisive(learnt)
+    return decisive(learnt)
 
 
 def test_what_breaks_on_the_way_changes_no_loss(
     services: Services, pictures: Path, expected: Losses, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    at = ["--trainer", services.trainer.address, "--isolated"]
+    where = at(services.trainer)
     assert command(_asked(pictures, services, *LONGER, "--name", "broken", "--detach")) == 0
     job = capsys.readouterr().out.strip()
 
-    _wait(job, at, capsys, lambda shown: int(str(shown["step"])) >= 6)
+    wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 6)
     services.dit.worker.kill()
-    _wait(job, at, capsys, lambda shown: shown["state"] == "waiting")
-    _wait(job, at, capsys, lambda shown: int(str(shown["step"])) >= 10)
-    assert command(["jobs", "pause", job, *at]) == 0
-    rested = _wait(job, at, capsys, lambda shown: shown["state"] == "paused")
+    wait(job, where, capsys, lambda shown: shown["state"] == "waiting")
+    wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 10)
+    assert command(["jobs", "pause", job, *where]) == 0
+    rested = wait(job, where, capsys, lambda shown: shown["state"] == "paused")
     assert rested["step"] == rested["checkpoints"][-1]  # type: ignore[index]
-    assert command(["jobs", "resume", job, *at]) == 0
-    assert _watched(job, at, capsys) == expected
+    assert command(["jobs", "resume", job, *where]) == 0
+    assert _watched(job, where, capsys) == expected
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -190,37 +143,37 @@ def test_a_trainer_that_ends_goes_on_at_its_next_start(
     flags = "--encoder", services.encoder.address, "--dit", services.dit.address, *places
     with running("trainer_service", *flags) as first:
         first.wait_until("SERVING")
-        at = ["--trainer", first.address, "--isolated"]
+        where = at(first)
         asked = _asked(pictures, replace(services, trainer=first), *LONGER, "--detach")
         assert command(asked) == 0
         job = capsys.readouterr().out.strip()
-        _wait(job, at, capsys, lambda shown: int(str(shown["step"])) >= 6)
+        wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 6)
         first.process.send_signal(how)
         assert first.wait_for_exit() == (0 if how == signal.SIGTERM else -how)
     with running("trainer_service", *flags) as second:
         second.wait_until("SERVING")
-        at = ["--trainer", second.address, "--isolated"]
-        assert _watched(job, at, capsys) == expected
+        where = at(second)
+        assert _watched(job, where, capsys) == expected
 
 
 def test_a_job_can_be_ended(
     services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    at = ["--trainer", services.trainer.address, "--isolated"]
+    where = at(services.trainer)
     asked = _asked(pictures, services, "--name", "never", "--steps", "100000", "--detach")
     assert command(asked) == 0
     job = capsys.readouterr().out.strip()
     with Client(services.dit.address) as client:  # pictures are the same beside it
         beside = client.generate(PROMPT, **WISH, packing="solo").pictures[0]
-        assert _show(job, at, capsys)["state"] == "running"
-        assert command(["jobs", "cancel", job, *at]) == 0
+        assert show(job, where, capsys)["state"] == "running"
+        assert command(["jobs", "cancel", job, *where]) == 0
         alone = client.generate(PROMPT, **WISH, packing="solo").pictures[0]
     assert beside.pixels_sha256 == alone.pixels_sha256
-    assert _show(job, at, capsys)["state"] == "cancelled"
-    assert command(["jobs", "watch", job, *at]) == 1
-    assert command(["jobs", "resume", job, *at]) == 3
+    assert show(job, where, capsys)["state"] == "cancelled"
+    assert command(["jobs", "watch", job, *where]) == 1
+    assert command(["jobs", "resume", job, *where]) == 3
     assert "does not go on" in capsys.readouterr().err
-    assert command(["jobs", "show", "job-of-nobody", *at]) == 3
+    assert command(["jobs", "show", "job-of-nobody", *where]) == 3
 
 
 def test_what_cannot_be_learnt_from_is_named(
@@ -234,8 +187,8 @@ def test_what_cannot_be_learnt_from_is_named(
     assert command(_asked(tmp_path, services)) == 3
     said = capsys.readouterr().err
     for fault in (
-        "no text file beside it: without.png",
-        "a side of less than 64 pixels: flat.png",
+        "1 without a text file beside it: without.png",
+        "1 with a side of less than 64 pixels: flat.png",
         "not a readable PNG, JPEG or WebP file",
     ):
         assert fault in said
@@ -247,7 +200,7 @@ def test_what_the_dit_service_refuses_is_why_a_job_failed(
     services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(_asked(pictures, services, "--name", "large", "--rank", "5000", "--json")) == 1
-    [job] = _lines(capsys.readouterr().out)
+    [job] = lines(capsys.readouterr().out)
     assert job["state"] == "failed"
     assert "lora.groups[0].rank: 5000 given, allowed is 1 to 1024" in str(job["failure"])
 
@@ -274,10 +227,10 @@ def test_a_job_belongs_to_the_project_that_made_it(
         asked = _asked(pictures, replace(services, trainer=trainer), "--detach")
         assert command([*asked, "--token-file", str(files["mine"])]) == 0
         job = capsys.readouterr().out.strip()
-        at = ["--trainer", trainer.address, "--isolated", "--token-file"]
-        assert _show(job, [*at, str(files["mine"])], capsys)["id"] == job
-        assert command(["jobs", "show", job, *at, str(files["other"])]) == 3
-        assert command(["jobs", "cancel", job, *at, str(files["other"])]) == 3
+        where = [*at(trainer), "--token-file"]
+        assert show(job, [*where, str(files["mine"])], capsys)["id"] == job
+        assert command(["jobs", "show", job, *where, str(files["other"])]) == 3
+        assert command(["jobs", "cancel", job, *where, str(files["other"])]) == 3
         capsys.readouterr()
-        assert command(["jobs", "list", *at, str(files["other"])]) == 0
+        assert command(["jobs", "list", *where, str(files["other"])]) == 0
         assert capsys.readouterr().out == ""

@@ -201,6 +201,27 @@ def test_going_on_from_a_state_changes_no_bit(model: ZImageTransformer) -> None:
         assert torch.equal(tensor, second.adapter_tensors(torch.float32)[name])
 
 
+def test_a_mask_counts_what_it_marks_by_its_weights() -> None:
+    generator = torch.Generator().manual_seed(2)
+    wanted_CHW, missing_CHW = (torch.randn(16, 6, 4, generator=generator) for _ in range(2))
+    mask_HW = torch.zeros(6, 4)
+    mask_HW[1:3, 2], mask_HW[5, 0] = 1.0, 0.5
+    found = flow.loss(wanted_CHW + missing_CHW, wanted_CHW, mask_HW)
+    squares = missing_CHW.square().mean(0)
+    expected = (squares[1, 2] + squares[2, 2] + 0.5 * squares[5, 0]) / 2.5
+    assert torch.isclose(found, expected)
+    everywhere = flow.loss(wanted_CHW + missing_CHW, wanted_CHW, torch.ones(6, 4))
+    assert torch.isclose(everywhere, flow.loss(wanted_CHW + missing_CHW, wanted_CHW))
+
+
+def test_weights_scale_what_a_sample_says(model: ZImageTransformer) -> None:
+    once, twice = (Training(model, "sdpa", PLAN, _used(model)) for _ in range(2))
+    _learn(once, _batch(model), 2)
+    _learn(twice, [replace(one, share=2 * one.share) for one in _batch(model)], 2)
+    for name, gradient in _gradients(once).items():
+        assert torch.equal(2 * gradient, _gradients(twice)[name]), name
+
+
 def test_sampling_with_what_should_be_predicted_leads_back_to_the_sample() -> None:
     """The signs of training are those of the sampler: this is what fails silently elsewhere."""
     latents_CHW = torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(0))

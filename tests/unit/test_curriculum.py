@@ -1,32 +1,88 @@
-"""The order of samples, and what pictures are cut to."""
+"""The order of samples, how they are shown, and what pictures are cut to."""
 
+import hashlib
 from collections import Counter
 
 import pytest
 
-from zimage_core.planning.curriculum import Curriculum, size_px
+from zimage_core.formats.dataset_file import Example
+from zimage_core.planning.curriculum import Curriculum, Habits, Look, size_px
 
 
-def test_every_example_comes_once_in_each_epoch_in_another_order() -> None:
-    curriculum = Curriculum(seed=3, example_count=10, batch_size=4)
-    places = [place for step in range(10) for place in curriculum.batch(step)]  # four epochs
-    orders = [[place.example for place in places if place.epoch == epoch] for epoch in range(4)]
+def _examples(count: int, **more: object) -> list[Example]:
+    return [
+        Example(hashlib.sha256(bytes([n])).hexdigest(), 1, 64, 64, str(n), f"caption {n}", **more)  # type: ignore[arg-type]
+        for n in range(count)
+    ]
+
+
+def _looks(curriculum: Curriculum, steps: int) -> list[Look]:
+    return [look for step in range(steps) for look in curriculum.batch(step)]
+
+
+def test_every_example_comes_as_often_as_it_repeats_in_each_epoch_in_another_order() -> None:
+    examples = [*_examples(8), Example("f" * 64, 1, 64, 64, "often", "x", repeats=2)]
+    looks = _looks(Curriculum(examples, 3, Habits(4, (64,))), 10)  # four epochs of ten
+    names = [look.example.name for look in looks]
+    orders = [tuple(names[start : start + 10]) for start in range(0, 40, 10)]
     for order in orders:
-        assert sorted(order) == list(range(10))
-    assert len({tuple(order) for order in orders}) == 4
-    assert all(place.has_caption for place in places)
+        assert Counter(order) == {**{str(n): 1 for n in range(8)}, "often": 2}
+    assert len(set(orders)) == 4
+    assert all(look.caption == look.example.caption for look in looks)
+    assert not any(look.is_flipped for look in looks)
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
-    asked = [Curriculum(5, 7, 3, 0.5).batch(step) for step in (2, 0, 30)]
-    assert asked == [Curriculum(5, 7, 3, 0.5).batch(step) for step in (2, 0, 30)]
-    assert asked != [Curriculum(6, 7, 3, 0.5).batch(step) for step in (2, 0, 30)]
+    habits = Habits(3, (64, 96), 0.5, shuffles_tags=True)
+    examples = _examples(7, flips=True)
+    asked = [Curriculum(examples, 5, habits).batch(step) for step in (2, 0, 30)]
+    one = Curriculum(examples, 5, habits)
+    assert asked == [one.batch(step) for step in (2, 0, 30)]
+    assert asked[0] == one.batch(2)
+    assert asked != [Curriculum(examples, 6, habits).batch(step) for step in (2, 0, 30)]
 
 
 def test_captions_are_left_out_as_often_as_asked() -> None:
-    curriculum = Curriculum(seed=0, example_count=100, batch_size=10, caption_dropout=0.2)
-    shown = Counter(place.has_caption for step in range(400) for place in curriculum.batch(step))
+    looks = _looks(Curriculum(_examples(100), 0, Habits(10, (64,), caption_dropout=0.2)), 400)
+    shown = Counter(bool(look.caption) for look in looks)
     assert 0.17 <= shown[False] / 4000 <= 0.23
+
+
+def test_half_of_those_that_flip_are_flipped() -> None:
+    looks = _looks(Curriculum(_examples(50, flips=True), 0, Habits(10, (64,))), 200)
+    assert 0.45 <= sum(look.is_flipped for look in looks) / 2000 <= 0.55
+
+
+def test_tags_change_places_behind_those_that_stay() -> None:
+    [example] = _examples(1)
+    tagged = Example(**{**_fields(example), "caption": "glorp, red,blue , green"})
+    habits = Habits(1, (64,), shuffles_tags=True, fixed_tag_count=1)
+    captions = {look.caption for look in _looks(Curriculum([tagged], 0, habits), 60)}
+    assert len(captions) == 6
+    for caption in captions:
+        first, *rest = caption.split(", ")
+        assert first == "glorp"
+        assert sorted(rest) == ["blue", "green", "red"]
+
+
+def test_each_example_has_every_side_in_turn() -> None:
+    looks = _looks(Curriculum(_examples(4), 0, Habits(4, (64, 96, 128))), 3)
+    sides = {look.example.name: set() for look in looks}  # type: ignore[var-annotated]
+    for look in looks:
+        sides[look.example.name].add(look.side_px)
+    assert all(seen == {64, 96, 128} for seen in sides.values())
+    assert len({look.side_px for look in looks[:4]}) > 1
+
+
+def test_what_is_needed_is_named_once_in_the_order_of_its_need() -> None:
+    curriculum = Curriculum(_examples(5), 0, Habits(2, (64,)))
+    needed = list(curriculum.until(20))
+    assert needed == list(dict.fromkeys(_looks(curriculum, 20)))
+    assert len(needed) == 5
+
+
+def _fields(example: Example) -> dict[str, object]:
+    return {name: getattr(example, name) for name in Example.__slots__}
 
 
 @pytest.mark.parametrize(

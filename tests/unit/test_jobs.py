@@ -123,7 +123,9 @@ def test_a_dataset_file_is_the_same_for_the_same() -> None:
         (b"{", b"[{", "line 1"),
         (b'"caption"', b'"text"', "line 1"),
         (b"abab", b"zzzz", "line 1"),
-        (b"640", b"0", "a side of 0 pixels"),
+        (b"640", b"0", "width_px 0"),
+        (b"1.0", b"-1.0", "weight -1.0"),
+        (b"false", b"3", "flips 3"),
         (b"100", b"1e9", "size_bytes"),
     ],
 )

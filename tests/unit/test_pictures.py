@@ -113,6 +113,17 @@ def test_the_model_sees_what_a_viewer_shows() -> None:
         files.decode_for_model(_png(Image.new("I;16", (16, 16))), "x", 32)
 
 
+def test_pictures_and_masks_are_cut_alike_and_mirrored_if_wanted() -> None:
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste((255, 255, 255), (10, 0, 20, 20))  # what is left of it: the middle 20 by 20
+    data = _png(picture)
+    for flips, expected in ((False, [255, 0]), (True, [0, 255])):
+        cut = files.decode(files.cut(data, "x", (20, 20), flips=flips), "x").image
+        assert [cut.getpixel((at, 10)) for at in (4, 15)] == [(level,) * 3 for level in expected]
+        cells = files.cut_mask(data, "x", (20, 20), (2, 1), flips=flips)
+        assert list(cells) == expected
+
+
 def test_previews_are_small() -> None:
     size, file = files.encode_preview(bytes(3 * 1024 * 600), (1024, 600))
     assert size == (512, 300)

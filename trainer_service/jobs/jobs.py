@@ -130,6 +130,18 @@ class Jobs:
         with self._engine.connect() as connection:
             return list(connection.scalars(wanted))
 
+    def ids(self) -> set[str]:
+        """Of all."""
+        with self._engine.connect() as connection:
+            return set(connection.scalars(sql.select(JOBS.c.id)))
+
+    def delete(self, job: str) -> None:
+        """Forgets all of one."""
+        with self._engine.begin() as connection:
+            for table in (EVENTS, STEPS, CHECKPOINTS):
+                connection.execute(table.delete().where(table.c.job == job))
+            connection.execute(JOBS.delete().where(JOBS.c.id == job))
+
     def read(self, job: str) -> Job:
         """One of any project; raises NotFound."""
         with self._engine.connect() as connection:

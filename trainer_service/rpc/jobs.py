@@ -7,7 +7,8 @@ from typing import Any
 
 import grpc.aio
 
-from trainer_service.feeding import Desk
+from trainer_service import keeping
+from trainer_service.feeding import Caching, Desk
 from trainer_service.jobs.jobs import CHECKPOINT, ENDED, Happened, Job, Kept
 from trainer_service.rpc.spec import decided
 from trainer_service.running import Runner
@@ -24,6 +25,7 @@ VERSION = metadata.version("zimage-grpc")
 _USUAL_PAGE, _LARGEST_PAGE = 100, 1000
 _STEPS_AT_ONCE = 1000
 _SILENT_SECONDS = 30.0
+_USUAL_UNUSED_SECONDS = 30 * 86_400.0
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -99,9 +101,13 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         after = first.after_sequence
         after_step = first.after_step if first.HasField("after_step") else -1
         await self._get(first.id)
+        caching = None
         while True:
             bell = self._runner.bell(first.id)
             before = await self._get(first.id)
+            if (now := self._runner.caching(first.id)) and now != caching:
+                caching = now
+                yield _caching(now)
             while steps := await self._steps(before.id, after_step):
                 for learnt in steps:
                     yield _step(learnt)
@@ -137,6 +143,42 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         """At once."""
         job = await self._runner.cancel(await self._get(request.id))
         return trainer_pb2.CancelTrainJobResponse(job=_message(job))
+
+    async def DeleteTrainJob(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.DeleteTrainJobRequest, context: _Context
+    ) -> trainer_pb2.DeleteTrainJobResponse:
+        """Once it has ended."""
+        await self._runner.delete(await self._get(request.id))
+        return trainer_pb2.DeleteTrainJobResponse()
+
+    async def DescribeCache(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.DescribeCacheRequest, context: _Context
+    ) -> trainer_pb2.DescribeCacheResponse:
+        """How much there is."""
+        heaps = await self._desk.aside(lambda: keeping.heaps(self._desk.blobs))
+        return trainer_pb2.DescribeCacheResponse(kinds=map(_kind, heaps))
+
+    async def VerifyCache(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.VerifyCacheRequest, context: _Context
+    ) -> trainer_pb2.VerifyCacheResponse:
+        """A page."""
+        behind = request.page_token
+        page = await self._desk.aside(lambda: keeping.verify(self._desk.blobs, behind))
+        return trainer_pb2.VerifyCacheResponse(
+            count=page.count, torn=page.torn, next_page_token=page.last
+        )
+
+    async def PruneCache(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.PruneCacheRequest, context: _Context
+    ) -> trainer_pb2.PruneCacheResponse:
+        """What is old."""
+        is_given = request.HasField("unused_for")
+        seconds = request.unused_for.ToNanoseconds() / 1e9 if is_given else _USUAL_UNUSED_SECONDS
+        if seconds < 0:
+            raise InvalidRequest.given("unused_for", f"{seconds:g} s", "0 s or more", "DURATION")
+        desk = self._desk
+        gone = await desk.aside(lambda: keeping.prune(desk.blobs, desk.jobs, seconds))
+        return trainer_pb2.PruneCacheResponse(kinds=map(_kind, gone))
 
     async def _get(self, job: str) -> Job:
         project = access.project()
@@ -185,6 +227,18 @@ def _event(happened: Happened, job: Job) -> trainer_pb2.WatchTrainJobResponse:
     else:
         message.job.CopyFrom(_message(job))
     return message
+
+
+def _caching(now: Caching) -> trainer_pb2.WatchTrainJobResponse:
+    message = trainer_pb2.WatchTrainJobResponse(
+        caching=trainer_pb2.TrainCaching(done=now.done, total=now.total)
+    )
+    message.event_time.GetCurrentTime()
+    return message
+
+
+def _kind(heap: keeping.Heap) -> trainer_pb2.CacheKind:
+    return trainer_pb2.CacheKind(kind=heap.kind, count=heap.count, size_bytes=heap.size_bytes)
 
 
 def _step(learnt: training.Learnt) -> trainer_pb2.WatchTrainJobResponse:

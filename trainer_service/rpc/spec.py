@@ -1,14 +1,16 @@
 """What a job is asked to be, decided and checked before it is one."""
 
+from operator import attrgetter
+
 from trainer_service.feeding import Desk
 from zimage_core import digests
 from zimage_core.errors import InvalidRequest, NotFound, Unavailable
 from zimage_core.formats import dataset_file
-from zimage_core.formats.dataset_file import Example
 from zimage_core.store.blobs import check_name
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 _LARGEST_BATCH = 256
+_MOST_SIDES = 16
 _USUAL_INTERVAL = 250
 _LARGEST_DATASET_BYTES = 1 << 30
 _NAMED_IN_ERRORS = 5
@@ -25,24 +27,38 @@ async def decided(desk: Desk, asked: trainer_pb2.TrainJobSpec) -> trainer_pb2.Tr
     spec.checkpoint_interval_steps = _count(
         spec, "checkpoint_interval_steps", _USUAL_INTERVAL, 1 << 30
     )
-    if not 0 <= spec.caption_dropout <= 1:
-        given = spec.caption_dropout
-        raise InvalidRequest.given("spec.caption_dropout", given, "0 to 1", "TRAINING_PLAN")
-    spec.caption_dropout = asked.caption_dropout
-    dit = await desk.client.describe()
-    if dit.model is None or dit.limits is None:
-        raise Unavailable("the model is being loaded", reason="LOADING", retry_after=1.0)
-    spec.side_px = spec.side_px if spec.HasField("side_px") else dit.model.default_side_px
-    # A picture of four to one is twice as wide as one with equal sides.
-    least, most = dit.limits.side_multiple_px, dit.limits.max_side_px // 2
-    if not least <= spec.side_px <= most:
-        raise InvalidRequest.given("spec.side_px", spec.side_px, f"{least} to {most}", "SIDE")
-    if spec.training.step_count < 1:
-        given = spec.training.step_count
-        raise InvalidRequest.given("spec.training.step_count", given, "1 or more", "TRAINING_PLAN")
+    spec.caption_dropout = asked.caption_dropout  # set from here on
+    spec.captions = spec.captions or trainer_pb2.TrainJobSpec.CAPTIONS_STREAM
+    for name, is_allowed, allowed in (
+        ("caption_dropout", 0 <= spec.caption_dropout <= 1, "0 to 1"),
+        ("fixed_tag_count", spec.fixed_tag_count >= 0, "0 or more"),
+        ("training.step_count", spec.training.step_count >= 1, "1 or more"),
+    ):
+        if not is_allowed:
+            given = attrgetter(name)(spec)
+            raise InvalidRequest.given(f"spec.{name}", given, allowed, "TRAINING_PLAN")
+    spec.sides_px[:] = await _sides(desk, spec)
     digests.check(spec.dataset.sha256, "spec.dataset.sha256")
     await desk.aside(lambda: _refuse_missing(desk, spec.dataset.sha256))
     return spec
+
+
+async def _sides(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> list[int]:
+    dit = await desk.client.describe()
+    if dit.model is None or dit.limits is None:
+        raise Unavailable("the model is being loaded", reason="LOADING", retry_after=1.0)
+    sides = list(dict.fromkeys(spec.sides_px)) or [dit.model.default_side_px]
+    if len(sides) > _MOST_SIDES:
+        raise InvalidRequest.given(
+            "spec.sides_px", f"{len(sides)} sides", f"{_MOST_SIDES} at most", "SIDE"
+        )
+    # A picture of four to one is twice as wide as one with equal sides.
+    least, most = dit.limits.side_multiple_px, dit.limits.max_side_px // 2
+    for index, side in enumerate(sides):
+        if not least <= side <= most:
+            field = f"spec.sides_px[{index}]"
+            raise InvalidRequest.given(field, side, f"{least} to {most}", "SIDE")
+    return sides
 
 
 def _count(spec: trainer_pb2.TrainJobSpec, name: str, usual: int, most: int) -> int:
@@ -56,16 +72,13 @@ def _refuse_missing(desk: Desk, dataset: str) -> None:
     """Reads the dataset and looks for its pictures."""
     with desk.blobs.open(dataset) as file:
         examples = dataset_file.load(file.read(_LARGEST_DATASET_BYTES))
-    missing = [one for one in _once(examples) if not desk.blobs.find(one.sha256).complete]
+    names = {sha256: one.name for one in examples for sha256 in one.files}
+    missing = [sha256 for sha256 in names if not desk.blobs.find(sha256).complete]
     if missing:
-        few = ", ".join(one.name for one in missing[:_NAMED_IN_ERRORS])
+        few = ", ".join(names[sha256] for sha256 in missing[:_NAMED_IN_ERRORS])
         more = f" and {len(missing) - _NAMED_IN_ERRORS} more" * (len(missing) > _NAMED_IN_ERRORS)
         raise NotFound(
             f"spec.dataset names pictures that were not sent: {few}{more}",
             reason="BLOB_NOT_FOUND",
-            fields={"field": "spec.dataset", "sha256": missing[0].sha256},
+            fields={"field": "spec.dataset", "sha256": missing[0]},
         )
-
-
-def _once(examples: tuple[Example, ...]) -> list[Example]:
-    return list({one.sha256: one for one in examples}.values())

@@ -1,6 +1,8 @@
-"""The dataset file: pictures by their digests, and what they show, a JSON object a line."""
+"""The dataset file: pictures by their digests, what they show and how they are learnt from, a JSON
+object a line."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +11,7 @@ from zimage_core import digests
 from zimage_core.errors import InvalidRequest
 
 MEDIA_TYPE = "application/jsonl"
+MOST_REPEATS = 10_000
 
 _LONGEST_CAPTION = 100_000
 _MOST_PIXELS = 1 << 16
@@ -28,6 +31,19 @@ class Example:
     name: str
     """For people."""
     caption: str
+    mask_sha256: str = ""
+    """Of a picture of the same size whose bright parts are what is learnt; empty for all of it."""
+    repeats: int = 1
+    """How often it comes in an epoch."""
+    weight: float = 1.0
+    """By how much its loss counts."""
+    flips: bool = False
+    """Whether it is shown mirrored half of the times."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The digests of what it is made of."""
+        return (self.sha256, self.mask_sha256) if self.mask_sha256 else (self.sha256,)
 
 
 def dump(examples: Iterable[Example]) -> bytes:
@@ -51,16 +67,25 @@ def load(data: bytes) -> tuple[Example, ...]:
 
 def _example(values: Any) -> Example:
     example = Example(**values)
-    digests.check(example.sha256, "sha256")
-    if not isinstance(example.size_bytes, int) or example.size_bytes < 1:
-        raise ValueError(f"size_bytes {example.size_bytes}")
-    for side in (example.width_px, example.height_px):
-        if not isinstance(side, int) or not 1 <= side <= _MOST_PIXELS:
-            raise ValueError(f"a side of {side} pixels")
+    for digest in example.files:
+        digests.check(digest, "sha256")
+    _count("size_bytes", example.size_bytes, 1 << 62)
+    _count("width_px", example.width_px, _MOST_PIXELS)
+    _count("height_px", example.height_px, _MOST_PIXELS)
+    _count("repeats", example.repeats, MOST_REPEATS)
     for text in (example.name, example.caption):
         if not isinstance(text, str) or len(text) > _LONGEST_CAPTION:
             raise ValueError("a name or caption that is no text, or too long")
+    if not isinstance(example.weight, float) or not 0 < example.weight < math.inf:
+        raise ValueError(f"weight {example.weight}")
+    if not isinstance(example.flips, bool):
+        raise ValueError(f"flips {example.flips}")
     return example
+
+
+def _count(name: str, value: object, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} {value}")
 
 
 def _refusal(given: str) -> InvalidRequest:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_core.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from PIL.Image import Image  # only whoever works with pictures pays for the import
+    from PIL.Image import Image, Resampling  # only whoever works with pictures pays for it
     from PIL.ImageFile import ImageFile
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -33,7 +33,7 @@ _MOST_PIXELS = 89_000_000
 
 _WINDOW_PX = 8
 _SSIM_1, _SSIM_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-_LONGEST_SIDE_PX = 1 << 16
+LONGEST_SIDE_PX = 1 << 16
 _EXIF, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 
 
@@ -147,14 +147,34 @@ def decode_for_model(data: bytes, name: str, longest_side: int) -> tuple[tuple[i
         return image.size, image.convert("RGB").tobytes()
 
 
-def cut(data: bytes, name: str, size_px: tuple[int, int]) -> bytes:
-    """A PNG of a picture, scaled to cover a size and cut to it around its middle."""
+def cut(data: bytes, name: str, size_px: tuple[int, int], *, flips: bool = False) -> bytes:
+    """A PNG of a picture, scaled to cover a size, cut to it around its middle, and mirrored if
+    wanted."""
+    from PIL import Image
+
+    fitted = _fitted(data, name, size_px, Image.Resampling.LANCZOS, flips=flips)
+    return encode(fitted.tobytes(), size_px, "png", DEFAULT_QUALITY)
+
+
+def cut_mask(
+    data: bytes, name: str, size_px: tuple[int, int], cells: tuple[int, int], *, flips: bool = False
+) -> bytes:
+    """How bright a picture is that is cut like another: a byte for each of so many cells along
+    width and height."""
+    from PIL import Image
+
+    fitted = _fitted(data, name, size_px, Image.Resampling.BILINEAR, flips=flips)
+    return fitted.convert("L").resize(cells, Image.Resampling.BOX).tobytes()
+
+
+def _fitted(
+    data: bytes, name: str, size_px: tuple[int, int], how: "Resampling", *, flips: bool
+) -> "Image":
     from PIL import Image, ImageOps
 
-    size, rgb = decode_for_model(data, name, _LONGEST_SIDE_PX)
-    image = Image.frombytes("RGB", size, rgb)
-    fitted = ImageOps.fit(image, size_px, Image.Resampling.LANCZOS)
-    return encode(fitted.tobytes(), size_px, "png", DEFAULT_QUALITY)
+    size, rgb = decode_for_model(data, name, LONGEST_SIDE_PX)
+    fitted = ImageOps.fit(Image.frombytes("RGB", size, rgb), size_px, how)
+    return ImageOps.mirror(fitted) if flips else fitted
 
 
 @contextmanager

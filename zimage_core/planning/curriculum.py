@@ -3,42 +3,112 @@ anything is prepared, so that neither a break nor the order of arrivals changes 
 
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+
+from zimage_core.formats.dataset_file import Example
 
 _LARGEST_ASPECT = 4.0
+_KEPT_ORDERS = 2
+"""Of epochs: batches are prepared across their border."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A sample's place in a training."""
+class Look:
+    """An example as it is shown once."""
 
-    epoch: int
-    example: int
-    """Its number in the dataset."""
-    has_caption: bool
-    """Whether it is shown with its caption, and not with none."""
+    example: Example
+    caption: str
+    side_px: int
+    """It is cut to about so many pixels squared."""
+    is_flipped: bool
 
 
 @dataclass(frozen=True, slots=True)
+class Habits:
+    """How examples are shown."""
+
+    batch_size: int
+    sides_px: tuple[int, ...]
+    """Each example has one after the other, an epoch each."""
+    caption_dropout: float = 0.0
+    """How often captions are left out."""
+    shuffles_tags: bool = False
+    """Whether what commas separate in a caption comes in another order each time."""
+    fixed_tag_count: int = 0
+    """How many at its beginning stay where they are."""
+
+
 class Curriculum:
     """The order of samples."""
 
-    seed: int
-    example_count: int
-    batch_size: int
-    caption_dropout: float = 0.0
+    def __init__(self, examples: Sequence[Example], seed: int, habits: Habits) -> None:
+        self._examples = examples
+        self._seed = seed
+        self._habits = habits
+        self._copies = [
+            (number, copy)
+            for number, example in enumerate(examples)
+            for copy in range(example.repeats)
+        ]
+        self._orders: dict[int, list[int]] = {}
 
-    def batch(self, step: int) -> tuple[Place, ...]:
-        """The samples of a step, counted from 0: each example once in every epoch."""
-        first = step * self.batch_size
-        return tuple(self._place(number) for number in range(first, first + self.batch_size))
+    def batch(self, step: int) -> tuple[Look, ...]:
+        """The samples of a step, counted from 0: in every epoch each example as often as it
+        repeats."""
+        first = step * self._habits.batch_size
+        return tuple(self._look(first + index) for index in range(self._habits.batch_size))
 
-    def _place(self, number: int) -> Place:
-        epoch, at = divmod(number, self.example_count)
-        is_left_out = _share(self.seed, "dropout", number) < self.caption_dropout
-        order = _order(self.seed, epoch, self.example_count)
-        return Place(epoch, order[at], not is_left_out)
+    def until(self, step_count: int) -> Iterator[Look]:
+        """All that come in so many steps, each look once, in the order in which they are needed."""
+        seen: set[Look] = set()
+        for step in range(step_count):
+            for look in self.batch(step):
+                if look not in seen:
+                    seen.add(look)
+                    yield look
+
+    def _look(self, number: int) -> Look:
+        epoch, at = divmod(number, len(self._copies))
+        index = self._order(epoch)[at]
+        example = self._examples[index]
+        sides = self._habits.sides_px
+        return Look(
+            example=example,
+            caption=self._caption(example.caption, number),
+            side_px=sides[(epoch + index) % len(sides)],
+            is_flipped=example.flips and self._share("flip", number) < 0.5,
+        )
+
+    def _caption(self, caption: str, number: int) -> str:
+        if self._share("dropout", number) < self._habits.caption_dropout:
+            return ""
+        if not self._habits.shuffles_tags:
+            return caption
+        tags = [tag.strip() for tag in caption.split(",")]
+        first = self._habits.fixed_tag_count
+        order = sorted(range(first, len(tags)), key=lambda tag: self._drawn("tags", number, tag))
+        return ", ".join([*tags[:first], *(tags[tag] for tag in order)])
+
+    def _order(self, epoch: int) -> list[int]:
+        """The numbers of examples."""
+        if epoch not in self._orders:
+            while len(self._orders) >= _KEPT_ORDERS:
+                del self._orders[min(self._orders)]
+            copies = sorted(self._copies, key=lambda copy: self._drawn("order", epoch, *copy))
+            self._orders[epoch] = [number for number, _ in copies]
+        return self._orders[epoch]
+
+    def _share(self, *what: object) -> float:
+        return int.from_bytes(self._drawn(*what)[:8], "little") / 2**64
+
+    def _drawn(self, *what: object) -> bytes:
+        return hashlib.sha256("/".join(map(str, (self._seed, *what))).encode()).digest()
+
+
+def epoch_length(examples: Sequence[Example]) -> int:
+    """How many samples an epoch has."""
+    return sum(example.repeats for example in examples)
 
 
 def size_px(width_px: int, height_px: int, side_px: int, multiple: int) -> tuple[int, int]:
@@ -56,16 +126,3 @@ def size_px(width_px: int, height_px: int, side_px: int, multiple: int) -> tuple
 
 def _apart(size: tuple[int, int], aspect: float) -> float:
     return abs(math.log(size[0] / size[1] / aspect))
-
-
-@lru_cache(4)
-def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    return tuple(sorted(range(count), key=lambda example: _drawn(seed, "order", epoch, example)))
-
-
-def _share(seed: int, *what: object) -> float:
-    return int.from_bytes(_drawn(seed, *what)[:8], "little") / 2**64
-
-
-def _drawn(seed: int, *what: object) -> bytes:
-    return hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()

@@ -116,6 +116,8 @@ class TrainingPlan:
     """What is computed again for the gradient rather than kept for it, or nothing."""
     average_decay: float = 0.0
     """Of the moving average of the weights, which is what is used then; 0 for none."""
+    save_dtype: str = "bfloat16"
+    """The element type of the adapter's file."""
 
 
 def targets(groups: tuple[LoraGroup, ...], shape: DitShape) -> dict[str, Target]:

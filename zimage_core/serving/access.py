@@ -53,6 +53,10 @@ ROLES: dict[str, Role | None] = {
     "/zimage_rpc.trainer.v1.TrainerService/PauseTrainJob": "train",
     "/zimage_rpc.trainer.v1.TrainerService/ResumeTrainJob": "train",
     "/zimage_rpc.trainer.v1.TrainerService/CancelTrainJob": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/DeleteTrainJob": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/DescribeCache": "train",
+    "/zimage_rpc.trainer.v1.TrainerService/VerifyCache": "admin",
+    "/zimage_rpc.trainer.v1.TrainerService/PruneCache": "admin",
 }
 """The role that a method needs; for None any token does, and an admin may do everything."""
 

@@ -49,6 +49,18 @@ class Found:
     stored_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A blob that a name points at."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+    """0 where it is not there."""
+    used: float
+    """When it was last, in seconds since 1970, where the place knows; else when it came."""
+
+
 class Blobs:
     """Those of one store. All of it may wait for disks and networks: call it from threads."""
 
@@ -196,11 +208,41 @@ class Blobs:
         data = self._shelf.read(_name_key(kind, name))
         if data is None:
             raise NotFound(f"there is no {kind} {name}", fields={"field": kind, "given": name})
-        return str(json.loads(data)["sha256"])
+        try:
+            return str(json.loads(data)["sha256"])
+        except (ValueError, KeyError, TypeError):
+            said = f"{kind} {name} cannot be read"
+            raise NotFound(said, fields={"field": kind, "given": name}) from None
 
     def names(self, kind: str) -> list[str]:
         """All of a kind."""
         return sorted(_last(entry.key) for entry in self._shelf.entries(_kind_key(kind)))
+
+    def kept(self, kind: str) -> Iterator[Kept]:
+        """All names of a kind, with what they point at."""
+        entries = {_last(entry.key): entry for entry in self._shelf.entries(_BLOBS)}
+        for name in self.names(kind):
+            try:
+                sha256 = self.pointed_at(kind, name)
+            except NotFound:  # taken away just now, or torn
+                sha256 = ""
+            entry = entries.get(sha256, Entry("", 0, 0.0))
+            yield Kept(name, sha256, entry.size_bytes, entry.modified)
+
+    def verify(self, sha256: str) -> bool:
+        """Whether a blob is there and, read anew, what its digest says; it goes where it is not."""
+        self._verified.pop(sha256, None)
+        try:
+            digest = hashlib.sha256()
+            with self._shelf.open(_key(sha256)) as file, on_disk():
+                while data := file.read(_COPY_BYTES):
+                    digest.update(data)
+        except FileNotFoundError:
+            return False
+        is_right = digest.hexdigest() == sha256
+        if not is_right:
+            self.discard(sha256)
+        return is_right
 
     def forget(self, kind: str, name: str) -> None:
         """Takes a name away; its blob goes when nothing else points at it and it is old."""

@@ -64,6 +64,11 @@ JOB_STATES = {
     "failed": trainer_pb2.TrainJob.STATE_FAILED,
     "cancelled": trainer_pb2.TrainJob.STATE_CANCELLED,
 }
+SAVE_DTYPES = {
+    "bfloat16": training_pb2.SavePlan.DTYPE_BFLOAT16,
+    "float16": training_pb2.SavePlan.DTYPE_FLOAT16,
+    "float32": training_pb2.SavePlan.DTYPE_FLOAT32,
+}
 RECOMPUTES = {
     "blocks": training_pb2.TrainingPlan.RECOMPUTE_BLOCKS,
     "nothing": training_pb2.TrainingPlan.RECOMPUTE_NOTHING,

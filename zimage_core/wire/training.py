@@ -20,7 +20,14 @@ from zimage_core.planning.training import (
     Optimizer,
     TrainingPlan,
 )
-from zimage_core.wire.names import COURSES, DISTRIBUTIONS, OPTIMIZERS, RECOMPUTES, name_of
+from zimage_core.wire.names import (
+    COURSES,
+    DISTRIBUTIONS,
+    OPTIMIZERS,
+    RECOMPUTES,
+    SAVE_DTYPES,
+    name_of,
+)
 from zimage_rpc.dit.v1 import training_pb2
 
 _MOST_STEPS = 10_000_000
@@ -42,6 +49,7 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
         samples_at_once=given.count("samples_at_once", 1, 1, _MOST_AT_ONCE),
         recompute=given.name("recompute", RECOMPUTES),
         average_decay=given.number("average_decay", 0.0, _BELOW_1),
+        save_dtype=given.within("save").name("dtype", SAVE_DTYPES),
     )
 
 
@@ -66,6 +74,7 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
         samples_at_once=decided.samples_at_once,
         recompute=RECOMPUTES[decided.recompute],
         average_decay=decided.average_decay,
+        save=training_pb2.SavePlan(dtype=SAVE_DTYPES[decided.save_dtype]),
     )
 
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from contextlib import aclosing
 from pathlib import Path
 
-from zimage_client import AsyncTrainer, TrainCheckpoint, TrainJob, TrainStep
+from zimage_client import AsyncTrainer, TrainCaching, TrainCheckpoint, TrainJob, TrainStep
 from zimage_client.cli import output
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
@@ -27,6 +27,7 @@ def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
         ("pause", "let one rest behind its next checkpoint"),
         ("resume", "let one go on from its last checkpoint"),
         ("cancel", "end one for good; its checkpoints stay"),
+        ("delete", "take away one that has ended, with its checkpoints"),
         ("export", "write a checkpoint's adapter to a file"),
     ):
         of_action = actions.add_parser(
@@ -61,6 +62,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
                 return await watch(client, args.job, args, terminal)
             case "export":
                 await _export(client, args, terminal)
+            case "delete":
+                await client.delete(args.job)
             case "pause" | "resume" | "cancel" as action:
                 _show(await getattr(client, action)(args.job), args, terminal)
     return None
@@ -91,6 +94,10 @@ async def watch(client: AsyncTrainer, job_id: str, args: Namespace, terminal: Te
                     if args.json:
                         terminal.result(json.dumps(_step(event)))
                     terminal.live(progress.line(last.step_count))
+                case TrainCaching():
+                    if args.json:
+                        terminal.result(json.dumps({"encoded": event.done, "of": event.total}))
+                    terminal.live(f"encoded {event.done} of {event.total} samples")
                 case TrainCheckpoint():
                     terminal.note(f"checkpoint behind step {event.step}")
     last = await client.get(job_id)

@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from zimage_client.cli import (
     adapters,
     advise,
+    cache,
     certs,
     completion,
     doctor,
@@ -54,10 +55,13 @@ _COMMANDS = {
     "certs": (certs, "make a private authority, and certificates for machines"),
     "profile": (profile, "measure encoding, steps and pictures, and compare ways to compute"),
     "train": (train, "teach a LoRA from pictures and captions"),
+    "cache": (cache, "fill, look at and clear what trainings keep of captions and pictures"),
     "jobs": (jobs, "show, watch, pause, resume and export trainings"),
     "trace": (trace, "show what the device of a running DiT service did, and for whom"),
     "verify": (verify, "make a picture again and say whether it is the same"),
 }
+_WITH_JOB_FILES = ("cache", "train")
+"""Whose --config is that of a job."""
 _DONE, _FAILED, _USAGE, _REFUSED, _UNREACHABLE, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 _EXIT_CODES: dict[type[ZImageError], int] = {
     InvalidSettings: _USAGE,
@@ -138,7 +142,8 @@ def _parser() -> ArgumentParser:
             name, help=purpose, description=purpose, allow_abbrev=False
         )
         for parsed in command.add_flags(of_command) or [of_command]:
-            settings.add_flags(parsed, ClientSettings)
+            flag = "--settings" if name in _WITH_JOB_FILES else "--config"
+            settings.add_flags(parsed, ClientSettings, flag)
     return parser
 
 

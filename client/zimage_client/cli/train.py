@@ -3,69 +3,162 @@
 import asyncio
 import tempfile
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
-from zimage_client import AsyncTrainer
-from zimage_client._dataset import Dataset, folder
+from zimage_client import AsyncTrainer, TrainJob, _job_file
+from zimage_client._dataset import Dataset, gather, some
+from zimage_client._job_file import Data, Folder, JobFile
 from zimage_client.cli import jobs
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.formats import dataset_file
 from zimage_core.settings import ClientSettings
-from zimage_rpc.dit.v1 import training_pb2
-from zimage_rpc.trainer.v1 import trainer_pb2
 from zimage_rpc.types.v1 import types_pb2
 
 _LEAST_SIDE_PX = 64
-_USUAL_STEPS = 1500
+_OF_SPEC = {
+    "name": "name",
+    "rank": "training.lora.groups[].rank",
+    "steps": "training.step_count",
+    "batch_size": "batch_size",
+    "learning_rate": "training.learning_rate.peak",
+    "seed": "training.seed",
+    "side": "sides_px",
+    "caption_dropout": "caption_dropout",
+    "checkpoint_interval": "checkpoint_interval_steps",
+    "captions": "captions",
+}
+"""Where the flags' values belong."""
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of the command."""
-    data = parser.add_argument_group("what is learnt from")
-    data.add_argument(
-        "--images", type=Path, metavar="DIR", help="pictures, each with a .txt file beside it"
-    )
-    data.add_argument(
-        "--side", type=int, metavar="PX", help="cut pictures to about so many pixels squared"
-    )
-    data.add_argument(
-        "--caption-dropout", type=float, metavar="SHARE", help="how often captions are left out"
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument("--name", metavar="NAME", help="of the adapter; default: that of the folder")
-    how.add_argument("--rank", type=int, metavar="N", help="default: 16")
-    how.add_argument("--steps", type=int, metavar="N", help=f"default: {_USUAL_STEPS}")
-    how.add_argument("--batch-size", type=int, metavar="N", help="default: 1")
-    how.add_argument("--learning-rate", type=float, metavar="RATE", help="default: 1e-4")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    how.add_argument(
-        "--checkpoint-interval", type=int, metavar="STEPS", help="between checkpoints; default: 250"
-    )
+    add_job_flags(parser)
     parser.add_argument("--detach", action="store_true", help="do not watch it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
 
 
+def add_job_flags(parser: ArgumentParser) -> None:
+    """Those that say what a job is."""
+    parser.add_argument(
+        "--config",
+        dest="job_file",
+        type=Path,
+        metavar="FILE",
+        help="the job as a TOML or JSON file; flags go before what it says",
+    )
+    data = parser.add_argument_group("what is learnt from")
+    data.add_argument(
+        "--images",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="pictures with .txt files beside them or a metadata.jsonl; may be given again",
+    )
+    data.add_argument(
+        "--masks", type=Path, metavar="DIR", help="pictures whose bright parts are learnt"
+    )
+    data.add_argument("--trigger", metavar="WORD", help="put before every caption")
+    data.add_argument("--flip", action="store_true", help="show half of the pictures mirrored")
+    data.add_argument(
+        "--skip-faulty", action="store_true", help="leave out files that cannot be learnt from"
+    )
+    data.add_argument(
+        "--side",
+        type=int,
+        action="append",
+        metavar="PX",
+        help="cut pictures to about so many pixels squared; given again, to each in turn",
+    )
+    data.add_argument(
+        "--caption-dropout", type=float, metavar="SHARE", help="how often captions are left out"
+    )
+    data.add_argument(
+        "--captions",
+        choices=("stream", "all-first"),
+        help="when to encode captions and pictures; default: stream, while others are learnt",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--name", metavar="NAME", help="of the adapter; default: that of the folder")
+    how.add_argument("--rank", type=int, metavar="N", help="default: 16")
+    how.add_argument("--steps", type=int, metavar="N", help=f"default: {_job_file.USUAL_STEPS}")
+    how.add_argument("--epochs", type=int, metavar="N", help="in the place of --steps")
+    how.add_argument("--batch-size", type=int, metavar="N", help="default: 1")
+    how.add_argument("--learning-rate", type=float, metavar="RATE", help="default: 1e-4")
+    how.add_argument("--seed", type=int, metavar="N", help="default: 0")
+    how.add_argument(
+        "--checkpoint-interval", type=int, metavar="STEPS", help="between checkpoints; default: 250"
+    )
+
+
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int | None:
-    """Looks at everything, sends what the trainer lacks, then watches."""
-    if args.images is None:
-        raise wrong("--images", "give the folder of pictures, --images DIR")
+    """Begins, then watches."""
     async with jobs.trainer(settings) as trainer:
-        terminal.live(f"looking at {args.images}")
-        dataset = await asyncio.to_thread(folder, args.images, _LEAST_SIDE_PX)
-        dataset.check()
-        again = dataset.duplicate_count
-        terminal.note(
-            f"{len(dataset.examples)} pictures" + (f", {again} of them again" if again else "")
-        )
-        spec = _spec(args)
-        spec.dataset.CopyFrom(await _sent(trainer, dataset, terminal))
-        job = await trainer.train(spec)
+        job = await begin(trainer, args, terminal)
         terminal.note(f"job {job.id}: {job.step_count} steps, {job.name}")
         if args.detach:
             terminal.result(job.id)
             return None
         return await jobs.watch(trainer, job.id, args, terminal)
+
+
+async def begin(
+    trainer: AsyncTrainer, args: Namespace, terminal: Terminal, *, only_caches: bool = False
+) -> TrainJob:
+    """Looks at everything, sends what the trainer lacks, and begins."""
+    file = _asked(args)
+    data = file.data
+    if data is None or not data.sources():
+        raise wrong(
+            "--images", "there is nothing to learn from; give the folder of pictures, --images DIR"
+        )
+    terminal.live("looking at pictures")
+    dataset = await asyncio.to_thread(gather, data.sources(), _LEAST_SIDE_PX)
+    dataset.check(skips_faulty=data.skip_faulty)
+    _report(dataset, terminal)
+    overriding = {path: getattr(args, flag) for flag, path in _OF_SPEC.items()}
+    overriding["name"] = args.name or file.values.get("name") or _usual_name(args, data)
+    spec = _job_file.spec(file, overriding, dataset.examples)
+    spec.only_caches = only_caches
+    spec.dataset.CopyFrom(await _sent(trainer, dataset, terminal))
+    return await trainer.train(spec)
+
+
+def _asked(args: Namespace) -> JobFile:
+    """What the file says, and what flags say of data and epochs."""
+    if args.epochs and args.steps:
+        raise wrong("--epochs", "give --epochs or --steps, not both")
+    file = _job_file.read(args.job_file) if args.job_file else JobFile()
+    epochs = None if args.steps else args.epochs or file.epochs
+    if epochs is not None and epochs < 1:
+        raise wrong("--epochs", f"{epochs} given, allowed is 1 or more")
+    data = file.data or Data()
+    if args.images:
+        folders = [Folder(path=path, masks=args.masks, flips=args.flip) for path in args.images]
+        data = Data(folders=tuple(folders), trigger=data.trigger, skip_faulty=data.skip_faulty)
+    elif args.masks or args.flip:
+        raise wrong("--images", "--masks and --flip go with --images; a file says it for itself")
+    more = {"trigger": args.trigger or data.trigger}
+    if args.skip_faulty:
+        more["skip_faulty"] = True
+    return replace(file, data=data.model_copy(update=more), epochs=epochs)
+
+
+def _usual_name(args: Namespace, data: Data) -> str:
+    if args.job_file:
+        return str(args.job_file.stem)
+    return data.folders[0].path.resolve().name
+
+
+def _report(dataset: Dataset, terminal: Terminal) -> None:
+    again = dataset.again
+    terminal.note(
+        f"{len(dataset.examples)} pictures"
+        + (f", of which {len(again)} are there under another name: {some(again)}" if again else "")
+    )
+    if dataset.faults:
+        terminal.note(f"left out: {dataset.faults_said}")
 
 
 async def _sent(trainer: AsyncTrainer, dataset: Dataset, terminal: Terminal) -> types_pb2.Digest:
@@ -80,21 +173,3 @@ async def _sent(trainer: AsyncTrainer, dataset: Dataset, terminal: Terminal) -> 
         file.write_bytes(data)
         sha256 = await trainer.put_blob(file)
     return types_pb2.Digest(sha256=sha256, size_bytes=len(data), media_type=dataset_file.MEDIA_TYPE)
-
-
-def _spec(args: Namespace) -> trainer_pb2.TrainJobSpec:
-    """What the flags ask for; the trainer decides the rest."""
-    group = training_pb2.LoraGroup(rank=args.rank)
-    return trainer_pb2.TrainJobSpec(
-        name=args.name or args.images.resolve().name,
-        training=training_pb2.TrainingPlan(
-            seed=args.seed,
-            step_count=_USUAL_STEPS if args.steps is None else args.steps,
-            lora=training_pb2.LoraPlan(groups=[group]),
-            learning_rate=training_pb2.LearningRatePlan(peak=args.learning_rate),
-        ),
-        batch_size=args.batch_size,
-        side_px=args.side,
-        caption_dropout=args.caption_dropout,
-        checkpoint_interval_steps=args.checkpoint_interval,
-    )

@@ -28,7 +28,7 @@ from zimage_rpc.dit.v1 import dit_pb2 as zimage__rpc_dot_dit_dot_v1_dot_dit__pb2
 from zimage_rpc.types.v1 import types_pb2 as zimage__rpc_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n zimage_rpc/dit/v1/training.proto\x12\x11zimage_rpc.dit.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bzimage_rpc/dit/v1/dit.proto\x1a\x1fzimage_rpc/types/v1/types.proto\"\xe9\x01\n\x13TrainSessionRequest\x12/\n\x04open\x18\x01 \x01(\x0b\x32\x1f.zimage_rpc.dit.v1.OpenTrainingH\x00\x12.\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1d.zimage_rpc.dit.v1.TrainBatchH\x00\x12\x37\n\ncheckpoint\x18\x03 \x01(\x0b\x32!.zimage_rpc.dit.v1.TakeCheckpointH\x00\x12-\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x1c.zimage_rpc.dit.v1.BlobChunkH\x00\x42\t\n\x07payload\"\x8d\x01\n\x0cOpenTraining\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x15\n\rsession_epoch\x18\x02 \x01(\x03\x12-\n\x04plan\x18\x03 \x01(\x0b\x32\x1f.zimage_rpc.dit.v1.TrainingPlan\x12*\n\x05state\x18\x04 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\"\xec\x03\n\x0cTrainingPlan\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\x12\n\nstep_count\x18\x02 \x01(\x05\x12)\n\x04lora\x18\x03 \x01(\x0b\x32\x1b.zimage_rpc.dit.v1.LoraPlan\x12+\n\x05noise\x18\x04 \x01(\x0b\x32\x1c.zimage_rpc.dit.v1.NoisePlan\x12\x33\n\toptimizer\x18\x05 \x01(\x0b\x32 .zimage_rpc.dit.v1.OptimizerPlan\x12:\n\rlearning_rate\x18\x06 \x01(\x0b\x32#.zimage_rpc.dit.v1.LearningRatePlan\x12\x1c\n\x0fsamples_at_once\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12<\n\trecompute\x18\x08 \x01(\x0e\x32).zimage_rpc.dit.v1.TrainingPlan.Recompute\x12\x1a\n\raverage_decay\x18\t \x01(\x01H\x01\x88\x01\x01\"S\n\tRecompute\x12\x19\n\x15RECOMPUTE_UNSPECIFIED\x10\x00\x12\x15\n\x11RECOMPUTE_NOTHING\x10\x01\x12\x14\n\x10RECOMPUTE_BLOCKS\x10\x02\x42\x12\n\x10_samples_at_onceB\x10\n\x0e_average_decay\"8\n\x08LoraPlan\x12,\n\x06groups\x18\x01 \x03(\x0b\x32\x1c.zimage_rpc.dit.v1.LoraGroup\"\xb5\x01\n\tLoraGroup\x12\r\n\x05stack\x18\x01 \x01(\t\x12\x18\n\x0b\x66irst_block\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tend_block\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x0f\n\x07linears\x18\x04 \x03(\t\x12\x11\n\x04rank\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x06 \x01(\x01H\x03\x88\x01\x01\x42\x0e\n\x0c_first_blockB\x0c\n\n_end_blockB\x07\n\x05_rankB\x08\n\x06_alpha\"\xd7\x02\n\tNoisePlan\x12?\n\x0c\x64istribution\x18\x01 \x01(\x0e\x32).zimage_rpc.dit.v1.NoisePlan.Distribution\x12\x12\n\x05shift\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04mean\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tdeviation\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nstep_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\"\x80\x01\n\x0c\x44istribution\x12\x1c\n\x18\x44ISTRIBUTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44ISTRIBUTION_UNIFORM\x10\x01\x12\x1d\n\x19\x44ISTRIBUTION_LOGIT_NORMAL\x10\x02\x12\x19\n\x15\x44ISTRIBUTION_SCHEDULE\x10\x03\x42\x08\n\x06_shiftB\x07\n\x05_meanB\x0c\n\n_deviationB\r\n\x0b_step_count\"\xba\x02\n\rOptimizerPlan\x12\x33\n\x04name\x18\x01 \x01(\x0e\x32%.zimage_rpc.dit.v1.OptimizerPlan.Name\x12\x12\n\x05\x62\x65ta1\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07\x65psilon\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\"\n\x15largest_gradient_norm\x18\x06 \x01(\x01H\x04\x88\x01\x01\",\n\x04Name\x12\x14\n\x10NAME_UNSPECIFIED\x10\x00\x12\x0e\n\nNAME_ADAMW\x10\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\n\n\x08_epsilonB\x0f\n\r_weight_decayB\x18\n\x16_largest_gradient_norm\"\x9e\x02\n\x10LearningRatePlan\x12:\n\x06\x63ourse\x18\x01 \x01(\x0e\x32*.zimage_rpc.dit.v1.LearningRatePlan.Course\x12\x11\n\x04peak\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11warmup_step_count\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05least\x18\x04 \x01(\x01H\x02\x88\x01\x01\"^\n\x06\x43ourse\x12\x16\n\x12\x43OURSE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43OURSE_CONSTANT\x10\x01\x12\x11\n\rCOURSE_COSINE\x10\x02\x12\x14\n\x10\x43OURSE_ONE_CYCLE\x10\x03\x42\x07\n\x05_peakB\x14\n\x12_warmup_step_countB\x08\n\x06_least\"K\n\nTrainBatch\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12/\n\x07samples\x18\x02 \x03(\x0b\x32\x1e.zimage_rpc.dit.v1.TrainSample\"\x89\x01\n\x0bTrainSample\x12,\n\x07latents\x18\x01 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\x12,\n\x07\x63\x61ption\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\x12\x13\n\x06weight\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x10\n\x0eTakeCheckpoint\"\xa8\x02\n\x14TrainSessionResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x06opened\x18\x03 \x01(\x0b\x32!.zimage_rpc.dit.v1.TrainingOpenedH\x00\x12\'\n\x04need\x18\x04 \x01(\x0b\x32\x17.zimage_rpc.dit.v1.NeedH\x00\x12-\n\x04step\x18\x05 \x01(\x0b\x32\x1d.zimage_rpc.dit.v1.StepReportH\x00\x12\x38\n\ncheckpoint\x18\x06 \x01(\x0b\x32\".zimage_rpc.dit.v1.CheckpointReadyH\x00\x42\x07\n\x05\x65vent\"\xb5\x01\n\x0eTrainingOpened\x12-\n\x04plan\x18\x01 \x01(\x0b\x32\x1f.zimage_rpc.dit.v1.TrainingPlan\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x17\n\x0fparameter_count\x18\x03 \x01(\x03\x12\x15\n\rbatches_ahead\x18\x04 \x01(\x05\x12\x36\n\x0cnumeric_plan\x18\x05 \x01(\x0b\x32 .zimage_rpc.types.v1.NumericPlan\"\xbf\x01\n\nStepReport\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0c\n\x04loss\x18\x02 \x01(\x01\x12\x15\n\rgradient_norm\x18\x03 \x01(\x01\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x0f\n\x07skipped\x18\x05 \x01(\x08\x12+\n\x08\x64uration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06waited\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"y\n\x0f\x43heckpointReady\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\x12*\n\x05state\x18\x03 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest2v\n\x0fTrainingService\x12\x63\n\x0cTrainSession\x12&.zimage_rpc.dit.v1.TrainSessionRequest\x1a\'.zimage_rpc.dit.v1.TrainSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n zimage_rpc/dit/v1/training.proto\x12\x11zimage_rpc.dit.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bzimage_rpc/dit/v1/dit.proto\x1a\x1fzimage_rpc/types/v1/types.proto\"\xe9\x01\n\x13TrainSessionRequest\x12/\n\x04open\x18\x01 \x01(\x0b\x32\x1f.zimage_rpc.dit.v1.OpenTrainingH\x00\x12.\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1d.zimage_rpc.dit.v1.TrainBatchH\x00\x12\x37\n\ncheckpoint\x18\x03 \x01(\x0b\x32!.zimage_rpc.dit.v1.TakeCheckpointH\x00\x12-\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x1c.zimage_rpc.dit.v1.BlobChunkH\x00\x42\t\n\x07payload\"\x8d\x01\n\x0cOpenTraining\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x15\n\rsession_epoch\x18\x02 \x01(\x03\x12-\n\x04plan\x18\x03 \x01(\x0b\x32\x1f.zimage_rpc.dit.v1.TrainingPlan\x12*\n\x05state\x18\x04 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\"\x97\x04\n\x0cTrainingPlan\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\x12\n\nstep_count\x18\x02 \x01(\x05\x12)\n\x04lora\x18\x03 \x01(\x0b\x32\x1b.zimage_rpc.dit.v1.LoraPlan\x12+\n\x05noise\x18\x04 \x01(\x0b\x32\x1c.zimage_rpc.dit.v1.NoisePlan\x12\x33\n\toptimizer\x18\x05 \x01(\x0b\x32 .zimage_rpc.dit.v1.OptimizerPlan\x12:\n\rlearning_rate\x18\x06 \x01(\x0b\x32#.zimage_rpc.dit.v1.LearningRatePlan\x12\x1c\n\x0fsamples_at_once\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12<\n\trecompute\x18\x08 \x01(\x0e\x32).zimage_rpc.dit.v1.TrainingPlan.Recompute\x12\x1a\n\raverage_decay\x18\t \x01(\x01H\x01\x88\x01\x01\x12)\n\x04save\x18\n \x01(\x0b\x32\x1b.zimage_rpc.dit.v1.SavePlan\"S\n\tRecompute\x12\x19\n\x15RECOMPUTE_UNSPECIFIED\x10\x00\x12\x15\n\x11RECOMPUTE_NOTHING\x10\x01\x12\x14\n\x10RECOMPUTE_BLOCKS\x10\x02\x42\x12\n\x10_samples_at_onceB\x10\n\x0e_average_decay\"\x96\x01\n\x08SavePlan\x12\x30\n\x05\x64type\x18\x01 \x01(\x0e\x32!.zimage_rpc.dit.v1.SavePlan.Dtype\"X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03\"8\n\x08LoraPlan\x12,\n\x06groups\x18\x01 \x03(\x0b\x32\x1c.zimage_rpc.dit.v1.LoraGroup\"\xb5\x01\n\tLoraGroup\x12\r\n\x05stack\x18\x01 \x01(\t\x12\x18\n\x0b\x66irst_block\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tend_block\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x0f\n\x07linears\x18\x04 \x03(\t\x12\x11\n\x04rank\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x06 \x01(\x01H\x03\x88\x01\x01\x42\x0e\n\x0c_first_blockB\x0c\n\n_end_blockB\x07\n\x05_rankB\x08\n\x06_alpha\"\xd7\x02\n\tNoisePlan\x12?\n\x0c\x64istribution\x18\x01 \x01(\x0e\x32).zimage_rpc.dit.v1.NoisePlan.Distribution\x12\x12\n\x05shift\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04mean\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tdeviation\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nstep_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\"\x80\x01\n\x0c\x44istribution\x12\x1c\n\x18\x44ISTRIBUTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44ISTRIBUTION_UNIFORM\x10\x01\x12\x1d\n\x19\x44ISTRIBUTION_LOGIT_NORMAL\x10\x02\x12\x19\n\x15\x44ISTRIBUTION_SCHEDULE\x10\x03\x42\x08\n\x06_shiftB\x07\n\x05_meanB\x0c\n\n_deviationB\r\n\x0b_step_count\"\xba\x02\n\rOptimizerPlan\x12\x33\n\x04name\x18\x01 \x01(\x0e\x32%.zimage_rpc.dit.v1.OptimizerPlan.Name\x12\x12\n\x05\x62\x65ta1\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07\x65psilon\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\"\n\x15largest_gradient_norm\x18\x06 \x01(\x01H\x04\x88\x01\x01\",\n\x04Name\x12\x14\n\x10NAME_UNSPECIFIED\x10\x00\x12\x0e\n\nNAME_ADAMW\x10\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\n\n\x08_epsilonB\x0f\n\r_weight_decayB\x18\n\x16_largest_gradient_norm\"\x9e\x02\n\x10LearningRatePlan\x12:\n\x06\x63ourse\x18\x01 \x01(\x0e\x32*.zimage_rpc.dit.v1.LearningRatePlan.Course\x12\x11\n\x04peak\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11warmup_step_count\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05least\x18\x04 \x01(\x01H\x02\x88\x01\x01\"^\n\x06\x43ourse\x12\x16\n\x12\x43OURSE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43OURSE_CONSTANT\x10\x01\x12\x11\n\rCOURSE_COSINE\x10\x02\x12\x14\n\x10\x43OURSE_ONE_CYCLE\x10\x03\x42\x07\n\x05_peakB\x14\n\x12_warmup_step_countB\x08\n\x06_least\"K\n\nTrainBatch\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12/\n\x07samples\x18\x02 \x03(\x0b\x32\x1e.zimage_rpc.dit.v1.TrainSample\"\x89\x01\n\x0bTrainSample\x12,\n\x07latents\x18\x01 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\x12,\n\x07\x63\x61ption\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\x12\x13\n\x06weight\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x10\n\x0eTakeCheckpoint\"\xa8\x02\n\x14TrainSessionResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x06opened\x18\x03 \x01(\x0b\x32!.zimage_rpc.dit.v1.TrainingOpenedH\x00\x12\'\n\x04need\x18\x04 \x01(\x0b\x32\x17.zimage_rpc.dit.v1.NeedH\x00\x12-\n\x04step\x18\x05 \x01(\x0b\x32\x1d.zimage_rpc.dit.v1.StepReportH\x00\x12\x38\n\ncheckpoint\x18\x06 \x01(\x0b\x32\".zimage_rpc.dit.v1.CheckpointReadyH\x00\x42\x07\n\x05\x65vent\"\xb5\x01\n\x0eTrainingOpened\x12-\n\x04plan\x18\x01 \x01(\x0b\x32\x1f.zimage_rpc.dit.v1.TrainingPlan\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x17\n\x0fparameter_count\x18\x03 \x01(\x03\x12\x15\n\rbatches_ahead\x18\x04 \x01(\x05\x12\x36\n\x0cnumeric_plan\x18\x05 \x01(\x0b\x32 .zimage_rpc.types.v1.NumericPlan\"\xbf\x01\n\nStepReport\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0c\n\x04loss\x18\x02 \x01(\x01\x12\x15\n\rgradient_norm\x18\x03 \x01(\x01\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x0f\n\x07skipped\x18\x05 \x01(\x08\x12+\n\x08\x64uration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06waited\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"y\n\x0f\x43heckpointReady\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\x12*\n\x05state\x18\x03 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest2v\n\x0fTrainingService\x12\x63\n\x0cTrainSession\x12&.zimage_rpc.dit.v1.TrainSessionRequest\x1a\'.zimage_rpc.dit.v1.TrainSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,39 +40,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENTRAINING']._serialized_start=419
   _globals['_OPENTRAINING']._serialized_end=560
   _globals['_TRAININGPLAN']._serialized_start=563
-  _globals['_TRAININGPLAN']._serialized_end=1055
-  _globals['_TRAININGPLAN_RECOMPUTE']._serialized_start=934
-  _globals['_TRAININGPLAN_RECOMPUTE']._serialized_end=1017
-  _globals['_LORAPLAN']._serialized_start=1057
-  _globals['_LORAPLAN']._serialized_end=1113
-  _globals['_LORAGROUP']._serialized_start=1116
-  _globals['_LORAGROUP']._serialized_end=1297
-  _globals['_NOISEPLAN']._serialized_start=1300
-  _globals['_NOISEPLAN']._serialized_end=1643
-  _globals['_NOISEPLAN_DISTRIBUTION']._serialized_start=1467
-  _globals['_NOISEPLAN_DISTRIBUTION']._serialized_end=1595
-  _globals['_OPTIMIZERPLAN']._serialized_start=1646
-  _globals['_OPTIMIZERPLAN']._serialized_end=1960
-  _globals['_OPTIMIZERPLAN_NAME']._serialized_start=1841
-  _globals['_OPTIMIZERPLAN_NAME']._serialized_end=1885
-  _globals['_LEARNINGRATEPLAN']._serialized_start=1963
-  _globals['_LEARNINGRATEPLAN']._serialized_end=2249
-  _globals['_LEARNINGRATEPLAN_COURSE']._serialized_start=2114
-  _globals['_LEARNINGRATEPLAN_COURSE']._serialized_end=2208
-  _globals['_TRAINBATCH']._serialized_start=2251
-  _globals['_TRAINBATCH']._serialized_end=2326
-  _globals['_TRAINSAMPLE']._serialized_start=2329
-  _globals['_TRAINSAMPLE']._serialized_end=2466
-  _globals['_TAKECHECKPOINT']._serialized_start=2468
-  _globals['_TAKECHECKPOINT']._serialized_end=2484
-  _globals['_TRAINSESSIONRESPONSE']._serialized_start=2487
-  _globals['_TRAINSESSIONRESPONSE']._serialized_end=2783
-  _globals['_TRAININGOPENED']._serialized_start=2786
-  _globals['_TRAININGOPENED']._serialized_end=2967
-  _globals['_STEPREPORT']._serialized_start=2970
-  _globals['_STEPREPORT']._serialized_end=3161
-  _globals['_CHECKPOINTREADY']._serialized_start=3163
-  _globals['_CHECKPOINTREADY']._serialized_end=3284
-  _globals['_TRAININGSERVICE']._serialized_start=3286
-  _globals['_TRAININGSERVICE']._serialized_end=3404
+  _globals['_TRAININGPLAN']._serialized_end=1098
+  _globals['_TRAININGPLAN_RECOMPUTE']._serialized_start=977
+  _globals['_TRAININGPLAN_RECOMPUTE']._serialized_end=1060
+  _globals['_SAVEPLAN']._serialized_start=1101
+  _globals['_SAVEPLAN']._serialized_end=1251
+  _globals['_SAVEPLAN_DTYPE']._serialized_start=1163
+  _globals['_SAVEPLAN_DTYPE']._serialized_end=1251
+  _globals['_LORAPLAN']._serialized_start=1253
+  _globals['_LORAPLAN']._serialized_end=1309
+  _globals['_LORAGROUP']._serialized_start=1312
+  _globals['_LORAGROUP']._serialized_end=1493
+  _globals['_NOISEPLAN']._serialized_start=1496
+  _globals['_NOISEPLAN']._serialized_end=1839
+  _globals['_NOISEPLAN_DISTRIBUTION']._serialized_start=1663
+  _globals['_NOISEPLAN_DISTRIBUTION']._serialized_end=1791
+  _globals['_OPTIMIZERPLAN']._serialized_start=1842
+  _globals['_OPTIMIZERPLAN']._serialized_end=2156
+  _globals['_OPTIMIZERPLAN_NAME']._serialized_start=2037
+  _globals['_OPTIMIZERPLAN_NAME']._serialized_end=2081
+  _globals['_LEARNINGRATEPLAN']._serialized_start=2159
+  _globals['_LEARNINGRATEPLAN']._serialized_end=2445
+  _globals['_LEARNINGRATEPLAN_COURSE']._serialized_start=2310
+  _globals['_LEARNINGRATEPLAN_COURSE']._serialized_end=2404
+  _globals['_TRAINBATCH']._serialized_start=2447
+  _globals['_TRAINBATCH']._serialized_end=2522
+  _globals['_TRAINSAMPLE']._serialized_start=2525
+  _globals['_TRAINSAMPLE']._serialized_end=2662
+  _globals['_TAKECHECKPOINT']._serialized_start=2664
+  _globals['_TAKECHECKPOINT']._serialized_end=2680
+  _globals['_TRAINSESSIONRESPONSE']._serialized_start=2683
+  _globals['_TRAINSESSIONRESPONSE']._serialized_end=2979
+  _globals['_TRAININGOPENED']._serialized_start=2982
+  _globals['_TRAININGOPENED']._serialized_end=3163
+  _globals['_STEPREPORT']._serialized_start=3166
+  _globals['_STEPREPORT']._serialized_end=3357
+  _globals['_CHECKPOINTREADY']._serialized_start=3359
+  _globals['_CHECKPOINTREADY']._serialized_end=3480
+  _globals['_TRAININGSERVICE']._serialized_start=3482
+  _globals['_TRAININGSERVICE']._serialized_end=3600
 # @@protoc_insertion_point(module_scope)

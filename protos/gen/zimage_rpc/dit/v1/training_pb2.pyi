@@ -143,6 +143,7 @@ class TrainingPlan(_message.Message):
     SAMPLES_AT_ONCE_FIELD_NUMBER: _builtins.int
     RECOMPUTE_FIELD_NUMBER: _builtins.int
     AVERAGE_DECAY_FIELD_NUMBER: _builtins.int
+    SAVE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Decides what is drawn by chance."""
     step_count: _builtins.int
@@ -169,6 +170,10 @@ class TrainingPlan(_message.Message):
     def learning_rate(self) -> Global___LearningRatePlan:
         """How far steps go."""
 
+    @_builtins.property
+    def save(self) -> Global___SavePlan:
+        """How the adapter is written."""
+
     def __init__(
         self,
         *,
@@ -181,10 +186,11 @@ class TrainingPlan(_message.Message):
         samples_at_once: _builtins.int | None = ...,
         recompute: Global___TrainingPlan.Recompute.ValueType = ...,
         average_decay: _builtins.float | None = ...,
+        save: Global___SavePlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "samples_at_once", b"samples_at_once"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "samples_at_once", b"samples_at_once", "save", b"save"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "samples_at_once", b"samples_at_once", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__average_decay: _TypeAlias = _typing.Literal["average_decay"]  # noqa: Y015
     _WhichOneofArgType__average_decay: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay"]  # noqa: Y015
@@ -196,6 +202,55 @@ class TrainingPlan(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__samples_at_once) -> _WhichOneofReturnType__samples_at_once | None: ...
 
 Global___TrainingPlan: _TypeAlias = TrainingPlan  # noqa: Y015
+
+@_typing.final
+class SavePlan(_message.Message):
+    """How an adapter is written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Dtype:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SavePlan._Dtype.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DTYPE_UNSPECIFIED: SavePlan._Dtype.ValueType  # 0
+        """Not given: bfloat16."""
+        DTYPE_BFLOAT16: SavePlan._Dtype.ValueType  # 1
+        """bfloat16: half the size, the range of float32."""
+        DTYPE_FLOAT16: SavePlan._Dtype.ValueType  # 2
+        """float16: half the size, for programs without bfloat16."""
+        DTYPE_FLOAT32: SavePlan._Dtype.ValueType  # 3
+        """float32: as it was learnt."""
+
+    class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
+        """An element type."""
+
+    DTYPE_UNSPECIFIED: SavePlan.Dtype.ValueType  # 0
+    """Not given: bfloat16."""
+    DTYPE_BFLOAT16: SavePlan.Dtype.ValueType  # 1
+    """bfloat16: half the size, the range of float32."""
+    DTYPE_FLOAT16: SavePlan.Dtype.ValueType  # 2
+    """float16: half the size, for programs without bfloat16."""
+    DTYPE_FLOAT32: SavePlan.Dtype.ValueType  # 3
+    """float32: as it was learnt."""
+
+    DTYPE_FIELD_NUMBER: _builtins.int
+    dtype: Global___SavePlan.Dtype.ValueType
+    """The element type of its tensors."""
+    def __init__(
+        self,
+        *,
+        dtype: Global___SavePlan.Dtype.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SavePlan: _TypeAlias = SavePlan  # noqa: Y015
 
 @_typing.final
 class LoraPlan(_message.Message):
@@ -550,10 +605,12 @@ class TrainSample(_message.Message):
     CAPTION_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     weight: _builtins.float
-    """How much it counts next to the others of its batch, above 0. Unset means 1."""
+    """The batch's loss is the mean of its samples', each times this, above 0. Unset means 1."""
     @_builtins.property
     def latents(self) -> _types_pb2.Digest:
-        """Its latents: a tensor "latents" of [channels, height, width]."""
+        """Its latents: a tensor "latents" of [channels, height, width]; with a tensor "mask" of [height, width] beside it, its
+        places count by these weights, from 0, and otherwise alike.
+        """
 
     @_builtins.property
     def caption(self) -> _types_pb2.Digest:

@@ -74,23 +74,56 @@ class TrainJobSpec(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Captions:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _CaptionsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TrainJobSpec._Captions.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        CAPTIONS_UNSPECIFIED: TrainJobSpec._Captions.ValueType  # 0
+        """Not given: stream."""
+        CAPTIONS_STREAM: TrainJobSpec._Captions.ValueType  # 1
+        """While others are learnt."""
+        CAPTIONS_ALL_FIRST: TrainJobSpec._Captions.ValueType  # 2
+        """All before the first step."""
+
+    class Captions(_Captions, metaclass=_CaptionsEnumTypeWrapper):
+        """When captions and pictures are encoded."""
+
+    CAPTIONS_UNSPECIFIED: TrainJobSpec.Captions.ValueType  # 0
+    """Not given: stream."""
+    CAPTIONS_STREAM: TrainJobSpec.Captions.ValueType  # 1
+    """While others are learnt."""
+    CAPTIONS_ALL_FIRST: TrainJobSpec.Captions.ValueType  # 2
+    """All before the first step."""
+
     NAME_FIELD_NUMBER: _builtins.int
     DATASET_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
-    SIDE_PX_FIELD_NUMBER: _builtins.int
+    SIDES_PX_FIELD_NUMBER: _builtins.int
     CAPTION_DROPOUT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
+    SHUFFLE_TAGS_FIELD_NUMBER: _builtins.int
+    FIXED_TAG_COUNT_FIELD_NUMBER: _builtins.int
+    CAPTIONS_FIELD_NUMBER: _builtins.int
+    ONLY_CACHES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that the last checkpoint gets as an adapter, in the place of one that has it; 1 to 128 letters, digits, '.', '_' and '-'."""
     batch_size: _builtins.int
     """How many samples a step learns from, 1 to 256. Unset means 1."""
-    side_px: _builtins.int
-    """Pictures are cut and scaled to about this many pixels squared, by their own aspect. Unset means the model's default."""
     caption_dropout: _builtins.float
     """How often captions are left out, 0 to 1. Unset means 0."""
     checkpoint_interval_steps: _builtins.int
     """How many steps lie between two checkpoints. Unset means 250."""
+    shuffle_tags: _builtins.bool
+    """Whether what commas separate in a caption comes in another order each time."""
+    fixed_tag_count: _builtins.int
+    """How many of them at its beginning stay where they are."""
+    captions: Global___TrainJobSpec.Captions.ValueType
+    """When captions and pictures are encoded."""
+    only_caches: _builtins.bool
+    """Ends when all is encoded; nothing is learnt."""
     @_builtins.property
     def dataset(self) -> _types_pb2.Digest:
         """The samples: the digest of a dataset file, JSON lines of pictures by their digests, and captions."""
@@ -99,6 +132,12 @@ class TrainJobSpec(_message.Message):
     def training(self) -> _training_pb2.TrainingPlan:
         """What is trained, and how. What is left out the DiT service decides when the job begins."""
 
+    @_builtins.property
+    def sides_px(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pictures are cut and scaled to about this many pixels squared, by their own aspect; with several, each picture has one
+        after the other, an epoch each. Unset means the model's default.
+        """
+
     def __init__(
         self,
         *,
@@ -106,13 +145,17 @@ class TrainJobSpec(_message.Message):
         dataset: _types_pb2.Digest | None = ...,
         training: _training_pb2.TrainingPlan | None = ...,
         batch_size: _builtins.int | None = ...,
-        side_px: _builtins.int | None = ...,
+        sides_px: _abc.Iterable[_builtins.int] | None = ...,
         caption_dropout: _builtins.float | None = ...,
         checkpoint_interval_steps: _builtins.int | None = ...,
+        shuffle_tags: _builtins.bool = ...,
+        fixed_tag_count: _builtins.int = ...,
+        captions: Global___TrainJobSpec.Captions.ValueType = ...,
+        only_caches: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_side_px", b"_side_px", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "side_px", b"side_px", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_side_px", b"_side_px", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "name", b"name", "side_px", b"side_px", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "name", b"name", "only_caches", b"only_caches", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -120,16 +163,12 @@ class TrainJobSpec(_message.Message):
     _WhichOneofArgType__caption_dropout: _TypeAlias = _typing.Literal["_caption_dropout", b"_caption_dropout"]  # noqa: Y015
     _WhichOneofReturnType__checkpoint_interval_steps: _TypeAlias = _typing.Literal["checkpoint_interval_steps"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_interval_steps: _TypeAlias = _typing.Literal["_checkpoint_interval_steps", b"_checkpoint_interval_steps"]  # noqa: Y015
-    _WhichOneofReturnType__side_px: _TypeAlias = _typing.Literal["side_px"]  # noqa: Y015
-    _WhichOneofArgType__side_px: _TypeAlias = _typing.Literal["_side_px", b"_side_px"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__caption_dropout) -> _WhichOneofReturnType__caption_dropout | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_interval_steps) -> _WhichOneofReturnType__checkpoint_interval_steps | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__side_px) -> _WhichOneofReturnType__side_px | None: ...
 
 Global___TrainJobSpec: _TypeAlias = TrainJobSpec  # noqa: Y015
 
@@ -567,6 +606,218 @@ class CancelTrainJobResponse(_message.Message):
 Global___CancelTrainJobResponse: _TypeAlias = CancelTrainJobResponse  # noqa: Y015
 
 @_typing.final
+class DeleteTrainJobRequest(_message.Message):
+    """Asks to take a job away."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTrainJobRequest: _TypeAlias = DeleteTrainJobRequest  # noqa: Y015
+
+@_typing.final
+class DeleteTrainJobResponse(_message.Message):
+    """It is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTrainJobResponse: _TypeAlias = DeleteTrainJobResponse  # noqa: Y015
+
+@_typing.final
+class DescribeCacheRequest(_message.Message):
+    """Asks what is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeCacheRequest: _TypeAlias = DescribeCacheRequest  # noqa: Y015
+
+@_typing.final
+class DescribeCacheResponse(_message.Message):
+    """What is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KINDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheKind]:
+        """Of each kind."""
+
+    def __init__(
+        self,
+        *,
+        kinds: _abc.Iterable[Global___CacheKind] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kinds", b"kinds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeCacheResponse: _TypeAlias = DescribeCacheResponse  # noqa: Y015
+
+@_typing.final
+class CacheKind(_message.Message):
+    """What is kept of one kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """The kind: "captions", "latents" or "pictures"."""
+    count: _builtins.int
+    """How many there are."""
+    size_bytes: _builtins.int
+    """The bytes of their files."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        count: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "kind", b"kind", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheKind: _TypeAlias = CacheKind  # noqa: Y015
+
+@_typing.final
+class VerifyCacheRequest(_message.Message):
+    """Asks to look at a page of what is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """Where the last page ended, as it said."""
+    def __init__(
+        self,
+        *,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyCacheRequest: _TypeAlias = VerifyCacheRequest  # noqa: Y015
+
+@_typing.final
+class VerifyCacheResponse(_message.Message):
+    """What was seen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    TORN_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many were looked at."""
+    next_page_token: _builtins.str
+    """Where the next page begins; empty on the last."""
+    @_builtins.property
+    def torn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of those that were torn, behind their kinds; they are gone."""
+
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        torn: _abc.Iterable[_builtins.str] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "next_page_token", b"next_page_token", "torn", b"torn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyCacheResponse: _TypeAlias = VerifyCacheResponse  # noqa: Y015
+
+@_typing.final
+class PruneCacheRequest(_message.Message):
+    """Asks to take away what nobody needed for long."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNUSED_FOR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def unused_for(self) -> _duration_pb2.Duration:
+        """For how long. Unset means 30 days."""
+
+    def __init__(
+        self,
+        *,
+        unused_for: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["unused_for", b"unused_for"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unused_for", b"unused_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneCacheRequest: _TypeAlias = PruneCacheRequest  # noqa: Y015
+
+@_typing.final
+class PruneCacheResponse(_message.Message):
+    """What is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KINDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheKind]:
+        """Of each kind."""
+
+    def __init__(
+        self,
+        *,
+        kinds: _abc.Iterable[Global___CacheKind] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kinds", b"kinds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneCacheResponse: _TypeAlias = PruneCacheResponse  # noqa: Y015
+
+@_typing.final
 class WatchTrainJobRequest(_message.Message):
     """Asks for what happens to a job."""
 
@@ -609,6 +860,7 @@ class WatchTrainJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    CACHING_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Its number among what happened to this job, from 1 on; 0 for steps, which have numbers of their own."""
     @_builtins.property
@@ -627,6 +879,10 @@ class WatchTrainJobResponse(_message.Message):
     def checkpoint(self) -> Global___TrainCheckpoint:
         """There is a checkpoint."""
 
+    @_builtins.property
+    def caching(self) -> Global___TrainCaching:
+        """Captions and pictures are encoded before the first step."""
+
     def __init__(
         self,
         *,
@@ -635,16 +891,43 @@ class WatchTrainJobResponse(_message.Message):
         job: Global___TrainJob | None = ...,
         step: Global___TrainStep | None = ...,
         checkpoint: Global___TrainCheckpoint | None = ...,
+        caching: Global___TrainCaching | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caching", b"caching", "checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "sequence", b"sequence", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caching", b"caching", "checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "sequence", b"sequence", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["job", "step", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["job", "step", "checkpoint", "caching"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchTrainJobResponse: _TypeAlias = WatchTrainJobResponse  # noqa: Y015
+
+@_typing.final
+class TrainCaching(_message.Message):
+    """How far it is with what is encoded first. It has no number: it is told as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    done: _builtins.int
+    """How many samples are encoded, or were before."""
+    total: _builtins.int
+    """Of how many that are different."""
+    def __init__(
+        self,
+        *,
+        done: _builtins.int = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainCaching: _TypeAlias = TrainCaching  # noqa: Y015
 
 @_typing.final
 class TrainStep(_message.Message):

@@ -76,6 +76,26 @@ class TrainerServiceStub:
                 request_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.CancelTrainJobRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.CancelTrainJobResponse.FromString,
                 _registered_method=True)
+        self.DeleteTrainJob = channel.unary_unary(
+                '/zimage_rpc.trainer.v1.TrainerService/DeleteTrainJob',
+                request_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DeleteTrainJobRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DeleteTrainJobResponse.FromString,
+                _registered_method=True)
+        self.DescribeCache = channel.unary_unary(
+                '/zimage_rpc.trainer.v1.TrainerService/DescribeCache',
+                request_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeCacheRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeCacheResponse.FromString,
+                _registered_method=True)
+        self.VerifyCache = channel.unary_unary(
+                '/zimage_rpc.trainer.v1.TrainerService/VerifyCache',
+                request_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.VerifyCacheRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.VerifyCacheResponse.FromString,
+                _registered_method=True)
+        self.PruneCache = channel.unary_unary(
+                '/zimage_rpc.trainer.v1.TrainerService/PruneCache',
+                request_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PruneCacheRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PruneCacheResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer:
@@ -141,6 +161,34 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteTrainJob(self, request, context):
+        """Takes away a job that has ended, and the names of its files, which go when nobody else needs them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeCache(self, request, context):
+        """Says what is kept of captions and pictures that were encoded, of all projects.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyCache(self, request, context):
+        """Looks whether some of what is kept is what it should be; what is not goes, and is made again when it is needed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PruneCache(self, request, context):
+        """Takes away what nobody needed for long, and pictures of no job; their room is free when nobody else needs them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -183,6 +231,26 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.CancelTrainJob,
                     request_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.CancelTrainJobRequest.FromString,
                     response_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.CancelTrainJobResponse.SerializeToString,
+            ),
+            'DeleteTrainJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTrainJob,
+                    request_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DeleteTrainJobRequest.FromString,
+                    response_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DeleteTrainJobResponse.SerializeToString,
+            ),
+            'DescribeCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeCache,
+                    request_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeCacheRequest.FromString,
+                    response_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeCacheResponse.SerializeToString,
+            ),
+            'VerifyCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyCache,
+                    request_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.VerifyCacheRequest.FromString,
+                    response_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.VerifyCacheResponse.SerializeToString,
+            ),
+            'PruneCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneCache,
+                    request_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PruneCacheRequest.FromString,
+                    response_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PruneCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -403,6 +471,114 @@ class TrainerService:
             '/zimage_rpc.trainer.v1.TrainerService/CancelTrainJob',
             zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.CancelTrainJobRequest.SerializeToString,
             zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.CancelTrainJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTrainJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.trainer.v1.TrainerService/DeleteTrainJob',
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DeleteTrainJobRequest.SerializeToString,
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DeleteTrainJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.trainer.v1.TrainerService/DescribeCache',
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeCacheRequest.SerializeToString,
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.trainer.v1.TrainerService/VerifyCache',
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.VerifyCacheRequest.SerializeToString,
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.VerifyCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.trainer.v1.TrainerService/PruneCache',
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PruneCacheRequest.SerializeToString,
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PruneCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

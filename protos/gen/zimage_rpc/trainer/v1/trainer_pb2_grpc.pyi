@@ -55,6 +55,14 @@ class TrainerServiceStub:
     """Lets a job that rests or failed go on from its last checkpoint."""
     CancelTrainJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.CancelTrainJobRequest, _trainer_pb2.CancelTrainJobResponse]
     """Ends a job for good; its checkpoints stay."""
+    DeleteTrainJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.DeleteTrainJobRequest, _trainer_pb2.DeleteTrainJobResponse]
+    """Takes away a job that has ended, and the names of its files, which go when nobody else needs them."""
+    DescribeCache: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.DescribeCacheRequest, _trainer_pb2.DescribeCacheResponse]
+    """Says what is kept of captions and pictures that were encoded, of all projects."""
+    VerifyCache: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.VerifyCacheRequest, _trainer_pb2.VerifyCacheResponse]
+    """Looks whether some of what is kept is what it should be; what is not goes, and is made again when it is needed."""
+    PruneCache: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PruneCacheRequest, _trainer_pb2.PruneCacheResponse]
+    """Takes away what nobody needed for long, and pictures of no job; their room is free when nobody else needs them."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -83,6 +91,14 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Lets a job that rests or failed go on from its last checkpoint."""
     CancelTrainJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.CancelTrainJobRequest, _trainer_pb2.CancelTrainJobResponse]  # type: ignore[assignment]
     """Ends a job for good; its checkpoints stay."""
+    DeleteTrainJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.DeleteTrainJobRequest, _trainer_pb2.DeleteTrainJobResponse]  # type: ignore[assignment]
+    """Takes away a job that has ended, and the names of its files, which go when nobody else needs them."""
+    DescribeCache: _aio.UnaryUnaryMultiCallable[_trainer_pb2.DescribeCacheRequest, _trainer_pb2.DescribeCacheResponse]  # type: ignore[assignment]
+    """Says what is kept of captions and pictures that were encoded, of all projects."""
+    VerifyCache: _aio.UnaryUnaryMultiCallable[_trainer_pb2.VerifyCacheRequest, _trainer_pb2.VerifyCacheResponse]  # type: ignore[assignment]
+    """Looks whether some of what is kept is what it should be; what is not goes, and is made again when it is needed."""
+    PruneCache: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PruneCacheRequest, _trainer_pb2.PruneCacheResponse]  # type: ignore[assignment]
+    """Takes away what nobody needed for long, and pictures of no job; their room is free when nobody else needs them."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Owns jobs: has captions and pictures encoded once, feeds a DiT service step by step, keeps what comes of it. Jobs belong
@@ -156,5 +172,37 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.CancelTrainJobResponse, _abc.Awaitable[_trainer_pb2.CancelTrainJobResponse]]:
         """Ends a job for good; its checkpoints stay."""
+
+    @_abc_1.abstractmethod
+    def DeleteTrainJob(
+        self,
+        request: _trainer_pb2.DeleteTrainJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.DeleteTrainJobResponse, _abc.Awaitable[_trainer_pb2.DeleteTrainJobResponse]]:
+        """Takes away a job that has ended, and the names of its files, which go when nobody else needs them."""
+
+    @_abc_1.abstractmethod
+    def DescribeCache(
+        self,
+        request: _trainer_pb2.DescribeCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.DescribeCacheResponse, _abc.Awaitable[_trainer_pb2.DescribeCacheResponse]]:
+        """Says what is kept of captions and pictures that were encoded, of all projects."""
+
+    @_abc_1.abstractmethod
+    def VerifyCache(
+        self,
+        request: _trainer_pb2.VerifyCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.VerifyCacheResponse, _abc.Awaitable[_trainer_pb2.VerifyCacheResponse]]:
+        """Looks whether some of what is kept is what it should be; what is not goes, and is made again when it is needed."""
+
+    @_abc_1.abstractmethod
+    def PruneCache(
+        self,
+        request: _trainer_pb2.PruneCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.PruneCacheResponse, _abc.Awaitable[_trainer_pb2.PruneCacheResponse]]:
+        """Takes away what nobody needed for long, and pictures of no job; their room is free when nobody else needs them."""
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

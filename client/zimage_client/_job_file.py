@@ -1,0 +1,184 @@
+"""A job's file: what shall be learnt, by the names that the wire has for it, and where the pictures
+lie."""
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from zimage_client._dataset import Source
+from zimage_core.errors import InvalidRequest
+from zimage_core.formats import dataset_file, mflux_config
+from zimage_core.formats.dataset_file import Example
+from zimage_core.planning.curriculum import epoch_length
+from zimage_core.wire import plain
+from zimage_rpc.trainer.v1 import trainer_pb2
+
+USUAL_STEPS = 1500
+
+_DATA, _EPOCHS = "data", "epochs"
+"""What a file says beside the fields of the spec."""
+_EACH = "[]"
+
+
+@dataclass(frozen=True, slots=True)
+class JobFile:
+    """What it says."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """Of the spec, by the names of its fields."""
+    data: "Data | None" = None
+    epochs: int | None = None
+    """In the place of a count of steps."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Folder(_Table):
+    """Pictures of a folder."""
+
+    path: Path
+    caption: str | None = None
+    masks: Path | None = None
+    repeats: Annotated[int, Field(ge=1, le=dataset_file.MOST_REPEATS)] = 1
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    flips: bool = False
+    is_regularisation: Annotated[
+        bool, Field(validation_alias=AliasChoices("regularisation", "regularization"))
+    ] = False
+    """What the model knows and shall not forget: without the trigger word."""
+
+
+class Picture(_Table):
+    """One picture."""
+
+    image: str
+    caption: str
+
+
+class Data(_Table):
+    """What is learnt from."""
+
+    folders: tuple[Folder, ...] = ()
+    images: tuple[Picture, ...] = ()
+    path: Path = Path()
+    """The folder of the images."""
+    repeats: Annotated[int, Field(ge=1, le=dataset_file.MOST_REPEATS)] = 1
+    flips: bool = False
+    trigger: str = ""
+    skip_faulty: bool = False
+
+    def sources(self) -> list[Source]:
+        """Where pictures come from."""
+        found = [
+            Source(
+                folder=one.path,
+                caption=one.caption,
+                masks=one.masks,
+                trigger="" if one.is_regularisation else self.trigger,
+                repeats=one.repeats,
+                weight=one.weight,
+                flips=one.flips,
+            )
+            for one in self.folders
+        ]
+        if self.images:
+            named = tuple((one.image, one.caption) for one in self.images)
+            found.append(
+                Source(
+                    self.path,
+                    named,
+                    trigger=self.trigger,
+                    repeats=self.repeats,
+                    flips=self.flips,
+                )
+            )
+        return found
+
+
+def read(path: Path) -> JobFile:
+    """What a file says, TOML or JSON; raises InvalidRequest naming what is wrong. Folders are
+    relative to the file."""
+    values = _values(path)
+    if mflux_config.is_one(values):
+        values = mflux_config.translated(values)
+    data, epochs = values.pop(_DATA, None), values.pop(_EPOCHS, None)
+    if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+        raise InvalidRequest.given(_EPOCHS, epochs, "a whole number, 1 or more", "FIELD")
+    if "dataset" in values:
+        raise InvalidRequest.given("dataset", "a digest", "pictures under data", "FIELD")
+    return JobFile(values, None if data is None else _data(data, path.parent), epochs)
+
+
+def spec(
+    job: JobFile, overriding: Mapping[str, object], examples: Sequence[Example]
+) -> trainer_pb2.TrainJobSpec:
+    """The message that a file and what is said beside it ask for; paths have dots."""
+    values = job.values
+    for path, value in overriding.items():
+        if value is not None:
+            values = _with(values, path.split("."), value)
+    made = trainer_pb2.TrainJobSpec()
+    plain.fill(made, values)
+    if job.epochs is not None:
+        batch_size = made.batch_size if made.HasField("batch_size") else 1
+        made.training.step_count = math.ceil(epoch_length(examples) * job.epochs / batch_size)
+    elif not made.training.step_count:
+        made.training.step_count = USUAL_STEPS
+    return made
+
+
+def _values(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise _refusal(path, error.strerror or "cannot be read") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise _refusal(path, str(error)) from None
+    if not isinstance(values, dict):
+        raise _refusal(path, "no object")
+    return values
+
+
+def _data(values: Any, beside: Path) -> Data:
+    try:
+        data = Data.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([_DATA, *map(str, first["loc"])])
+        raise InvalidRequest.given(
+            where, str(first["input"])[:100], first["msg"].lower(), "FIELD"
+        ) from None
+
+    def there(path: Path) -> Path:
+        return beside / path.expanduser()
+
+    folders = tuple(
+        one.model_copy(update={"path": there(one.path), "masks": one.masks and there(one.masks)})
+        for one in data.folders
+    )
+    return data.model_copy(update={"folders": folders, "path": there(data.path)})
+
+
+def _with(values: Mapping[str, Any], path: list[str], value: object) -> dict[str, Any]:
+    """The same with another value at a path, of which a part with [] is each table of a list."""
+    first, *rest = path
+    if not rest:
+        return {**values, first: value}
+    if first.endswith(_EACH):
+        name = first.removesuffix(_EACH)
+        return {**values, name: [_with(one, rest, value) for one in values.get(name) or [{}]]}
+    return {**values, first: _with(values.get(first, {}), rest, value)}
+
+
+def _refusal(path: Path, what: str) -> InvalidRequest:
+    return InvalidRequest(f"{path}: {what}", reason="FILE", fields={"given": str(path)})

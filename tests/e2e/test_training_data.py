@@ -1,0 +1,200 @@
+"""What trainings learn from: files of jobs, masks, crops, and what is kept of all that."""
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.e2e.services import Service
+from tests.e2e.trainer import (
+    Services,
+    at,
+    decisive,
+    learnt,
+    lines,
+    show,
+    three_services,
+    training_with,
+)
+from zimage_client.cli.main import main as command
+
+pytestmark = pytest.mark.timeout(300)
+
+JOB = """
+name = "glorp"
+batch_size = 2
+sides_px = [96, 64]
+caption_dropout = 0.2
+shuffle_tags = true
+fixed_tag_count = 1
+[training]
+seed = 11
+step_count = 8
+lora = { groups = [{ rank = 2 }] }
+[data]
+trigger = "glorp,"
+[[data.folders]]
+path = "new"
+masks = "masks"
+repeats = 2
+flips = true
+[[data.folders]]
+path = "known"
+regularisation = true
+weight = 0.5
+"""
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    with three_services(tmp_path_factory.mktemp("trainer")) as three:
+        yield three
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file, with its pictures beside it."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "masks").mkdir()
+    (folder / "new").mkdir()
+    (folder / "known").mkdir()
+    captions = []
+    for number, size in enumerate([(128, 128), (160, 96), (96, 160)]):
+        image = Image.new("RGB", size, (60 * number, 90, 200))
+        mask = Image.new("RGB", size)
+        for one, colour in ((image, "white"), (mask, "white")):
+            ImageDraw.Draw(one).rectangle((20, 20, size[0] // 2, size[1] - 20), fill=colour)
+        image.save(folder / f"new/{number}.png")
+        mask.save(folder / f"masks/{number}.png")
+        (folder / f"new/{number}.txt").write_text(f"a white bar, number {number}, plain")
+        Image.new("RGB", size, (200, 60 * number, 20)).save(folder / f"known/{number}.webp")
+        captions.append({"file_name": f"{number}.webp", "text": "a plain background"})
+    (folder / "known/metadata.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    (folder / "job.toml").write_text(JOB)
+    return folder / "job.toml"
+
+
+def test_captions_that_come_late_or_first_change_no_loss(
+    services: Services, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["train", "--config", str(job)]
+    expected, done = learnt([*asked, *services.at], capsys)
+    assert (done["name"], len(expected)) == ("glorp", 8)
+    with (
+        _late(services.encoder.address) as encoder,
+        training_with(encoder, services.dit, tmp_path / "late") as late,
+    ):
+        assert learnt([*asked, *at(late)], capsys)[0] == expected
+    with training_with(services.encoder.address, services.dit, tmp_path / "first") as first:
+        capsys.readouterr()
+        assert command([*asked, "--captions", "all-first", "--json", *at(first)]) == 0
+        told = lines(capsys.readouterr().out)
+        encoded = [line for line in told if "encoded" in line]
+        assert told[: len(encoded)] == encoded
+        assert encoded[-1]["encoded"] == encoded[-1]["of"]
+        assert decisive(told[len(encoded) : -1]) == expected
+
+
+@contextmanager
+def _late(encoder: str) -> Iterator[str]:
+    """The address of an encoder whose answers come after a while of chance, out of their order."""
+    with grpc.insecure_channel(encoder) as channel:
+
+        class Late(grpc.GenericRpcHandler):
+            def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+                def answer(requests: Iterator[bytes], context: object) -> Iterator[bytes]:
+                    time.sleep(random.uniform(0, 0.3))
+                    call = channel.stream_stream(details.method)
+                    yield from call(requests, metadata=details.invocation_metadata)
+
+                return grpc.stream_stream_rpc_method_handler(answer)
+
+        server = grpc.server(ThreadPoolExecutor(8), handlers=[Late()])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield f"127.0.0.1:{port}"
+        server.stop(None).wait()
+
+
+def test_what_is_kept_is_not_made_again_unless_it_is_torn(
+    services: Services, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ["--config", str(job)]
+    with training_with(services.encoder.address, services.dit, tmp_path) as trainer:
+        where = at(trainer)
+        assert command(["cache", "build", *config, *where]) == 0
+        stats = _stats(where, capsys)
+        made = _encoded(services.dit)
+        assert stats["captions"] >= 5
+        assert stats["pictures"] == 9  # six of them have masks or none
+        expected, done = learnt(["train", *config, *where], capsys)
+        assert _encoded(services.dit) == made
+        assert _stats(where, capsys) == stats
+
+        latents = tmp_path / "trainer/names/latents"
+        torn = sorted(latents.iterdir())[0]
+        sha256 = json.loads(torn.read_text())["sha256"]
+        blob = tmp_path / f"trainer/blobs/{sha256[:2]}/{sha256}"
+        blob.write_bytes(blob.read_bytes()[:-8] + b"\1" * 8)
+        assert command(["cache", "verify", *where]) == 1
+        assert f"latents/{torn.name}" in capsys.readouterr().out
+        assert _stats(where, capsys)["latents"] == stats["latents"] - 1
+        assert learnt(["train", *config, *where], capsys)[0] == expected
+        assert command(["cache", "verify", *where]) == 0
+
+        _forget_all(str(done["id"]), where, capsys)
+
+
+def _forget_all(job: str, where: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Jobs go, and with them what nobody else needs."""
+    assert command(["jobs", "delete", job, *where]) == 0
+    assert command(["jobs", "show", job, *where]) == 3
+    assert command(["cache", "prune", "--unused-days", "0", *where]) == 0
+    left = _stats(where, capsys)
+    assert (left["captions"], left["latents"]) == (0, 0)
+    assert left["pictures"] == 9  # of the other jobs
+    assert command(["jobs", "list", "--json", *where]) == 0
+    for other in lines(capsys.readouterr().out):
+        assert command(["jobs", "delete", str(other["id"]), *where]) == 0
+    assert command(["cache", "prune", *where]) == 0
+    assert _stats(where, capsys)["pictures"] == 0
+
+
+def test_a_job_that_goes_on_is_not_taken_away(
+    services: Services, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["train", "--config", str(job), "--steps", "100000", "--detach", *services.at]
+    assert command(asked) == 0
+    name = capsys.readouterr().out.strip()
+    assert command(["jobs", "delete", name, *services.at]) == 3
+    assert "cancel it first" in capsys.readouterr().err
+    assert command(["jobs", "cancel", name, *services.at]) == 0
+    assert show(name, services.at, capsys)["state"] == "cancelled"
+
+
+def test_a_mask_is_learnt_through(
+    services: Services, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ["train", "--images", str(job.parent / "new"), "--side", "96", "--steps", "2"]
+    masks = "--masks", str(job.parent / "masks")
+    whole, _ = learnt([*plain, *services.at], capsys)
+    masked, _ = learnt([*plain, *masks, *services.at], capsys)
+    assert all(one != other for one, other in zip(whole, masked, strict=True))
+
+
+def _stats(where: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, int]:
+    capsys.readouterr()
+    assert command(["cache", "stats", "--json", *where]) == 0
+    return {str(one["kind"]): int(str(one["count"])) for one in lines(capsys.readouterr().out)}
+
+
+def _encoded(dit: Service) -> int:
+    """How often it was asked for latents."""
+    return sum("EncodeImages" in line for line in dit.log)

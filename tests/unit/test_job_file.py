@@ -1,0 +1,185 @@
+"""What a job's file asks for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zimage_client import _job_file
+from zimage_core.errors import InvalidRequest
+from zimage_core.formats.dataset_file import Example
+from zimage_rpc.dit.v1 import training_pb2
+from zimage_rpc.trainer.v1 import trainer_pb2
+
+EXAMPLES = [Example(str(n) * 64, 1, 64, 64, str(n), "x", repeats=2) for n in range(5)]
+
+LORA = """
+{
+  "model": "z-image",
+  "mode": "lora",
+  "seed": 42,
+  "steps": 50,
+  "guidance": 3.5,
+  "width": 1024,
+  "height": 1024,
+  "training_loop": {
+    "num_epochs": 10,
+    "batch_size": 16
+  },
+  "optimizer": {
+    "name": "AdamW",
+    "learning_rate": 1e-4
+  },
+  "lora_layers": {
+    "main_layers": {
+      "block_range": {"start": 0, "end": 30},
+      "layer_types": ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"],
+      "lora_rank": 32
+    }
+  },
+  "save": {
+    "checkpoint_frequency": 500,
+    "output_path": "~/z_image_lora"
+  },
+  "examples": {
+    "path": "./images",
+    "images": [
+      {"image": "img1.jpg", "prompt": "description 1"},
+      {"image": "img2.jpg", "prompt": "description 2"}
+    ]
+  }
+}
+"""
+
+
+def _file(folder: Path, text: str, name: str = "job.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_file_says_all_of_a_job(tmp_path: Path) -> None:
+    path = _file(
+        tmp_path,
+        """
+        name = "glorp"
+        batch_size = 4
+        epochs = 3
+        captions = "all-first"
+        [training]
+        seed = 7
+        recompute = "nothing"
+        learning_rate = { peak = 1e-3, course = "one-cycle" }
+        [[training.lora.groups]]
+        rank = 4
+        [[training.lora.groups]]
+        stack = "noise_refiner"
+        [data]
+        trigger = "glorp"
+        [[data.folders]]
+        path = "new"
+        repeats = 10
+        flips = true
+        [[data.folders]]
+        path = "/known"
+        regularization = true
+        weight = 0.5
+        """,
+    )
+    job = _job_file.read(path)
+    spec = _job_file.spec(job, {"training.lora.groups[].alpha": 2.0, "name": None}, EXAMPLES)
+    assert (spec.name, spec.batch_size, spec.training.seed) == ("glorp", 4, 7)
+    assert spec.training.step_count == 8  # thirty samples by fours
+    assert spec.captions == trainer_pb2.TrainJobSpec.CAPTIONS_ALL_FIRST
+    assert spec.training.recompute == training_pb2.TrainingPlan.RECOMPUTE_NOTHING
+    assert spec.training.learning_rate.course == training_pb2.LearningRatePlan.COURSE_ONE_CYCLE
+    assert [(one.stack, one.rank, one.alpha) for one in spec.training.lora.groups] == [
+        ("", 4, 2.0),
+        ("noise_refiner", 0, 2.0),
+    ]
+    assert job.data is not None
+    new, known = job.data.sources()
+    assert (new.folder, new.trigger, new.repeats, new.flips) == (
+        tmp_path / "new",
+        "glorp",
+        10,
+        True,
+    )
+    assert (known.folder, known.trigger, known.weight) == (Path("/known"), "", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nam = 'x'", "nam: x given, allowed is name, .*; nearest name"),
+        ("batch_size = 'x'", "batch_size: x given, allowed is a whole number"),
+        ("batch_size = 5000000000", "batch_size: 5000000000 given"),
+        ("[training.optimizer]\nname = 'adam'", "training.optimizer.name: adam given, .*adamw"),
+        ("[training.lora]\ngroups = 3", r"training\.lora\.groups: 3 given, allowed is a list"),
+        ("[[training.lora.groups]]\nrang = 3", r"groups\[0\]\.rang: .* nearest rank"),
+        ("training = 3", "training: 3 given, allowed is a table"),
+        ("epochs = 0", "epochs: 0 given"),
+        ("[data]\nfolder = 'x'", r"data\.folder"),
+        ("[[data.folders]]\npath = 'x'\nrepeats = 0", r"data\.folders\.0\.repeats: 0 given"),
+        ("[dataset]\nsha256 = 'x'", "dataset: .* pictures under data"),
+        ("name = ", "job.toml"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        _job_file.spec(_job_file.read(_file(tmp_path, text)), {}, EXAMPLES)
+
+
+def test_flags_go_before_the_file(tmp_path: Path) -> None:
+    job = _job_file.read(_file(tmp_path, "[training]\nseed = 3\nstep_count = 9"))
+    overriding = {"training.seed": 4, "training.lora.groups[].rank": 2, "sides_px": [64]}
+    spec = _job_file.spec(job, overriding, EXAMPLES)
+    assert (spec.training.seed, spec.training.step_count) == (4, 9)
+    assert [group.rank for group in spec.training.lora.groups] == [2]
+    assert list(spec.sides_px) == [64]
+
+
+def test_mflux_examples_are_read_as_they_are(tmp_path: Path) -> None:
+    job = _job_file.read(_file(tmp_path, LORA, "lora_config.json"))
+    spec = _job_file.spec(job, {}, EXAMPLES[:2])
+    training = spec.training
+    assert (spec.name, spec.batch_size, list(spec.sides_px)) == ("z_image_lora", 16, [1024])
+    assert (training.seed, training.samples_at_once) == (42, 16)
+    assert training.step_count == 3  # ten epochs of four by sixteens
+    assert (training.noise.distribution, training.noise.step_count) == (
+        training_pb2.NoisePlan.DISTRIBUTION_SCHEDULE,
+        50,
+    )
+    [group] = training.lora.groups
+    assert (group.stack, group.first_block, group.end_block, group.rank) == ("layers", 0, 30, 32)
+    assert list(group.linears) == [
+        f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")
+    ]
+    assert spec.checkpoint_interval_steps == 500
+    assert job.data is not None
+    [source] = job.data.sources()
+    assert source.folder == tmp_path / "images"
+    assert source.pictures == (("img1.jpg", "description 1"), ("img2.jpg", "description 2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"full_finetune": {"train_vae": True}}, "full_finetune.train_vae: true given.*VAE stays"),
+        ({"full_finetune": {"train_text_encoder": True}}, "train_text_encoder.*encoder service"),
+        ({"mode": "full"}, "mode: full given, allowed is lora"),
+        ({"model": "flux"}, "model: flux given"),
+        ({"training_lop": {}}, "training_lop: .* nearest training_loop"),
+        ({"optimizer": {"name": "Lion"}}, "optimizer.name: Lion given, allowed is AdamW, Adam"),
+        ({"early_stopping": {"enabled": True}}, "early_stopping.enabled: True given"),
+        ({"save": {"keep_last_n_checkpoints": 3}}, "save.keep_last_n_checkpoints: 3 given"),
+        ({"training_loop": {"num_epochs": "x"}}, "num_epochs: x given, allowed is a whole number"),
+        ({"examples": {"images": [3]}}, r"examples.images\[0\]: 3 given, allowed is an object"),
+    ],
+)
+def test_what_mflux_has_and_we_have_not_is_refused_by_name(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    text = json.dumps({**json.loads(LORA), **change})
+    with pytest.raises(InvalidRequest, match=said):
+        _job_file.read(_file(tmp_path, text, "config.json"))

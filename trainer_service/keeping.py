@@ -1,0 +1,123 @@
+"""What lies in the store under names of the trainer's, looked after: how much there is, whether it
+is what it should be, and what may go."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trainer_service.caches import CAPTIONS, LATENTS
+from trainer_service.jobs.jobs import Jobs
+from zimage_core.errors import InvalidRequest, NotFound
+from zimage_core.formats import dataset_file
+from zimage_core.store.blobs import Blobs, Kept
+
+CHECKPOINTS, DATASETS, PICTURES = "checkpoints", "datasets", "pictures"
+"""Kinds of names beside those of caches."""
+
+_CACHES = (CAPTIONS, LATENTS)
+_PAGE_SECONDS = 2.0
+_PAGE_COUNT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Heap:
+    """So much of one kind."""
+
+    kind: str
+    count: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of what is kept, looked at."""
+
+    count: int
+    torn: list[str]
+    """Kinds and names of what is gone."""
+    last: str
+    """Where to go on; empty where there is no more."""
+
+
+def heaps(blobs: Blobs) -> list[Heap]:
+    """All that is kept of what was encoded or sent."""
+    return [_heap(kind, list(blobs.kept(kind))) for kind in (*_CACHES, PICTURES)]
+
+
+def verify(blobs: Blobs, behind: str) -> Page:
+    """Reads what is cached behind a name, as much as goes in a short time; what is not what it
+    should be goes."""
+    until = time.monotonic() + _PAGE_SECONDS
+    names = [f"{kind}/{name}" for kind in _CACHES for name in blobs.names(kind)]
+    if behind and behind.partition("/")[0] not in _CACHES:
+        raise InvalidRequest.given("page_token", behind[:100], "that of the page before", "TOKEN")
+    left = [name for name in names if name > behind]
+    torn = []
+    count = 0
+    for name in left[:_PAGE_COUNT]:
+        if not _is_whole(blobs, *name.split("/")):
+            blobs.forget(*name.split("/"))
+            torn.append(name)
+        count += 1
+        if time.monotonic() > until:
+            break
+    return Page(count, torn, left[count - 1] if count < len(left) else "")
+
+
+def prune(blobs: Blobs, jobs: Jobs, unused_seconds: float) -> list[Heap]:
+    """Takes away the names of what was not used for so long, and those that belong to no job; says
+    of what."""
+    now = time.time()
+    old = {
+        kind: [kept for kept in blobs.kept(kind) if now - kept.used > unused_seconds]
+        for kind in _CACHES
+    }
+    there = jobs.ids()
+    # Pictures last: whoever begins a job meanwhile names its dataset first.
+    strays = {
+        CHECKPOINTS: [one for one in blobs.kept(CHECKPOINTS) if _job(one.name) not in there],
+        DATASETS: [one for one in blobs.kept(DATASETS) if one.name not in there],
+    }
+    wanted = set(_pictures_of_datasets(blobs, there))
+    strays[PICTURES] = [one for one in blobs.kept(PICTURES) if one.name not in wanted]
+    gone = old | strays
+    for kind, all_kept in gone.items():
+        for kept in all_kept:
+            blobs.forget(kind, kept.name)
+    return [_heap(kind, all_kept) for kind, all_kept in gone.items()]
+
+
+def forget_job(blobs: Blobs, job: str) -> None:
+    """Takes away the names of its files."""
+    blobs.forget(DATASETS, job)
+    for name in blobs.names(CHECKPOINTS):
+        if _job(name) == job:
+            blobs.forget(CHECKPOINTS, name)
+
+
+def _pictures_of_datasets(blobs: Blobs, jobs: set[str]) -> Iterator[str]:
+    for kept in blobs.kept(DATASETS):
+        if kept.name in jobs:
+            with blobs.open(kept.sha256) as file:
+                for example in dataset_file.load(file.read()):
+                    yield from example.files
+
+
+def _is_whole(blobs: Blobs, kind: str, name: str) -> bool:
+    try:
+        return blobs.verify(blobs.pointed_at(kind, name))
+    except (NotFound, InvalidRequest):
+        return False
+
+
+def _heap(kind: str, kept: list[Kept]) -> Heap:
+    return Heap(kind, len(kept), sum(one.size_bytes for one in kept))
+
+
+def checkpoint_name(job: str, step: int, part: str) -> str:
+    """The name of a file of a checkpoint."""
+    return f"{job}-{step}-{part}"
+
+
+def _job(checkpoint: str) -> str:
+    return checkpoint.rsplit("-", 2)[0]
