@@ -83,6 +83,9 @@ bench-dit: ## C5, C6, C7, C9: a forward against diffusers and the bare matmuls; 
 	$(BIN)/python -m bench.vae
 	$(BIN)/python -m bench.overhead
 
+bench-train: ## a training step against diffusers with peft in a plain loop; C10, C11
+	$(BIN)/python -m bench.training
+
 bench-engine: ## C8: eight clients against a plain gRPC server around diffusers' pipeline; how long steps may become
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.sharing
@@ -123,4 +126,4 @@ docs: ## the generated tables in docs/
 clean: ## everything that can be made again
 	rm -rf $(VENV) out dist build protos/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help setup run test check test-fast fuzz fault soak parity bench-encoder bench-dit bench-engine bench-gpu gpu-status demo-model demo-eval demo-train proto proto-check docs clean
+.PHONY: help setup run test check test-fast fuzz fault soak parity bench-encoder bench-dit bench-engine bench-train bench-gpu gpu-status demo-model demo-eval demo-train proto proto-check docs clean

@@ -36,7 +36,7 @@ SIDE_PX = 128
 
 NEW_COUNT, WORDINGS = 20, 3
 """Pictures of what is new, and how each is described."""
-KNOWN_COUNT = 192
+KNOWN_COUNT = 160
 _UNSEEN_COLOURS = ("orange", "blue", "purple")
 _UNSEEN_BACKGROUNDS = ("yellow", "white")
 _UNSEEN_PLACES = ("top left", "center", "bottom")
@@ -67,7 +67,7 @@ stack = "context_refiner"
 [data]
 [[data.folders]]
 path = "new"
-repeats = 3
+repeats = 8
 [[data.folders]]
 path = "known"
 regularisation = true
@@ -230,8 +230,8 @@ def _say(line: str) -> None:
 def main() -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--write", type=Path, help="folder for learning.json and the sheets")
     asyncio.run(_run(parser.parse_args()))
     return 0

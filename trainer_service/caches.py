@@ -68,8 +68,9 @@ class Caches:
 
         return await self._kept(CAPTIONS, key, make)
 
-    async def latents(self, look: Look, dit: DitDescription) -> Named:
-        """The file of a picture's latents, cut to its size, with its mask where it has one."""
+    async def latents(self, look: Look, client: AsyncClient, dit: DitDescription) -> Named:
+        """The file of a picture's latents, cut to its size, with its mask where it has one. They
+        are of the VAE of that DiT service."""
         if dit.limits is None:
             raise _loading("the model")
         example, multiple = look.example, dit.limits.side_multiple_px
@@ -90,10 +91,10 @@ class Caches:
                     self._read(example.sha256), example.name, size, flips=look.is_flipped
                 )
             )
-            [(_, latents)] = [one async for one in self._client.encode_images([data])]
+            [(_, latents)] = [one async for one in client.encode_images([data])]
             if isinstance(latents, ZImageError):
                 raise latents
-            if _vae(await self._client.describe()) != vae:
+            if _vae(await client.describe()) != vae:
                 raise Unavailable("the DiT service has another VAE by now", reason=REPLACED)
             tensors = {"latents": latents}
             if example.mask_sha256:

@@ -2,6 +2,7 @@
 kept."""
 
 import asyncio
+import logging
 import random
 import time
 from collections import deque
@@ -30,6 +31,8 @@ from zimage_core.store.blobs import Blobs
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
 
+_log = logging.getLogger(__name__)
+
 _PREPARED_AHEAD = 8
 """Steps whose samples are being prepared while others are learnt."""
 _ENCODED_AT_ONCE = 16
@@ -50,6 +53,9 @@ class Desk:
     jobs: Jobs
     blobs: Blobs
     client: AsyncClient
+    """Of the encoder, and of all DiT services, whichever answers."""
+    dits: tuple[AsyncClient, ...]
+    """Of each DiT service alone: what a session made lies there."""
     caches: Caches
     threads: ThreadPoolExecutor
 
@@ -91,6 +97,12 @@ def pause_seconds(failures: int) -> float:
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - so that jobs do not come in step
 
 
+async def publish(desk: Desk, name: str, kept: Kept) -> None:
+    """Lets everybody draw with a checkpoint by that name."""
+    file = await desk.aside(lambda: desk.blobs.local(kept.adapter.sha256))
+    await desk.client.add_adapter(name, file, replace=True)
+
+
 class Feeding:
     """One stretch."""
 
@@ -100,6 +112,7 @@ class Feeding:
         self._desk = desk
         self._listener = listener
         self._job = job
+        self._dit = desk.dits[0]
         self._spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
         self._curriculum = Curriculum(examples, self._spec.training.seed, _habits(self._spec))
         self.caching: Caching | None = None
@@ -114,7 +127,10 @@ class Feeding:
     async def run(self, epoch: int) -> bool:
         """From the last checkpoint until all is learnt, or rest is due; whether all is. Raises what
         broke it."""
-        encoder, dit = await self._neighbours()
+        encoder = await self._desk.client.describe_encoder()
+        if not encoder.ready:
+            raise _loading("the encoder")
+        self._dit, dit = await self._free_dit()
         spec = self._spec
         if spec.only_caches or spec.captions == trainer_pb2.TrainJobSpec.CAPTIONS_ALL_FIRST:
             await self._listener.runs(self._job.id)
@@ -130,7 +146,7 @@ class Feeding:
             opening.state.CopyFrom(training.digest(last.state))
         done = last.step if last else 0
         asked = self._asked(done, encoder, dit)
-        session = self._desk.client.train_session(opening, asked, self._desk.blobs.local)
+        session = self._dit.train_session(opening, asked, self._desk.blobs.local)
         try:
             async with aclosing(session) as events:
                 async for event in events:
@@ -165,13 +181,18 @@ class Feeding:
             spec = self._spec.SerializeToString(deterministic=True)
             await self._desk.aside(lambda: self._desk.jobs.decide(self._job.id, spec))
 
-    async def _neighbours(self) -> tuple[EncoderDescription, DitDescription]:
-        encoder = await self._desk.client.describe_encoder()
-        dit = await self._desk.client.describe()
-        for what, description in (("the encoder", encoder), ("the model", dit)):
-            if not description.ready:
-                raise Unavailable(f"{what} is being loaded", reason="LOADING", retry_after=1.0)
-        return encoder, dit
+    async def _free_dit(self) -> tuple[AsyncClient, DitDescription]:
+        """The first DiT service that is there."""
+        error: ZImageError = _loading("the model")
+        for client in self._desk.dits:
+            try:
+                described = await client.describe()
+            except ZImageError as one:
+                error = one
+                continue
+            if described.ready:
+                return client, described
+        raise error
 
     async def _encode_all(self, encoder: EncoderDescription, dit: DitDescription) -> bool:
         """Until everything that will be learnt is kept, or rest is due; whether everything is."""
@@ -276,7 +297,8 @@ class Feeding:
         self, look: Look, encoder: EncoderDescription, dit: DitDescription
     ) -> training.Sample:
         latents, embedding = await asyncio.gather(
-            self._desk.caches.latents(look, dit), self._desk.caches.caption(look.caption, encoder)
+            self._desk.caches.latents(look, self._dit, dit),
+            self._desk.caches.caption(look.caption, encoder),
         )
         return training.Sample(latents, embedding, look.example.weight)
 
@@ -304,6 +326,10 @@ class Feeding:
         kept = Kept(made.step, made.adapter, made.state, time.time())
         await self._desk.aside(lambda: self._desk.jobs.add_checkpoint(self._job.id, kept))
         self._listener.ring(self._job.id)
+        try:
+            await publish(self._desk, self._spec.name, kept)
+        except ZImageError as error:  # the next one may be luckier, and the last has to
+            _log.warning("job %s: step %s is no adapter: %s", self._job.id, kept.step, error)
 
     async def _fetch(self, named: Named) -> None:
         blobs = self._desk.blobs
@@ -312,8 +338,12 @@ class Feeding:
             return
         with blobs.making() as folder:
             file = folder / named.sha256
-            await self._desk.client.get_blob(named.sha256, file)
+            await self._dit.get_blob(named.sha256, file)
             await self._desk.aside(lambda: blobs.adopt(file))
+
+
+def _loading(what: str) -> Unavailable:
+    return Unavailable(f"{what} is being loaded", reason="LOADING", retry_after=1.0)
 
 
 def _habits(spec: trainer_pb2.TrainJobSpec) -> Habits:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from trainer_service.feeding import Caching, Desk, Feeding, is_passing, pause_seconds
+from trainer_service.feeding import Caching, Desk, Feeding, is_passing, pause_seconds, publish
 from trainer_service.jobs.jobs import (
     CANCELLED,
     COMPLETED,
@@ -154,7 +154,7 @@ class Runner:
             before = len(job.checkpoints)
             try:
                 if await self._stretch(job):
-                    await self._publish(job_id)
+                    await self._publish_last(job_id)
                     await self._change(job_id, COMPLETED)
                     return
                 continue
@@ -212,15 +212,11 @@ class Runner:
         await self._change(job, PAUSED)
         return True
 
-    async def _publish(self, job_id: str) -> None:
-        """Gives the last checkpoint the job's name as an adapter."""
+    async def _publish_last(self, job_id: str) -> None:
         job = await self._desk.aside(lambda: self._desk.jobs.read(job_id))
         spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
-        if spec.only_caches:
-            return
-        last = job.checkpoints[-1]
-        file = await self._desk.aside(lambda: self._desk.blobs.local(last.adapter.sha256))
-        await self._desk.client.add_adapter(spec.name, file, replace=True)
+        if not spec.only_caches:
+            await publish(self._desk, spec.name, job.checkpoints[-1])
 
     async def _fail(self, job: str, error: ZImageError) -> None:
         failure = status.to_failure(error).SerializeToString()

@@ -252,7 +252,10 @@ class TrainerSettings(ServiceSettings):
     encoder: str = Field(
         description="encoder service, host:port or unix:path; several joined by commas"
     )
-    dit: str = Field(description="DiT service that trains, host:port or unix:path")
+    dit: str = Field(
+        description="DiT service that trains, host:port or unix:path; several joined by commas, of "
+        "which the first that is there has the job"
+    )
     token_file: Path | None = Field(None, description="file with the token for both services")
     tls_ca: Path | None = Field(
         None, description="authorities of their certificates; unset: no TLS towards them"

@@ -19,7 +19,7 @@ from zimage_core.files import Stamp
 from zimage_core.tls import Tls, machine_authorities
 from zimage_core.tracing import Span
 from zimage_core.wire import limits, request_id
-from zimage_core.wire.addresses import is_loopback
+from zimage_core.wire.addresses import is_loopback, several
 
 _log = logging.getLogger(__name__)
 _OPTIONS = (
@@ -77,7 +77,7 @@ class Way:
 
     def __init__(self, name: str, addresses: str, tls: Tls | None) -> None:
         self._name = name
-        self.places = [place(name, one.strip(), tls) for one in addresses.split(",") if addresses]
+        self.places = [place(name, one, tls) for one in several(addresses)]
         self._turn = random.randrange(len(self.places)) if self.places else 0  # noqa: S311
         self._open: dict[Place, _Open] = {}
         self._shunned: dict[Place, float] = {}

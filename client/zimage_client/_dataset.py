@@ -51,10 +51,10 @@ class Dataset:
     @property
     def again(self) -> list[str]:
         """The pictures that are there under another name, too, but for the first."""
-        named = defaultdict(list)
+        named: defaultdict[str, set[str]] = defaultdict(set)
         for one in self.examples:
-            named[one.sha256].append(one.name)
-        return [name for names in named.values() for name in names[1:]]
+            named[one.sha256].add(one.name)
+        return [name for names in named.values() for name in sorted(names)[1:]]
 
     def check(self, *, skips_faulty: bool) -> None:
         """Raises InvalidRequest for what cannot be learnt from, unless the rest is enough."""

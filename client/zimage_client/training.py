@@ -112,6 +112,8 @@ class Session:
                 async for response in call:
                     if (answer := self._heard(response, call)) is not None:
                         yield answer
+                    if response.checkpoint.leaving:  # whoever heard of it has what he wants by now
+                        await self._outbox.put(None)
         except Cancelled:
             for task in self._aside:
                 if task.done() and not task.cancelled() and (fault := task.exception()):
@@ -138,7 +140,8 @@ class Session:
                 self._credit.give_back()
                 return _learnt(response.step)
             case "checkpoint":
-                self._credit.give_back()
+                if not response.checkpoint.leaving:
+                    self._credit.give_back()
                 return _checkpoint(response.checkpoint)
             case other:
                 raise _reading.malformed(f"{other or 'nothing'} in a training session")

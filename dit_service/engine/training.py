@@ -25,13 +25,11 @@ from zimage_core.errors import InvalidRequest, NotReady
 from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.limits import padded
 from zimage_core.planning.training import TrainingPlan
+from zimage_core.planning.training_memory import FORWARDS, Rows, TrainingBytes, training_bytes
 
 _log = logging.getLogger(__name__)
 
 _SLOWEST_SECONDS_PER_FLOP = 1e-9
-_FORWARDS = {"nothing": 3, "blocks": 4}
-"""What a sample costs, in forwards: itself, about twice that for its gradient, and what is computed
-again."""
 _LEARNT_FROM = ("latents", "mask", "embeddings")
 _KEPT_BYTES = 4 << 30
 """Of samples in host memory: 3,000 of 1024x1024 pixels."""
@@ -70,8 +68,15 @@ class Trainings:
     """One model's, by the sessions that they belong to."""
 
     def __init__(
-        self, model: ZImageTransformer, backend: str, announce: Announce, diary: Diary
+        self,
+        model: ZImageTransformer,
+        backend: str,
+        announce: Announce,
+        diary: Diary,
+        room_bytes: float,
     ) -> None:
+        """Together they take so much of the device besides the model at most."""
+        self._room_bytes = room_bytes
         self._model = model
         self._backend = backend
         self._diary = diary
@@ -91,10 +96,12 @@ class Trainings:
     def _open(self, asked: messages.OpenTraining) -> messages.TrainingOpened:
         """Begins a training, or goes on from its state."""
         self._refuse_what_cannot_learn()
+        learnt_bytes = self._taken(asked.plan, []).learnt
+        self._refuse_too_much(learnt_bytes, "what it learns and what its optimiser keeps", "")
         state, step = _read_state(asked.state) if asked.state else ({}, 0)
         with torch.inference_mode(mode=False):
             training = Training(self._model, self._backend, asked.plan, state, step)
-        self._courses[asked.session] = _Course(training, asked.plan)
+        self._courses[asked.session] = _Course(training, asked.plan, learnt_bytes)
         count = sum(weight.numel() for weight in training.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
         return messages.TrainingOpened(step, count)
@@ -137,11 +144,16 @@ class Trainings:
         waited = time.monotonic() - course.idle_since
         seconds = 0.0
         examples = self._examples(asked)
-        flops = [self._flops(course.plan, example) for example in examples]
-        at_once = course.plan.samples_at_once
+        plan = course.plan
+        flops = [self._flops(plan, example) for example in examples]
+        at_once = plan.samples_at_once
         for first in range(0, len(examples), at_once):
             end = first + at_once
-            yield Lesson(Load(sum(flops[first:end]), 0), flops_left=sum(flops[first:]))
+            accumulates = len(examples) > at_once
+            taken = self._taken(plan, examples[first:end], accumulates=accumulates).step
+            what = f"{len(examples[first:end])} samples at once, recompute {plan.recompute}"
+            self._refuse_too_much(taken, what, "; fewer samples_at_once, or recompute blocks")
+            yield Lesson(Load(sum(flops[first:end]), taken), flops_left=sum(flops[first:]))
             seconds += self._learn_from(course, examples[first:end], first, sum(flops[first:end]))
         with torch.inference_mode(mode=False):
             outcome = course.training.take_step()
@@ -187,12 +199,32 @@ class Trainings:
                 mask_HW,
             )
 
-    def _flops(self, plan: TrainingPlan, example: Example) -> float:
+    def _taken(
+        self, plan: TrainingPlan, examples: list[Example], *, accumulates: bool = False
+    ) -> TrainingBytes:
+        """What a training takes of the device, with these examples at once."""
+        rows = [Rows(padded(self._tokens(one)), padded(len(one.features_LF))) for one in examples]
+        size = self._model.dtype.itemsize
+        return training_bytes(self._model.config, plan, rows, size, accumulates=accumulates)
+
+    def _refuse_too_much(self, wanted_bytes: float, what: str, instead: str) -> None:
+        room = self._room_bytes - sum(one.learnt_bytes for one in self._courses.values())
+        if wanted_bytes > room:
+            raise NotReady(
+                f"{what}: that takes {wanted_bytes / 2**30:.1f} GiB of the device, and there is "
+                f"room for {max(0, room) / 2**30:.1f}{instead}",
+                reason="TRAINING_MEMORY",
+                fields={"given": f"{wanted_bytes:.0f}", "allowed": f"{max(0, room):.0f}"},
+            )
+
+    def _tokens(self, example: Example) -> int:
         _, height, width = example.latents_CHW.shape
-        tokens = height * width // self._model.config.patch_size**2
+        return int(height * width // self._model.config.patch_size**2)
+
+    def _flops(self, plan: TrainingPlan, example: Example) -> float:
         rows = padded(len(example.features_LF))
-        forward = dit_step_flops(self._model.config, [(tokens, rows)])
-        return float(_FORWARDS[plan.recompute] * forward)
+        forward = dit_step_flops(self._model.config, [(self._tokens(example), rows)])
+        return float(FORWARDS[plan.recompute] * forward)
 
     def _course(self, session: str) -> "_Course":
         if session not in self._courses:
@@ -224,6 +256,7 @@ class _Course:
 
     training: Training
     plan: TrainingPlan
+    learnt_bytes: float
     is_broken: bool = False
     idle_since: float = math.inf
 

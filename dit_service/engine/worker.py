@@ -1,5 +1,6 @@
 """The worker process: loads the model once, then lets the schedule run requests on it."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -49,8 +50,12 @@ def main(port: Port, settings: DitSettings) -> None:
 
 
 def _room(settings: DitSettings, loaded: _Loaded) -> Room:
-    free = devices.room_bytes(loaded.device, settings.max_adapter_bytes)
-    return Room(settings.max_step_ms / 1000, settings.max_step_bytes or free)
+    return Room(settings.max_step_ms / 1000, _room_bytes(settings, loaded.device))
+
+
+def _room_bytes(settings: DitSettings, device: torch.device) -> float:
+    free = devices.room_bytes(device, settings.max_adapter_bytes)
+    return settings.max_step_bytes or free
 
 
 def _load(port: Port, settings: DitSettings) -> _Loaded:
@@ -99,7 +104,9 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         thread_count=torch.get_num_threads() if device.type == "cpu" else 0,
         library_versions=devices.library_versions(),
     )
-    trainings = Trainings(transformer, backend, port.announce, studio.diary)
+    is_host = device.type == "cpu"  # whose memory is not ours to plan, unless somebody says so
+    room = settings.max_step_bytes or (math.inf if is_host else _room_bytes(settings, device))
+    trainings = Trainings(transformer, backend, port.announce, studio.diary, room)
     return _Loaded(device, studio, trainings, description)
 
 

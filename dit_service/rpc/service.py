@@ -26,6 +26,11 @@ def service(settings: DitSettings) -> Service:
     )
 
     blobs = Blobs(*settings.store_at, settings.store_quota_bytes, settings.store_keep_seconds)
+    trainings: list[TrainingServicer] = []
+
+    async def leave() -> None:
+        for servicer in trainings:
+            await servicer.leave()
 
     def register(server: grpc.aio.Server, on_ready: OnReady) -> Beside:
         worker = Worker("dit_service.engine.worker:main", settings, settings.watchdog, on_ready)
@@ -34,9 +39,8 @@ def service(settings: DitSettings) -> Service:
             worker, settings, Conditioner(settings, encoder), keeper, Adapters(blobs)
         )
         dit_pb2_grpc.add_DitServiceServicer_to_server(servicer, server)
-        training_pb2_grpc.add_TrainingServiceServicer_to_server(
-            TrainingServicer(worker, blobs), server
-        )
+        trainings.append(TrainingServicer(worker, blobs))
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(trainings[-1], server)
         blob_pb2_grpc.add_BlobServiceServicer_to_server(keeper, server)
         return worker.supervise
 
@@ -47,5 +51,6 @@ def service(settings: DitSettings) -> Service:
             training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name,
             blob_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name,
         ],
+        leave=leave,
         neighbours=[encoder] if encoder else [],
     )

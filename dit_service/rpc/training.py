@@ -45,11 +45,24 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self._epochs: OrderedDict[str, int] = OrderedDict()
         """The latest stretches of jobs of late."""
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._sessions: set[_Session] = set()
+        self._is_leaving = False
+
+    async def leave(self) -> None:
+        """Lets every training take a checkpoint, to go on elsewhere."""
+        self._is_leaving = True
+        running = list(self._running.values())
+        for session in self._sessions:
+            session.shall_leave.set()
+        if running:
+            await asyncio.wait(running)
 
     async def TrainSession(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[_Request], context: _Context
     ) -> AsyncIterator[_Response]:
         """From the opening to the last checkpoint; when the call ends, so does the session."""
+        if self._is_leaving:
+            raise _stopping()
         try:
             async with asyncio.timeout(_SILENT_SECONDS):
                 first = await anext(request_iterator, None)
@@ -62,6 +75,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         job = self._job(first.open)
         running = self._running[job] = asyncio.create_task(session.run(first.open))
         running.add_done_callback(lambda _done: session.told.put_nowait(None))
+        self._sessions.add(session)
         try:
             for sequence in count(1):
                 answer = await session.told.get()
@@ -74,6 +88,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 raise _replaced(first.open)
             running.result()  # raises what ended it
         finally:
+            self._sessions.discard(session)
             running.cancel()
             if self._running.get(job) is running:
                 del self._running[job]
@@ -107,13 +122,15 @@ class _Session:
     ) -> None:
         self.told: asyncio.Queue[_Response | None] = asyncio.Queue()
         """What the client shall hear; None is the end."""
+        self.shall_leave = asyncio.Event()
+        """Whether it ends soon, behind a checkpoint."""
         self._requests = requests
         self._worker = worker
         self._blobs = blobs
         self._arrivals = Arrivals(blobs, self._need)
         self._asked: asyncio.Queue[_Request | None] = asyncio.Queue()
         self._opened = asyncio.Event()
-        self._next_step = 0
+        self._next_step = self._learnt_step = 0
         self._about: dict[str, str] = {}
         self._unanswered = 0
         self._name = name
@@ -162,7 +179,8 @@ class _Session:
         """What was asked, in its order. A checkpoint is of what came before it and nothing else."""
         await self._open(opening)
         learning: list[asyncio.Task[None]] = []
-        while (request := await self._asked.get()) is not None:
+        first_step = self._next_step
+        while (request := await self._next()) is not None:
             if request.HasField("batch"):
                 samples = await self._samples(request.batch)
                 share = Share(access.project(), BACKGROUND)
@@ -174,7 +192,25 @@ class _Session:
             else:
                 await asyncio.gather(*learning)
                 await self._take_checkpoint()
+                self._unanswered -= 1
         await asyncio.gather(*learning)
+        if self.shall_leave.is_set():
+            if self._learnt_step > first_step:
+                await self._take_checkpoint(leaving=True)
+                while await self._asked.get() is not None:
+                    pass  # the client ends when it has fetched what is here
+            raise _stopping()
+
+    async def _next(self) -> _Request | None:
+        """What is asked next; None when that is all, or it is time to leave."""
+        leaving = asyncio.create_task(self.shall_leave.wait())
+        asked = asyncio.create_task(self._asked.get())
+        try:
+            await asyncio.wait({leaving, asked}, return_when=asyncio.FIRST_COMPLETED)
+            return None if leaving.done() else asked.result()
+        finally:
+            leaving.cancel()
+            asked.cancel()
 
     async def close(self) -> None:
         """Nobody goes on with it."""
@@ -221,6 +257,7 @@ class _Session:
         learnt = await self._one(asked)
         assert isinstance(learnt, messages.Learnt)
         self._unanswered -= 1
+        self._learnt_step = learnt.step + 1
         report = training_pb2.StepReport(
             step=learnt.step,
             loss=learnt.loss,
@@ -232,7 +269,7 @@ class _Session:
         report.waited.FromNanoseconds(round(learnt.waited_seconds * 1e9))
         self._tell(step=report)
 
-    async def _take_checkpoint(self) -> None:
+    async def _take_checkpoint(self, *, leaving: bool = False) -> None:
         with self._blobs.making() as folder:
             taken = await self._one(messages.TakeCheckpoint(self._name, folder, self._about))
             assert isinstance(taken, messages.Checkpoint)
@@ -240,10 +277,12 @@ class _Session:
                 await asyncio.to_thread(self._blobs.adopt, file)
                 for file in (taken.adapter, taken.state)
             ]
-        self._unanswered -= 1
         self._tell(
             checkpoint=training_pb2.CheckpointReady(
-                step=taken.step, adapter=_digest(*adapter), state=_digest(*state)
+                step=taken.step,
+                adapter=_digest(*adapter),
+                state=_digest(*state),
+                leaving=leaving,
             )
         )
 
@@ -274,6 +313,10 @@ def _about(plan: TrainingPlan, model: messages.Model) -> dict[str, str]:
 
 def _digest(sha256: str, size_bytes: int) -> types_pb2.Digest:
     return types_pb2.Digest(sha256=sha256, size_bytes=size_bytes, media_type=_MEDIA_TYPE)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the service is being stopped", reason="STOPPING", retry_after=1.0)
 
 
 def _replaced(opening: training_pb2.OpenTraining) -> NotReady:

@@ -15,6 +15,7 @@ from dit_service.model.adapters import Use
 from dit_service.model.blocks import run_block
 from dit_service.model.transformer import Call, Sample, ZImageTransformer
 from dit_service.training import flow, lora
+from dit_service.training.flow import Noised
 from dit_service.training.optimisers import Stepper
 from zimage_core.errors import InvalidRequest
 from zimage_core.planning.training import TrainingPlan, targets
@@ -85,16 +86,20 @@ class Training:
         self._loss = 0.0
         """Of the batch, as far as it is computed."""
 
-    @torch.enable_grad()
     def learn(self, examples: Sequence[Example], first: int) -> None:
         """Adds to the gradient what some examples of the next batch say, the first of which has
         that number in it."""
-        adapter = lora.adapter(self._targets, self.weights, self._model.dtype)
-        uses = (Use(adapter, 1.0),)
         noised = [
             flow.noised(example.latents_CHW, self._plan.noise, self._plan.seed, self.step, number)
             for number, example in enumerate(examples, first)
         ]
+        self._loss += float(self.go_back(noised, examples))
+
+    @torch.enable_grad()
+    def go_back(self, noised: Sequence[Noised], examples: Sequence[Example]) -> Tensor:
+        """Forwards, and back along the gradient, for which nobody waits; their part of the loss."""
+        adapter = lora.adapter(self._targets, self.weights, self._model.dtype)
+        uses = (Use(adapter, 1.0),)
         times_N = torch.tensor([one.time for one in noised], device=self._model.device)
         captions = self._model.encode_captions(
             [example.features_LF for example in examples], self._backend, uses, self._call
@@ -114,7 +119,7 @@ class Training:
         ]
         loss = torch.stack(losses).sum()
         loss.backward()
-        self._loss += float(loss.detach())
+        return loss.detach()
 
     def take_step(self) -> Outcome:
         """Goes where the gradient says."""

@@ -1,6 +1,7 @@
 """Trainings through all three services: from pictures to an adapter to draw with."""
 
 import io
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -12,8 +13,19 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 
 from tests.e2e.services import running
-from tests.e2e.trainer import Losses, Services, at, decisive, lines, show, three_services, wait
+from tests.e2e.trainer import (
+    Losses,
+    Services,
+    at,
+    decisive,
+    lines,
+    show,
+    three_services,
+    training_with,
+    wait,
+)
 from zimage_client import Client, Options
+from zimage_client._embedded.stack import demo_model
 from zimage_client.cli.main import main as command
 
 pytestmark = pytest.mark.timeout(300)
@@ -45,7 +57,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _asked(pictures: Path, services: Services, *flags: str) -> list[str]:
     where = ["--images", str(pictures), "--trainer", services.trainer.address, "--isolated"]
-    usual = ["--steps", str(STEPS), "--checkpoint-interval", str(INTERVAL), "--batch-size", "2"]
+    usual = [
+        "--replace",
+        "--steps",
+        str(STEPS),
+        "--checkpoint-interval",
+        str(INTERVAL),
+        "--batch-size",
+        "2",
+    ]
     return ["train", *where, *usual, *flags]
 
 
@@ -66,12 +86,25 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
         plain = client.generate(PROMPT, **WISH).pictures[0]
         changed = client.generate(PROMPT, **WISH, adapters={"frames": 1.0}).pictures[0]
     assert plain.pixels_sha256 != changed.pixels_sha256
+    store = "--store", str(services.folder / "dit")
+    with running("dit_service", "--model", str(demo_model()), *store) as other:
+        other.wait_until("SERVING")
+        with Client(other.address, services.encoder.address) as client:
+            there = client.generate(PROMPT, **WISH, adapters={"frames": 1.0}).pictures[0]
+    assert there.pixels_sha256 == changed.pixels_sha256
 
     where = at(services.trainer)
     file = tmp_path / "frames.safetensors"
     assert command(["jobs", "export", str(job["id"]), "-o", str(file), *where]) == 0
     with safe_open(file, framework="pt") as tensors:
         assert len(list(tensors.keys())) == 2 * 6 * 7
+        told = tensors.metadata()
+    assert (told["model_type"], told["lora_rank"], told["lora_alpha"]) == ("zimage", "4", "4")
+    assert json.loads(told["training_plan"])["learning_rate"]["peak"] == 0.01
+
+    again = [one for one in _asked(pictures, services, "--name", "frames") if one != "--replace"]
+    assert command(again) == 3
+    assert "frames given, allowed is a name that no adapter has" in capsys.readouterr().err
     capsys.readouterr()
     assert command(["jobs", "list", "--json", *where]) == 0
     assert job in lines(capsys.readouterr().out)
@@ -205,6 +238,26 @@ def test_what_the_dit_service_refuses_is_why_a_job_failed(
     assert "lora.groups[0].rank: 5000 given, allowed is 1 to 1024" in str(job["failure"])
 
 
+def test_what_finds_no_room_is_refused_before_it_is_tried(
+    services: Services, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--encoder", services.encoder.address, "--store", str(tmp_path / "dit")
+    small = "--max-step-bytes", str(64 << 20)
+    with running("dit_service", "--model", str(demo_model()), *flags, *small) as dit:
+        dit.wait_until("SERVING")
+        with training_with(services.encoder.address, dit.address, tmp_path) as trainer:
+            asked = _asked(pictures, replace(services, trainer=trainer), "--json")
+            asked += ["--batch-size", "64", "--steps", "1"]
+            assert command(asked) == 0  # one at a time
+            capsys.readouterr()
+            job = tmp_path / "job.toml"
+            job.write_text("[training]\nsamples_at_once = 64")
+            assert command([*asked, "--config", str(job)]) == 1
+            [failed] = lines(capsys.readouterr().out)
+    assert "64 samples at once, recompute blocks: that takes" in str(failed["failure"])
+    assert "fewer samples_at_once" in str(failed["failure"])
+
+
 def test_a_job_belongs_to_the_project_that_made_it(
     services: Services, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,3 +287,30 @@ def test_a_job_belongs_to_the_project_that_made_it(
         capsys.readouterr()
         assert command(["jobs", "list", *where, str(files["other"])]) == 0
         assert capsys.readouterr().out == ""
+
+
+def test_a_job_moves_to_another_dit_service_and_learns_the_same(
+    services: Services,
+    pictures: Path,
+    expected: Losses,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = "--model", str(demo_model())
+    encoder = "--encoder", services.encoder.address
+    with (
+        running("dit_service", *model, *encoder, "--store", str(tmp_path / "a")) as first,
+        running("dit_service", *model, *encoder, "--store", str(tmp_path / "b")) as second,
+    ):
+        for dit in (first, second):
+            dit.wait_until("SERVING")
+        both = f"{first.address},{second.address}"
+        with training_with(services.encoder.address, both, tmp_path) as trainer:
+            asked = _asked(pictures, replace(services, trainer=trainer), *LONGER, "--detach")
+            assert command([*asked, "--checkpoint-interval", "100"]) == 0
+            job, where = capsys.readouterr().out.strip(), at(trainer)
+            wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 6)
+            first.process.send_signal(signal.SIGTERM)
+            assert _watched(job, where, capsys) == expected
+            [moved, last] = show(job, where, capsys)["checkpoints"]  # type: ignore[misc]
+    assert 6 <= moved < last == 24  # it took one as it was told to stop, and lost nothing

@@ -84,15 +84,15 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_captions_that_come_late_or_first_change_no_loss(
     services: Services, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["train", "--config", str(job)]
+    asked = ["train", "--replace", "--config", str(job)]
     expected, done = learnt([*asked, *services.at], capsys)
     assert (done["name"], len(expected)) == ("glorp", 8)
     with (
         _late(services.encoder.address) as encoder,
-        training_with(encoder, services.dit, tmp_path / "late") as late,
+        training_with(encoder, services.dit.address, tmp_path / "late") as late,
     ):
         assert learnt([*asked, *at(late)], capsys)[0] == expected
-    with training_with(services.encoder.address, services.dit, tmp_path / "first") as first:
+    with training_with(services.encoder.address, services.dit.address, tmp_path / "first") as first:
         capsys.readouterr()
         assert command([*asked, "--captions", "all-first", "--json", *at(first)]) == 0
         told = lines(capsys.readouterr().out)
@@ -127,14 +127,14 @@ def test_what_is_kept_is_not_made_again_unless_it_is_torn(
     services: Services, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ["--config", str(job)]
-    with training_with(services.encoder.address, services.dit, tmp_path) as trainer:
+    with training_with(services.encoder.address, services.dit.address, tmp_path) as trainer:
         where = at(trainer)
         assert command(["cache", "build", *config, *where]) == 0
         stats = _stats(where, capsys)
         made = _encoded(services.dit)
         assert stats["captions"] >= 5
         assert stats["pictures"] == 9  # six of them have masks or none
-        expected, done = learnt(["train", *config, *where], capsys)
+        expected, done = learnt(["train", "--replace", *config, *where], capsys)
         assert _encoded(services.dit) == made
         assert _stats(where, capsys) == stats
 
@@ -146,7 +146,7 @@ def test_what_is_kept_is_not_made_again_unless_it_is_torn(
         assert command(["cache", "verify", *where]) == 1
         assert f"latents/{torn.name}" in capsys.readouterr().out
         assert _stats(where, capsys)["latents"] == stats["latents"] - 1
-        assert learnt(["train", *config, *where], capsys)[0] == expected
+        assert learnt(["train", "--replace", *config, *where], capsys)[0] == expected
         assert command(["cache", "verify", *where]) == 0
 
         _forget_all(str(done["id"]), where, capsys)
@@ -170,7 +170,16 @@ def _forget_all(job: str, where: list[str], capsys: pytest.CaptureFixture[str]) 
 def test_a_job_that_goes_on_is_not_taken_away(
     services: Services, job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["train", "--config", str(job), "--steps", "100000", "--detach", *services.at]
+    asked = [
+        "train",
+        "--replace",
+        "--config",
+        str(job),
+        "--steps",
+        "100000",
+        "--detach",
+        *services.at,
+    ]
     assert command(asked) == 0
     name = capsys.readouterr().out.strip()
     assert command(["jobs", "delete", name, *services.at]) == 3
@@ -182,7 +191,16 @@ def test_a_job_that_goes_on_is_not_taken_away(
 def test_a_mask_is_learnt_through(
     services: Services, job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = ["train", "--images", str(job.parent / "new"), "--side", "96", "--steps", "2"]
+    plain = [
+        "train",
+        "--replace",
+        "--images",
+        str(job.parent / "new"),
+        "--side",
+        "96",
+        "--steps",
+        "2",
+    ]
     masks = "--masks", str(job.parent / "masks")
     whole, _ = learnt([*plain, *services.at], capsys)
     masked, _ = learnt([*plain, *masks, *services.at], capsys)

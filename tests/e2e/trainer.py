@@ -22,6 +22,8 @@ class Services:
     encoder: Service
     dit: Service
     trainer: Service
+    folder: Path
+    """What they keep."""
 
     @property
     def at(self) -> list[str]:
@@ -37,20 +39,20 @@ def three_services(folder: Path) -> Iterator[Services]:
         flags = "--encoder", encoder.address, "--store", str(folder / "dit")
         with (
             running("dit_service", *model, *flags) as dit,
-            training_with(encoder.address, dit, folder) as trainer,
+            training_with(encoder.address, dit.address, folder) as trainer,
         ):
             for service in (encoder, dit):
                 service.wait_until("SERVING")
-            yield Services(encoder, dit, trainer)
+            yield Services(encoder, dit, trainer, folder)
 
 
 @contextmanager
 def training_with(
-    encoder: str, dit: Service, folder: Path, more: Sequence[str] = ()
+    encoder: str, dit: str, folder: Path, more: Sequence[str] = ()
 ) -> Iterator[Service]:
     """A trainer with a store and a database of its own."""
     places = "--store", str(folder / "trainer"), "--database", f"sqlite:///{folder}/jobs"
-    flags = "--encoder", encoder, "--dit", dit.address, *places, *more
+    flags = "--encoder", encoder, "--dit", dit, *places, *more
     with running("trainer_service", *flags) as trainer:
         trainer.wait_until("SERVING")
         yield trainer

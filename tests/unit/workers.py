@@ -1,5 +1,6 @@
 """Small workers that really run in a process of their own, each with one habit."""
 
+import math
 import os
 import signal
 import threading
@@ -67,7 +68,7 @@ def _serve(port: Port, settings: object, folder: Path, studio: Any) -> None:
         vae = loading.load_vae(folder, cpu, torch.float32)
         port.ready(settings)
         of_kind = studio(transformer, vae, "sdpa", port.announce)
-        trainings = Trainings(transformer, "sdpa", port.announce, of_kind.diary)
+        trainings = Trainings(transformer, "sdpa", port.announce, of_kind.diary, math.inf)
         Schedule(of_kind, trainings, port, Room(0.25, 1e9)).serve()
 
 

@@ -15,6 +15,7 @@ from zimage_core.serving.blobs import BlobServicer
 from zimage_core.serving.server import Beside, OnReady, Service
 from zimage_core.settings import TrainerSettings
 from zimage_core.store.blobs import Blobs
+from zimage_core.wire.addresses import several
 from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
 from zimage_rpc.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 
@@ -24,10 +25,11 @@ _THREADS = 4
 def service(settings: TrainerSettings) -> Service:
     """The trainer service with these settings."""
     client = AsyncClient(settings.dit, settings.encoder, **settings.credentials)
+    dits = tuple(AsyncClient(one, **settings.credentials) for one in several(settings.dit))
     blobs = Blobs(*settings.store_at, settings.store_quota_bytes, settings.store_keep_seconds)
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="desk")
     jobs = Jobs(settings.database_url)
-    desk = Desk(jobs, blobs, client, Caches(blobs, client, threads), threads)
+    desk = Desk(jobs, blobs, client, dits, Caches(blobs, client, threads), threads)
 
     runner = Runner(desk)
 
@@ -41,5 +43,5 @@ def service(settings: TrainerSettings) -> Service:
         register=register,
         also=[blob_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name],
         leave=runner.leave,
-        neighbours=[client],
+        neighbours=[client, *dits],
     )

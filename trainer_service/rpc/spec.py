@@ -1,5 +1,6 @@
 """What a job is asked to be, decided and checked before it is one."""
 
+from contextlib import suppress
 from operator import attrgetter
 
 from trainer_service.feeding import Desk
@@ -38,9 +39,19 @@ async def decided(desk: Desk, asked: trainer_pb2.TrainJobSpec) -> trainer_pb2.Tr
             given = attrgetter(name)(spec)
             raise InvalidRequest.given(f"spec.{name}", given, allowed, "TRAINING_PLAN")
     spec.sides_px[:] = await _sides(desk, spec)
+    if not spec.replaces_adapter and not spec.only_caches:
+        await _refuse_taken(desk, spec.name)
     digests.check(spec.dataset.sha256, "spec.dataset.sha256")
     await desk.aside(lambda: _refuse_missing(desk, spec.dataset.sha256))
     return spec
+
+
+async def _refuse_taken(desk: Desk, name: str) -> None:
+    """Nobody's adapter goes unless that is wanted."""
+    with suppress(NotFound):
+        await desk.client.get_adapter(name)
+        allowed = "a name that no adapter has, or replaces_adapter"
+        raise InvalidRequest.given("spec.name", name, allowed, "ADAPTER_EXISTS")
 
 
 async def _sides(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> list[int]:

@@ -13,6 +13,7 @@ from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.settings import ClientSettings
 from zimage_core.wire import features
+from zimage_core.wire.addresses import several
 
 _WELL, _ILL = 0, 1
 _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
@@ -41,7 +42,7 @@ async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Findin
     """Each replica for itself, then all together."""
     credentials = settings.credentials
     for addresses, known in ((settings.server, features.DIT), (settings.encoder, features.ENCODER)):
-        for address in _each(addresses):
+        for address in several(addresses):
             at = place("address", address, credentials.get("tls"))
             is_dit = known is features.DIT
             given = {"server" if is_dit else "encoder": address}
@@ -51,7 +52,7 @@ async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Findin
                     yield address, finding
                 if is_dit:
                     yield address, await bandwidth(client)
-    encoders = _each(settings.encoder)
+    encoders = several(settings.encoder)
     if len(encoders) > 1:
         async with AsyncExitStack() as closing:
             clients = [AsyncClient(encoder=one, **credentials) for one in encoders]
@@ -62,10 +63,6 @@ async def _findings(settings: ClientSettings) -> AsyncIterator[tuple[str, Findin
         async with AsyncClient(settings.server, settings.encoder, **credentials) as client:
             async for finding in chain(client):
                 yield settings.server, finding
-
-
-def _each(addresses: str) -> list[str]:
-    return [one.strip() for one in addresses.split(",") if one.strip()]
 
 
 def _line(about: str, finding: Finding) -> str:

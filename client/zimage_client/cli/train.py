@@ -28,6 +28,7 @@ _OF_SPEC = {
     "caption_dropout": "caption_dropout",
     "checkpoint_interval": "checkpoint_interval_steps",
     "captions": "captions",
+    "replace": "replaces_adapter",
 }
 """Where the flags' values belong."""
 
@@ -81,6 +82,9 @@ def add_job_flags(parser: ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--name", metavar="NAME", help="of the adapter; default: that of the folder")
+    how.add_argument(
+        "--replace", action="store_true", default=None, help="replace an adapter of that name"
+    )
     how.add_argument("--rank", type=int, metavar="N", help="default: 16")
     how.add_argument("--steps", type=int, metavar="N", help=f"default: {_job_file.USUAL_STEPS}")
     how.add_argument("--epochs", type=int, metavar="N", help="in the place of --steps")

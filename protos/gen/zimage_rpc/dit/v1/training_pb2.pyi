@@ -805,8 +805,13 @@ class CheckpointReady(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """How many steps."""
+    leaving: _builtins.bool
+    """Whether nobody asked for it: the service is about to stop. It waits until the client has fetched the files and
+    half-closes, then ends the call with UNAVAILABLE, reason STOPPING.
+    """
     @_builtins.property
     def adapter(self) -> _types_pb2.Digest:
         """The adapter, a file that programs read."""
@@ -821,10 +826,11 @@ class CheckpointReady(_message.Message):
         step: _builtins.int = ...,
         adapter: _types_pb2.Digest | None = ...,
         state: _types_pb2.Digest | None = ...,
+        leaving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "state", b"state", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "leaving", b"leaving", "state", b"state", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

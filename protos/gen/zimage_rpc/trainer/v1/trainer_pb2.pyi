@@ -108,8 +108,9 @@ class TrainJobSpec(_message.Message):
     FIXED_TAG_COUNT_FIELD_NUMBER: _builtins.int
     CAPTIONS_FIELD_NUMBER: _builtins.int
     ONLY_CACHES_FIELD_NUMBER: _builtins.int
+    REPLACES_ADAPTER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name that the last checkpoint gets as an adapter, in the place of one that has it; 1 to 128 letters, digits, '.', '_' and '-'."""
+    """The name that each checkpoint gets as an adapter, in the place of the one before; 1 to 128 letters, digits, '.', '_' and '-'."""
     batch_size: _builtins.int
     """How many samples a step learns from, 1 to 256. Unset means 1."""
     caption_dropout: _builtins.float
@@ -124,6 +125,8 @@ class TrainJobSpec(_message.Message):
     """When captions and pictures are encoded."""
     only_caches: _builtins.bool
     """Ends when all is encoded; nothing is learnt."""
+    replaces_adapter: _builtins.bool
+    """Whether the adapter takes the place of one that has its name when the job is made; otherwise that is refused."""
     @_builtins.property
     def dataset(self) -> _types_pb2.Digest:
         """The samples: the digest of a dataset file, JSON lines of pictures by their digests, and captions."""
@@ -152,10 +155,11 @@ class TrainJobSpec(_message.Message):
         fixed_tag_count: _builtins.int = ...,
         captions: Global___TrainJobSpec.Captions.ValueType = ...,
         only_caches: _builtins.bool = ...,
+        replaces_adapter: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "name", b"name", "only_caches", b"only_caches", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015

@@ -1,0 +1,88 @@
+"""What a training step takes of the device's memory, at full size, by the storages that live in it:
+D2."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dit_service.training.flow import Noised
+from dit_service.training.training import Example, Training
+from tests.device.full_size import CONFIG, fake_transformer
+from tests.device.test_memory import Peak
+from zimage_core.planning.limits import padded
+from zimage_core.planning.linears import block_linears
+from zimage_core.planning.training import LoraGroup, TrainingPlan, parameter_count, targets
+from zimage_core.planning.training_memory import BLOCKS, NOTHING, Rows, fitting, training_bytes
+
+CPU = torch.device("cpu")  # autograd does not run on fake tensors of a device that is not there
+LINEARS = tuple(block_linears(CONFIG))
+ALL = (LoraGroup("layers", 0, 30, LINEARS, 16, 16.0),)
+REFINERS = tuple(
+    LoraGroup(stack, 0, 2, LINEARS, 16, 16.0) for stack in ("noise_refiner", "context_refiner")
+)
+LARGE, SMALL, MIXED = [(128, 128, 128)], [(64, 64, 20)], [(128, 128, 128), (96, 64, 31)]
+
+
+@pytest.fixture(autouse=True)
+def fake_tensors() -> Iterator[None]:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@pytest.mark.parametrize("recompute", [BLOCKS, NOTHING])
+@pytest.mark.parametrize(
+    ("samples", "groups"),
+    [
+        (LARGE, ALL),
+        (LARGE * 4, ALL),
+        (SMALL, ALL),
+        (SMALL * 8, ALL),
+        (MIXED, ALL),
+        (LARGE, (replace(ALL[0], rank=128),)),
+        (LARGE, (replace(ALL[0], linears=LINEARS[:4]),)),
+        (LARGE, (replace(ALL[0], first_block=20),)),
+        (LARGE, (*ALL, *REFINERS)),
+    ],
+)
+def test_a_training_step_takes_what_is_planned_for_it(
+    samples: list[tuple[int, int, int]], groups: tuple[LoraGroup, ...], recompute: str
+) -> None:
+    plan = TrainingPlan(0, 10, groups, recompute=recompute)
+    transformer = fake_transformer(CPU)
+    width = CONFIG.cap_feat_dim
+    examples = [
+        Example(torch.empty(16, *size), torch.empty(length, width, dtype=torch.bfloat16), 1.0)
+        for *size, length in samples
+    ]
+    noised = [
+        Noised(torch.empty_like(one.latents_CHW), 0.5, torch.empty_like(one.latents_CHW))
+        for one in examples
+    ]
+    with Peak() as peak:
+        Training(transformer, "sdpa", plan).go_back(noised, examples)
+    rows = [Rows(padded(high * wide // 4), padded(length)) for high, wide, length in samples]
+    planned = training_bytes(CONFIG, plan, rows, 2)
+    moments = 8 * parameter_count(targets(groups, CONFIG))  # come with the first step
+    assert peak.bytes == pytest.approx(planned.all - moments, rel=0.1)
+    way = peak.bytes - planned.weights - planned.learnt + moments
+    assert way == pytest.approx(planned.step, rel=0.15)
+
+
+def test_the_fastest_way_that_fits_is_found() -> None:
+    plan, batch = TrainingPlan(0, 10, ALL), [Rows(4096, 128)] * 4
+    found = {
+        gib: fitting(CONFIG, plan, batch, 2, gib * 2**30) for gib in (140, 80, 40, 24, 16, 15, 12)
+    }
+    ways = {gib: one and (one.recompute, one.samples_at_once) for gib, one in found.items()}
+    assert ways == {
+        140: (NOTHING, 4),
+        80: (NOTHING, 2),
+        40: (NOTHING, 1),
+        24: (BLOCKS, 4),
+        16: (BLOCKS, 1),
+        15: (BLOCKS, 1),
+        12: None,
+    }

@@ -1,0 +1,148 @@
+"""How much memory a training takes, and which way to compute it is the fastest that fits.
+
+The coefficients are counts of tensors that a block keeps for its gradient, in rows as wide as the
+model; live storages of full-size steps agree with them within a tenth (a test).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from zimage_core.planning.flops import DitShape, dit_parameter_count
+from zimage_core.planning.linears import block_counts
+from zimage_core.planning.training import TrainingPlan, parameter_count, targets
+
+NOTHING, BLOCKS = "nothing", "blocks"
+"""What is computed again, the fastest first."""
+FORWARDS = {NOTHING: 3, BLOCKS: 4}
+"""What a sample costs, in forwards: itself, about twice that for its gradient, and what is computed
+again."""
+
+_LEARNT_BYTES, _MOMENT_BYTES, _GRADIENT_BYTES = 4, 8, 4
+"""Of a number that is learnt, in float32."""
+_KEPT = 24.4
+"""Of a block, whatever is learnt in it."""
+_INPUTS = {
+    ("attention.to_q", "attention.to_k", "attention.to_v"): 1.0,
+    ("feed_forward.w1", "feed_forward.w3"): 1.0,
+    ("feed_forward.w2",): 8 / 3,
+}
+"""What linears keep besides, once where any of them learns: what went in."""
+_OF_SEVERAL = 4.0
+"""The norms' weights by the row, where samples have their own."""
+_ON_THE_WAY_BACK = 11.0
+"""Gradients of a block that is computed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBytes:
+    """What a training takes."""
+
+    weights: float
+    """Of the frozen model."""
+    learnt: float
+    """What is learnt, its average, and what the optimiser keeps."""
+    step: float
+    """What as many samples as are computed at once take on the way, and the gradient."""
+
+    @property
+    def all(self) -> float:
+        """At the peak."""
+        return self.weights + self.learnt + self.step
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Of a sample, as the model packs it."""
+
+    image: int
+    caption: int
+
+
+def training_bytes(
+    shape: DitShape,
+    plan: TrainingPlan,
+    samples: Sequence[Rows],
+    element_bytes: int,
+    *,
+    accumulates: bool = False,
+) -> TrainingBytes:
+    """With these samples at once; `accumulates` where a batch has more of them."""
+    changed = targets(plan.lora, shape)
+    count = parameter_count(changed)
+    copies = count * element_bytes if element_bytes < _LEARNT_BYTES else 0
+    gradients = _GRADIENT_BYTES * count
+    way = _way(shape, plan, samples) * shape.dim * element_bytes
+    way = way + gradients if accumulates else max(way, gradients)
+    of_each = _LEARNT_BYTES * (2 if plan.average_decay else 1) + _MOMENT_BYTES
+    return TrainingBytes(
+        weights=dit_parameter_count(shape) * element_bytes,
+        learnt=count * of_each,
+        step=copies + way,
+    )
+
+
+def fitting(
+    shape: DitShape,
+    plan: TrainingPlan,
+    batch: Sequence[Rows],
+    element_bytes: int,
+    room_bytes: float,
+) -> TrainingPlan | None:
+    """The fastest way to compute such batches in so many bytes; None where there is no way."""
+    for recompute in (NOTHING, BLOCKS):
+        for at_once in range(len(batch), 0, -1):
+            tried = replace(plan, recompute=recompute, samples_at_once=at_once)
+            most = largest(shape, tried, batch, element_bytes)
+            if most.all <= room_bytes:
+                return tried
+    return None
+
+
+def largest(
+    shape: DitShape, plan: TrainingPlan, batch: Sequence[Rows], element_bytes: int
+) -> TrainingBytes:
+    """What the largest piece of a batch takes."""
+    at_once = plan.samples_at_once
+    pieces = [batch[first : first + at_once] for first in range(0, len(batch), at_once)]
+    return max(
+        (
+            training_bytes(shape, plan, piece, element_bytes, accumulates=len(pieces) > 1)
+            for piece in pieces
+        ),
+        key=lambda one: one.all,
+    )
+
+
+def _way(shape: DitShape, plan: TrainingPlan, samples: Sequence[Rows]) -> float:
+    """Rows as wide as the model that are kept at the peak."""
+    image, caption = sum(one.image for one in samples), sum(one.caption for one in samples)
+    rows = {"noise_refiner": image, "context_refiner": caption, "layers": image + caption}
+    kept = inside = 0.0
+    for stack, count in _blocks_with_gradients(shape, plan).items():
+        of_block = _inside(plan, stack) + _OF_SEVERAL * (len(samples) > 1)
+        if plan.recompute == NOTHING:
+            kept += rows[stack] * count * of_block
+        else:
+            kept += rows[stack] * count
+            inside = max(inside, rows[stack] * (of_block + _ON_THE_WAY_BACK))
+    return kept + inside
+
+
+def _blocks_with_gradients(shape: DitShape, plan: TrainingPlan) -> dict[str, int]:
+    """Of each stack the blocks from the first on that learns: those before take no gradient. What
+    comes before the layers reaches all of them."""
+    first = {
+        stack: min((one.first_block for one in plan.lora if one.stack == stack), default=count)
+        for stack, count in block_counts(shape).items()
+    }
+    if any(
+        first[stack] < count for stack, count in block_counts(shape).items() if stack != "layers"
+    ):
+        first["layers"] = 0
+    return {stack: count - first[stack] for stack, count in block_counts(shape).items()}
+
+
+def _inside(plan: TrainingPlan, stack: str) -> float:
+    """Of one block."""
+    learning = {linear for one in plan.lora if one.stack == stack for linear in one.linears}
+    return _KEPT + sum(rows for linears, rows in _INPUTS.items() if learning & set(linears))
