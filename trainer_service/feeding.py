@@ -10,12 +10,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Protocol, TypeVar
 
 from trainer_service.caches import REPLACED, Caches
 from trainer_service.jobs.jobs import Job, Jobs, Kept
-from trainer_service.keeping import CHECKPOINTS, checkpoint_name
+from trainer_service.keeping import CHECKPOINTS, SAMPLES, file_name
+from trainer_service.sampling import Sampler
 from zimage_client import AsyncClient, DitDescription, EncoderDescription, training
 from zimage_core.digests import Named
 from zimage_core.errors import (
@@ -26,7 +28,7 @@ from zimage_core.errors import (
     ZImageError,
 )
 from zimage_core.formats.dataset_file import Example
-from zimage_core.planning.curriculum import Curriculum, Habits, Look
+from zimage_core.planning.curriculum import Curriculum, Habits, Look, size_px
 from zimage_core.store.blobs import Blobs
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
@@ -38,6 +40,8 @@ _PREPARED_AHEAD = 8
 _ENCODED_AT_ONCE = 16
 """Samples, where all are encoded first; how many services work on at once the caches decide."""
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+_PASSING = ("QUEUE_FULL", "RATE_LIMITED", "STORE_FULL")
+"""Of what is too much now, what may not be later."""
 _FIRST = -1
 """The step before all, which what is encoded first is for."""
 _ENTERED_SECONDS = 1.0
@@ -87,7 +91,7 @@ class Listener(Protocol):
 
 def is_passing(error: ZImageError) -> bool:
     """Whether it is worth to wait: somebody is away, busy or slow."""
-    is_busy = isinstance(error, Overloaded) and error.reason in ("QUEUE_FULL", "RATE_LIMITED")
+    is_busy = isinstance(error, Overloaded) and error.reason in _PASSING
     return is_busy or isinstance(error, Unavailable | DeadlineTooShort)
 
 
@@ -113,11 +117,14 @@ class Feeding:
         self._listener = listener
         self._job = job
         self._dit = desk.dits[0]
+        self._side_px = 0
+        """Of pictures that are drawn with checkpoints."""
         self._spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
         self._curriculum = Curriculum(examples, self._spec.training.seed, _habits(self._spec))
         self.caching: Caching | None = None
         """Where all is encoded first."""
         self._learnt: list[training.Learnt] = []
+        self._drawing: list[asyncio.Task[None]] = []
         self._entered = time.monotonic()
         self._is_waiting = False
         self._awaited_step = _FIRST
@@ -131,13 +138,16 @@ class Feeding:
         if not encoder.ready:
             raise _loading("the encoder")
         self._dit, dit = await self._free_dit()
+        assert dit.limits is not None
+        self._side_px, _ = size_px(1, 1, self._spec.sides_px[0], dit.limits.side_multiple_px)
         spec = self._spec
         if spec.only_caches or spec.captions == trainer_pb2.TrainJobSpec.CAPTIONS_ALL_FIRST:
             await self._listener.runs(self._job.id)
             if not await self._encode_all(encoder, dit):
                 return False
-            if spec.only_caches:
-                return True
+        return spec.only_caches or await self._learn(epoch, encoder, dit)
+
+    async def _learn(self, epoch: int, encoder: EncoderDescription, dit: DitDescription) -> bool:
         last = await self._desk.aside(self._last_whole)
         opening = training_pb2.OpenTraining(
             job=self._job.id, session_epoch=epoch, plan=self._spec.training
@@ -150,29 +160,44 @@ class Feeding:
         try:
             async with aclosing(session) as events:
                 async for event in events:
-                    match event:
-                        case training.Opened():
-                            await self._decide(event.plan)
-                            await self._listener.runs(self._job.id)
-                        case training.Learnt():
-                            await self._enter(event)
-                        case training.Checkpoint():
-                            await self._flush()
-                            await self._keep(event)
-                            done = event.step
+                    await self._hear(event)
+                    if isinstance(event, training.Checkpoint):
+                        done = event.step
+            await asyncio.gather(*self._drawing)
         finally:
+            for task in self._drawing:
+                task.cancel()
             await asyncio.shield(self._flush())
         return done == self._spec.training.step_count
 
+    async def _hear(self, event: training.Answer) -> None:
+        match event:
+            case training.Opened():
+                await self._decide(event.plan)
+                await self._listener.runs(self._job.id)
+            case training.Learnt():
+                await self._enter(event)
+            case training.Checkpoint():
+                await self._flush()
+                await self._keep(event)
+
     def _last_whole(self) -> Kept | None:
-        """The latest checkpoint whose state is there."""
+        """The latest checkpoint whose state is there; with none of its own, what it was to go on
+        from."""
         for kept in reversed(self._job.checkpoints):
             try:
                 self._desk.blobs.local(kept.state.sha256)
             except NotFound:
                 continue
             return kept
-        return None
+        if not self._spec.HasField("start"):
+            return None
+        start = self._spec.start
+        adapter, state = (
+            Named(named.sha256, self._desk.blobs.local(named.sha256).stat().st_size)
+            for named in (start.adapter, start.state)
+        )
+        return Kept(start.step, adapter, state, 0.0)
 
     async def _decide(self, plan: training_pb2.TrainingPlan) -> None:
         """What was left open until the service decided it stays so, whatever a later one would."""
@@ -315,14 +340,11 @@ class Feeding:
 
     async def _keep(self, made: training.Checkpoint) -> None:
         """Its files are here, and stay, before anybody hears of it."""
+        blobs = self._desk.blobs
         for kind, named in (("adapter", made.adapter), ("state", made.state)):
             await self._fetch(named)
-            name = checkpoint_name(self._job.id, made.step, kind)
-            await self._desk.aside(
-                lambda name=name, named=named: self._desk.blobs.point(  # type: ignore[misc]
-                    CHECKPOINTS, name, named.sha256
-                )
-            )
+            name = file_name(self._job.id, made.step, kind)
+            await self._desk.aside(partial(blobs.point, CHECKPOINTS, name, named.sha256))
         kept = Kept(made.step, made.adapter, made.state, time.time())
         await self._desk.aside(lambda: self._desk.jobs.add_checkpoint(self._job.id, kept))
         self._listener.ring(self._job.id)
@@ -330,6 +352,23 @@ class Feeding:
             await publish(self._desk, self._spec.name, kept)
         except ZImageError as error:  # the next one may be luckier, and the last has to
             _log.warning("job %s: step %s is no adapter: %s", self._job.id, kept.step, error)
+        if self._spec.samples.prompts:
+            self._drawing.append(asyncio.create_task(self._draw(kept)))
+
+    async def _draw(self, kept: Kept) -> None:
+        """Pictures with a checkpoint, while others are learnt; without them it goes on, too."""
+        desk, job = self._desk, self._job.id
+        sampler = Sampler(self._spec.samples, self._side_px, desk.blobs, desk.client)
+        try:
+            drawn = await sampler.draw(self._dit, kept.adapter)
+            for number, one in enumerate(drawn):
+                name = file_name(job, kept.step, number)
+                await desk.aside(partial(desk.blobs.point, SAMPLES, name, one.picture.sha256))
+        except ZImageError as error:
+            _log.warning("job %s: no pictures of step %s: %s", job, kept.step, error)
+            return
+        await desk.aside(lambda: desk.jobs.add_samples(job, kept.step, drawn))
+        self._listener.ring(job)
 
     async def _fetch(self, named: Named) -> None:
         blobs = self._desk.blobs

@@ -11,7 +11,7 @@ from zimage_core.errors import InvalidRequest, NotFound
 from zimage_core.formats import dataset_file
 from zimage_core.store.blobs import Blobs, Kept
 
-CHECKPOINTS, DATASETS, PICTURES = "checkpoints", "datasets", "pictures"
+CHECKPOINTS, DATASETS, PICTURES, SAMPLES = "checkpoints", "datasets", "pictures", "samples"
 """Kinds of names beside those of caches."""
 
 _CACHES = (CAPTIONS, LATENTS)
@@ -75,7 +75,10 @@ def prune(blobs: Blobs, jobs: Jobs, unused_seconds: float) -> list[Heap]:
     there = jobs.ids()
     # Pictures last: whoever begins a job meanwhile names its dataset first.
     strays = {
-        CHECKPOINTS: [one for one in blobs.kept(CHECKPOINTS) if _job(one.name) not in there],
+        **{
+            kind: [one for one in blobs.kept(kind) if _job(one.name) not in there]
+            for kind in (CHECKPOINTS, SAMPLES)
+        },
         DATASETS: [one for one in blobs.kept(DATASETS) if one.name not in there],
     }
     wanted = set(_pictures_of_datasets(blobs, there))
@@ -90,9 +93,10 @@ def prune(blobs: Blobs, jobs: Jobs, unused_seconds: float) -> list[Heap]:
 def forget_job(blobs: Blobs, job: str) -> None:
     """Takes away the names of its files."""
     blobs.forget(DATASETS, job)
-    for name in blobs.names(CHECKPOINTS):
-        if _job(name) == job:
-            blobs.forget(CHECKPOINTS, name)
+    for kind in (CHECKPOINTS, SAMPLES):
+        for name in blobs.names(kind):
+            if _job(name) == job:
+                blobs.forget(kind, name)
 
 
 def _pictures_of_datasets(blobs: Blobs, jobs: set[str]) -> Iterator[str]:
@@ -114,10 +118,11 @@ def _heap(kind: str, kept: list[Kept]) -> Heap:
     return Heap(kind, len(kept), sum(one.size_bytes for one in kept))
 
 
-def checkpoint_name(job: str, step: int, part: str) -> str:
-    """The name of a file of a checkpoint."""
+def file_name(job: str, step: int, part: object) -> str:
+    """The name of a file of a checkpoint, or of a picture that was drawn with it."""
     return f"{job}-{step}-{part}"
 
 
-def _job(checkpoint: str) -> str:
-    return checkpoint.rsplit("-", 2)[0]
+def _job(name: str) -> str:
+    """Whose such a file is."""
+    return name.rsplit("-", 2)[0]

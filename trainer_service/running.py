@@ -16,7 +16,7 @@ from trainer_service.jobs.jobs import (
     WAITING,
     Job,
 )
-from trainer_service.keeping import DATASETS, PICTURES, forget_job
+from trainer_service.keeping import CHECKPOINTS, DATASETS, PICTURES, file_name, forget_job
 from zimage_core.errors import DeviceLost, InternalError, NotReady, ZImageError
 from zimage_core.formats import dataset_file
 from zimage_core.formats.dataset_file import Example
@@ -193,9 +193,12 @@ class Runner:
 
     def _examples(self, job: Job) -> tuple[Example, ...]:
         """What it learns from; the store keeps dataset and pictures from now on."""
-        dataset = trainer_pb2.TrainJobSpec.FromString(job.spec).dataset.sha256
-        blobs = self._desk.blobs
+        spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
+        dataset, blobs = spec.dataset.sha256, self._desk.blobs
         blobs.point(DATASETS, job.id, dataset)
+        if spec.HasField("start"):
+            name = file_name(job.id, spec.start.step, "start")
+            blobs.point(CHECKPOINTS, name, spec.start.state.sha256)
         with blobs.open(dataset) as file:
             examples = dataset_file.load(file.read())
         kept = set(blobs.names(PICTURES))

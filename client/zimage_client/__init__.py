@@ -43,6 +43,8 @@ from zimage_client._jobs import (
     TrainCaching,
     TrainCheckpoint,
     TrainJob,
+    TrainPicture,
+    TrainSamples,
     TrainStep,
 )
 from zimage_client._options import Options
@@ -122,6 +124,8 @@ __all__ = [
     "TrainCaching",
     "TrainCheckpoint",
     "TrainJob",
+    "TrainPicture",
+    "TrainSamples",
     "TrainStep",
     "Unauthenticated",
     "Unavailable",

@@ -69,8 +69,25 @@ class TrainCaching:
     total: int
 
 
-JobEvent = TrainJob | TrainStep | TrainCheckpoint | TrainCaching
-"""What happens to a job: it is in another state, it has learnt, it is kept, it is prepared."""
+@dataclass(frozen=True, slots=True)
+class TrainPicture:
+    """A picture that was drawn with a checkpoint."""
+
+    prompt: str
+    picture: Named
+    """A PNG in the trainer's store."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSamples:
+    """Pictures that show how far a training is."""
+
+    step: int
+    pictures: tuple[TrainPicture, ...]
+
+
+JobEvent = TrainJob | TrainStep | TrainCheckpoint | TrainSamples | TrainCaching
+"""What happens to a job: it is in another state, has learnt, is kept, drawn with, prepared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +115,15 @@ def job(message: trainer_pb2.TrainJob) -> TrainJob:
         checkpoints=tuple(map(checkpoint, message.checkpoints)),
         spec=message.spec,
     )
+
+
+def samples(message: trainer_pb2.TrainSamples) -> TrainSamples:
+    """Pictures of a checkpoint."""
+    pictures = (
+        TrainPicture(one.prompt, Named(one.picture.sha256, one.picture.size_bytes))
+        for one in message.pictures
+    )
+    return TrainSamples(message.step, tuple(pictures))
 
 
 def cache_kind(message: trainer_pb2.CacheKind) -> CacheKind:
@@ -137,6 +163,8 @@ def event(message: trainer_pb2.WatchTrainJobResponse) -> JobEvent | None:
             return step(message.step)
         case "checkpoint":
             return checkpoint(message.checkpoint)
+        case "samples":
+            return samples(message.samples)
         case "caching":
             return TrainCaching(message.caching.done, message.caching.total)
         case _:

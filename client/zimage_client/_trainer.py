@@ -120,9 +120,10 @@ class AsyncTrainer:
         answer = await self._asked(lambda stub, **how: stub.PruneCache(request, **how))
         return list(map(_jobs.cache_kind, answer.kinds))
 
-    async def watch(self, job: str) -> AsyncGenerator[JobEvent, None]:
-        """What has happened to a job, then what happens, until it ends; goes on over breaks."""
-        request = trainer_pb2.WatchTrainJobRequest(id=job)
+    async def watch(self, job: str, *, only_past: bool = False) -> AsyncGenerator[JobEvent, None]:
+        """What has happened to a job, then, unless only the past is asked for, what happens until
+        it ends; goes on over breaks."""
+        request = trainer_pb2.WatchTrainJobRequest(id=job, only_past=only_past)
         replay, same_id = Replay(), self._channels.metadata()
         while True:
             began = time.monotonic()

@@ -59,6 +59,8 @@ NAMES = [
     "TrainCaching",
     "TrainCheckpoint",
     "TrainJob",
+    "TrainPicture",
+    "TrainSamples",
     "TrainStep",
     "Unauthenticated",
     "Unavailable",

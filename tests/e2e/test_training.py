@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -18,6 +19,7 @@ from tests.e2e.trainer import (
     Services,
     at,
     decisive,
+    learnt,
     lines,
     show,
     three_services,
@@ -73,8 +75,18 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
     services: Services, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = "--rank", "4", "--learning-rate", "0.01", "--side", "96", "--json"
-    assert command(_asked(pictures, services, "--name", "frames", *flags)) == 0
-    *steps, job = lines(capsys.readouterr().out)
+    samples = "--sample", PROMPT, "--sample", "a frame", "--samples", str(tmp_path / "samples")
+    assert command(_asked(pictures, services, "--name", "frames", *flags, *samples)) == 0
+    *told, job = lines(capsys.readouterr().out)
+    steps = [one for one in told if "loss" in one]
+    drawn = {one["step"]: one["samples"] for one in told if "samples" in one}
+    assert sorted(drawn) == [3, 6, 7]
+    assert [one["prompt"] for one in drawn[7]] == [PROMPT, "a frame"]  # type: ignore[attr-defined]
+    files = sorted((tmp_path / "samples").iterdir())
+    assert len(files) == 6
+    assert len({file.read_bytes() for file in files}) == 6
+    sizes = {Image.open(io.BytesIO(file.read_bytes())).size for file in files}
+    assert sizes == {(96, 96)}
     assert [step["step"] for step in steps] == list(range(STEPS))
     assert job["state"] == "completed"
     assert job["checkpoints"] == [3, 6, 7]
@@ -106,6 +118,11 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
     assert command(again) == 3
     assert "frames given, allowed is a name that no adapter has" in capsys.readouterr().err
     capsys.readouterr()
+    plot = tmp_path / "loss.svg"
+    assert command(["jobs", "logs", str(job["id"]), "--json", "--plot", str(plot), *where]) == 0
+    assert lines(capsys.readouterr().out) == steps
+    points = re.findall(r'points="([^"]*)"', plot.read_text())
+    assert [len(one.split()) for one in points] == [STEPS, STEPS]
     assert command(["jobs", "list", "--json", *where]) == 0
     assert job in lines(capsys.readouterr().out)
 
@@ -187,6 +204,32 @@ def test_a_trainer_that_ends_goes_on_at_its_next_start(
         second.wait_until("SERVING")
         where = at(second)
         assert _watched(job, where, capsys) == expected
+
+
+def test_a_file_of_a_checkpoint_is_gone_on_from(
+    services: Services,
+    pictures: Path,
+    expected: Losses,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = services.at
+    assert command(_asked(pictures, services, *LONGER, "--name", "filed", "--detach")) == 0
+    job, file = capsys.readouterr().out.strip(), tmp_path / "filed.zip"
+    wait(job, where, capsys, lambda shown: 12 in shown["checkpoints"])  # type: ignore[operator]
+    assert command(["jobs", "cancel", job, *where]) == 0
+    export = ["jobs", "export", job, "--step", "12", "--zip", "-o", str(file), *where]
+    assert command(export) == 0
+    assert command(["jobs", "delete", job, *where]) == 0
+
+    again = ["train", "--checkpoint", str(file), "--replace", *where]
+    losses, ended = learnt(again, capsys)
+    assert losses == expected[12:]
+    assert (ended["name"], ended["checkpoints"]) == ("filed", [16, 20, 24])
+    assert command([*again, "--images", str(pictures)]) == 2
+    file.write_bytes(file.read_bytes()[:-100])
+    assert command(again) == 3
+    assert "no checkpoint that can be gone on from" in capsys.readouterr().err
 
 
 def test_a_job_can_be_ended(

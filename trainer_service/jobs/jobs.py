@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection, Engine, RowMapping
 
-from trainer_service.jobs.tables import CHECKPOINTS, EVENTS, JOBS, METADATA, STEPS
+from trainer_service.jobs.tables import CHECKPOINTS, EVENTS, JOBS, METADATA, SAMPLES, STEPS
 from zimage_client import training
 from zimage_core.digests import Named
 from zimage_core.errors import InvalidRequest, InvalidSettings, NotFound
@@ -19,7 +19,7 @@ WAITING, RUNNING, PAUSED = "waiting", "running", "paused"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 ENDED = (COMPLETED, FAILED, CANCELLED)
 
-CHANGED, CHECKPOINT = "changed", "checkpoint"
+CHANGED, CHECKPOINT, DRAWN = "changed", "checkpoint", "drawn"
 """Kinds of events."""
 
 
@@ -55,6 +55,14 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampled:
+    """A picture that was drawn with a checkpoint."""
+
+    prompt: str
+    picture: Named
+
+
+@dataclass(frozen=True, slots=True)
 class Happened:
     """Something that happened to a job."""
 
@@ -62,7 +70,7 @@ class Happened:
     time: float
     kind: str
     step: int
-    """Of a checkpoint."""
+    """Of a checkpoint, and of what was drawn with it."""
 
 
 class Jobs:
@@ -138,7 +146,7 @@ class Jobs:
     def delete(self, job: str) -> None:
         """Forgets all of one."""
         with self._engine.begin() as connection:
-            for table in (EVENTS, STEPS, CHECKPOINTS):
+            for table in (EVENTS, STEPS, SAMPLES, CHECKPOINTS):
                 connection.execute(table.delete().where(table.c.job == job))
             connection.execute(JOBS.delete().where(JOBS.c.id == job))
 
@@ -197,6 +205,34 @@ class Jobs:
             connection.execute(CHECKPOINTS.delete().where(same))
             connection.execute(CHECKPOINTS.insert().values(values))
             _enter(connection, job, kept.time, CHECKPOINT, kept.step)
+
+    def add_samples(self, job: str, step: int, drawn: Sequence[Sampled]) -> None:
+        """Enters pictures of a checkpoint, whose files are there."""
+        rows = [
+            {
+                "job": job, "step": step, "number": number, "prompt": one.prompt,
+                "sha256": one.picture.sha256, "bytes": one.picture.size_bytes,
+            }
+            for number, one in enumerate(drawn)
+        ]  # fmt: skip
+        with self._engine.begin() as connection:
+            same = sql.and_(SAMPLES.c.job == job, SAMPLES.c.step == step)
+            connection.execute(SAMPLES.delete().where(same))
+            connection.execute(SAMPLES.insert(), rows)
+            _enter(connection, job, time.time(), DRAWN, step)
+
+    def samples(self, job: str, step: int) -> list[Sampled]:
+        """The pictures of a checkpoint."""
+        wanted = (
+            sql.select(SAMPLES)
+            .where(SAMPLES.c.job == job, SAMPLES.c.step == step)
+            .order_by(SAMPLES.c.number)
+        )
+        with self._engine.connect() as connection:
+            return [
+                Sampled(row["prompt"], Named(row["sha256"], row["bytes"]))
+                for row in connection.execute(wanted).mappings()
+            ]
 
     def happened(self, job: str, after: int) -> list[Happened]:
         """What happened behind an event."""

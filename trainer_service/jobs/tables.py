@@ -56,6 +56,17 @@ STEPS = Table(
     Column("waited_seconds", Double, nullable=False),
 )
 
+SAMPLES = Table(
+    "samples",
+    METADATA,
+    Column("job", ForeignKey("jobs.id"), primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("prompt", String, nullable=False),
+    Column("sha256", String, nullable=False),
+    Column("bytes", Integer, nullable=False),
+)
+
 CHECKPOINTS = Table(
     "checkpoints",
     METADATA,

@@ -9,7 +9,7 @@ import grpc.aio
 
 from trainer_service import keeping
 from trainer_service.feeding import Caching, Desk
-from trainer_service.jobs.jobs import CHECKPOINT, ENDED, Happened, Job, Kept
+from trainer_service.jobs.jobs import CHECKPOINT, DRAWN, ENDED, Happened, Job, Kept, Sampled
 from trainer_service.rpc.spec import decided
 from trainer_service.running import Runner
 from zimage_client import training
@@ -116,8 +116,11 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             job = await self._get(first.id)  # later than what happened: it knows of it
             for one in happened:
                 after = one.sequence
-                yield _event(one, job)
-            if before.state in ENDED:
+                if one.kind == DRAWN:
+                    yield _samples(one, await self._samples(job.id, one.step))
+                else:
+                    yield _event(one, job)
+            if before.state in ENDED or first.only_past:
                 return
             if self._runner.is_leaving:
                 raise Unavailable("the trainer is being stopped", reason="STOPPING")
@@ -187,6 +190,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def _happened(self, job: str, after: int) -> list[Happened]:
         return await self._desk.aside(lambda: self._desk.jobs.happened(job, after))
 
+    async def _samples(self, job: str, step: int) -> list[Sampled]:
+        return await self._desk.aside(lambda: self._desk.jobs.samples(job, step))
+
     async def _steps(self, job: str, after: int) -> list[training.Learnt]:
         return await self._desk.aside(lambda: self._desk.jobs.steps(job, after, _STEPS_AT_ONCE))
 
@@ -226,6 +232,21 @@ def _event(happened: Happened, job: Job) -> trainer_pb2.WatchTrainJobResponse:
         message.checkpoint.CopyFrom(_checkpoint(kept))
     else:
         message.job.CopyFrom(_message(job))
+    return message
+
+
+def _samples(happened: Happened, drawn: list[Sampled]) -> trainer_pb2.WatchTrainJobResponse:
+    message = trainer_pb2.WatchTrainJobResponse(
+        sequence=happened.sequence,
+        samples=trainer_pb2.TrainSamples(
+            step=happened.step,
+            pictures=[
+                trainer_pb2.TrainPicture(prompt=one.prompt, picture=training.digest(one.picture))
+                for one in drawn
+            ],
+        ),
+    )
+    message.event_time.FromNanoseconds(round(happened.time * 1e9))
     return message
 
 

@@ -12,6 +12,7 @@ from zimage_rpc.trainer.v1 import trainer_pb2
 
 _LARGEST_BATCH = 256
 _MOST_SIDES = 16
+_MOST_SAMPLES = 16
 _USUAL_INTERVAL = 250
 _LARGEST_DATASET_BYTES = 1 << 30
 _NAMED_IN_ERRORS = 5
@@ -33,6 +34,7 @@ async def decided(desk: Desk, asked: trainer_pb2.TrainJobSpec) -> trainer_pb2.Tr
     for name, is_allowed, allowed in (
         ("caption_dropout", 0 <= spec.caption_dropout <= 1, "0 to 1"),
         ("fixed_tag_count", spec.fixed_tag_count >= 0, "0 or more"),
+        ("samples.prompts", len(spec.samples.prompts) <= _MOST_SAMPLES, f"{_MOST_SAMPLES} at most"),
         ("training.step_count", spec.training.step_count >= 1, "1 or more"),
     ):
         if not is_allowed:
@@ -43,7 +45,19 @@ async def decided(desk: Desk, asked: trainer_pb2.TrainJobSpec) -> trainer_pb2.Tr
         await _refuse_taken(desk, spec.name)
     digests.check(spec.dataset.sha256, "spec.dataset.sha256")
     await desk.aside(lambda: _refuse_missing(desk, spec.dataset.sha256))
+    if spec.HasField("start"):
+        await desk.aside(lambda: _check_start(desk, spec))
     return spec
+
+
+def _check_start(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> None:
+    if not 0 <= spec.start.step < spec.training.step_count:
+        allowed = f"less than the {spec.training.step_count} of the plan"
+        raise InvalidRequest.given("spec.start.step", spec.start.step, allowed, "TRAINING_PLAN")
+    for name in ("adapter", "state"):
+        sha256 = getattr(spec.start, name).sha256
+        digests.check(sha256, f"spec.start.{name}.sha256")
+        desk.blobs.local(sha256)
 
 
 async def _refuse_taken(desk: Desk, name: str) -> None:

@@ -25,6 +25,27 @@ def fill(message: Message, values: Mapping[str, object], path: str = "") -> None
         _set(message, cast("FieldDescriptor", known[name]), value, here)
 
 
+def values(message: Message) -> dict[str, Any]:
+    """The fields that are set, as `fill` takes them."""
+    found: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.is_repeated:
+            found[field.name] = [_plain(field, one) for one in value]
+        else:
+            found[field.name] = _plain(field, value)
+    return found
+
+
+def _plain(field: Any, value: Any) -> Any:
+    if field.message_type:
+        return values(value)
+    if field.enum_type:
+        prefix = field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
+        name: str = field.enum_type.values_by_number[value].name
+        return name.removeprefix(prefix).lower().replace("_", "-")
+    return value
+
+
 def _set(message: Message, field: FieldDescriptor, value: object, path: str) -> None:
     if field.is_repeated:
         if not isinstance(value, Sequence) or isinstance(value, str):

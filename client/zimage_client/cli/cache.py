@@ -31,6 +31,7 @@ def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
         )
         if action == "build":
             train.add_job_flags(of_action)
+            of_action.set_defaults(samples=None)
         if action == "prune":
             of_action.add_argument(
                 "--unused-days", type=float, default=30.0, metavar="N", help="default: 30"

@@ -6,14 +6,23 @@ from argparse import ArgumentParser, Namespace
 from contextlib import aclosing
 from pathlib import Path
 
-from zimage_client import AsyncTrainer, TrainCaching, TrainCheckpoint, TrainJob, TrainStep
+from zimage_client import (
+    AsyncTrainer,
+    TrainCaching,
+    TrainCheckpoint,
+    TrainJob,
+    TrainSamples,
+    TrainStep,
+)
+from zimage_client import _archives as archives
+from zimage_client._plot import SMOOTHING, svg
 from zimage_client.cli import output
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.errors import NotFound
+from zimage_core.files import write_whole
 from zimage_core.settings import ClientSettings
 
-_SMOOTHING = 0.98
 _FAILED = 1
 
 
@@ -24,6 +33,7 @@ def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
         ("list", "list all, the latest first"),
         ("show", "show what is known of one"),
         ("watch", "tell what happens until it ends"),
+        ("logs", "tell what has happened, and draw its losses with --plot"),
         ("pause", "let one rest behind its next checkpoint"),
         ("resume", "let one go on from its last checkpoint"),
         ("cancel", "end one for good; its checkpoints stay"),
@@ -38,35 +48,59 @@ def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
         of_action.add_argument(
             "--json", action="store_true", help="one JSON object a line on stdout"
         )
+        if action == "watch":
+            add_samples_flag(of_action)
+        if action == "logs":
+            of_action.add_argument(
+                "--plot", type=Path, metavar="FILE", help="draw the losses as an SVG"
+            )
+            of_action.add_argument("--overwrite", action="store_true", help="replace a file")
         if action == "export":
             of_action.add_argument("-o", "--output", type=Path, metavar="FILE", help="required")
             of_action.add_argument("--step", type=int, metavar="N", help="default: the last")
             of_action.add_argument("--overwrite", action="store_true", help="replace a file")
+            of_action.add_argument(
+                "--zip",
+                action="store_true",
+                help="write all that training goes on from, for train --checkpoint",
+            )
     return list(actions.choices.values())
+
+
+def add_samples_flag(parser: ArgumentParser) -> None:
+    """Where the pictures go that are drawn with checkpoints."""
+    parser.add_argument(
+        "--samples", type=Path, metavar="DIR", help="save the pictures drawn with checkpoints there"
+    )
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int | None:
     """Does the one thing."""
     async with trainer(settings) as client:
-        match args.action:
-            case "list":
-                for job in await client.jobs():
-                    _show(job, args, terminal)
-            case "show":
-                job = await client.get(args.job)
-                _show(job, args, terminal)
-                if not args.json:
-                    for kept in job.checkpoints:
-                        terminal.result(f"  step {kept.step}: adapter {kept.adapter.sha256}")
-            case "watch":
-                return await watch(client, args.job, args, terminal)
-            case "export":
-                await _export(client, args, terminal)
-            case "delete":
-                await client.delete(args.job)
-            case "pause" | "resume" | "cancel" as action:
-                _show(await getattr(client, action)(args.job), args, terminal)
+        if args.action == "watch":
+            return await watch(client, args.job, args, terminal)
+        if args.action in _ACTIONS:
+            await _ACTIONS[args.action](client, args, terminal)
+        else:  # pause, resume, cancel
+            _show(await getattr(client, args.action)(args.job), args, terminal)
     return None
+
+
+async def _list(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> None:
+    for job in await client.jobs():
+        _show(job, args, terminal)
+
+
+async def _show_one(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> None:
+    job = await client.get(args.job)
+    _show(job, args, terminal)
+    if not args.json:
+        for kept in job.checkpoints:
+            terminal.result(f"  step {kept.step}: adapter {kept.adapter.sha256}")
+
+
+async def _delete(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> None:
+    await client.delete(args.job)
 
 
 def trainer(settings: ClientSettings) -> AsyncTrainer:
@@ -98,11 +132,29 @@ async def watch(client: AsyncTrainer, job_id: str, args: Namespace, terminal: Te
                     if args.json:
                         terminal.result(json.dumps({"encoded": event.done, "of": event.total}))
                     terminal.live(f"encoded {event.done} of {event.total} samples")
+                case TrainSamples():
+                    await _save(client, job_id, event, args, terminal)
                 case TrainCheckpoint():
                     terminal.note(f"checkpoint behind step {event.step}")
     last = await client.get(job_id)
     _show(last, args, terminal)
     return 0 if last.state == "completed" else _FAILED
+
+
+async def _save(
+    client: AsyncTrainer, job: str, drawn: TrainSamples, args: Namespace, terminal: Terminal
+) -> None:
+    """Pictures by their steps and prompts, where somebody wants them."""
+    if args.json:
+        files = [{"prompt": one.prompt, "sha256": one.picture.sha256} for one in drawn.pictures]
+        terminal.result(json.dumps({"step": drawn.step, "samples": files}))
+    if args.samples is None:
+        return
+    args.samples.mkdir(parents=True, exist_ok=True)
+    for number, one in enumerate(drawn.pictures):
+        file = args.samples / f"{job}-{drawn.step:06}-{number}.png"
+        await client.get_blob(one.picture.sha256, file)
+        terminal.note(f"{file}  {one.prompt}")
 
 
 class _Progress:
@@ -118,7 +170,7 @@ class _Progress:
         self._last = step
         if math.isfinite(step.loss):
             before = step.loss if self._smoothed is None else self._smoothed
-            self._smoothed = _SMOOTHING * before + (1 - _SMOOTHING) * step.loss
+            self._smoothed = SMOOTHING * before + (1 - SMOOTHING) * step.loss
         self._waited += step.waited_seconds
         self._worked += step.seconds
 
@@ -138,6 +190,32 @@ class _Progress:
         )
 
 
+async def _logs(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> None:
+    if args.plot:
+        output.check(args.plot, overwrite=args.overwrite)
+    job = await client.get(args.job)
+    losses: list[tuple[int, float]] = []
+    async with aclosing(client.watch(job.id, only_past=True)) as events:
+        async for event in events:
+            match event:
+                case TrainStep():
+                    losses.append((event.step, event.loss))
+                    terminal.result(json.dumps(_step(event)) if args.json else _told(event))
+                case TrainCheckpoint() if not args.json:
+                    terminal.result(f"checkpoint behind step {event.step}")
+    if args.plot:
+        write_whole(args.plot, svg(f"{job.name}: loss", losses).encode())
+        terminal.note(f"{args.plot}: the losses, and their running mean")
+
+
+def _told(step: TrainStep) -> str:
+    more = "  skipped: no finite gradient" if step.skipped else ""
+    return (
+        f"step {step.step + 1}  loss {step.loss:.4f}  gradient {step.gradient_norm:.3g}  "
+        f"rate {step.learning_rate:.2e}  {step.seconds:.2f} s{more}"
+    )
+
+
 async def _export(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> None:
     if args.output is None:
         raise wrong("--output", "give the file to write, -o FILE")
@@ -147,8 +225,20 @@ async def _export(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> 
     if not found:
         there = ", ".join(str(kept.step) for kept in job.checkpoints) or "none yet"
         raise NotFound(f"job {job.id} has no such checkpoint; there is {there}")
-    await client.get_blob(found[-1].adapter.sha256, args.output)
+    if args.zip:
+        await archives.save(client, job, found[-1], args.output)
+    else:
+        await client.get_blob(found[-1].adapter.sha256, args.output)
     terminal.result(f"{args.output}  behind step {found[-1].step}")
+
+
+_ACTIONS = {
+    "list": _list,
+    "show": _show_one,
+    "logs": _logs,
+    "delete": _delete,
+    "export": _export,
+}
 
 
 def _show(job: TrainJob, args: Namespace, terminal: Terminal) -> None:

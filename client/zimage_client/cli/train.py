@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from zimage_client import AsyncTrainer, TrainJob, _job_file
+from zimage_client import _archives as archives
 from zimage_client._dataset import Dataset, gather, some
 from zimage_client._job_file import Data, Folder, JobFile
 from zimage_client.cli import jobs
@@ -29,6 +30,7 @@ _OF_SPEC = {
     "checkpoint_interval": "checkpoint_interval_steps",
     "captions": "captions",
     "replace": "replaces_adapter",
+    "sample": "samples.prompts",
 }
 """Where the flags' values belong."""
 
@@ -36,6 +38,7 @@ _OF_SPEC = {
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of the command."""
     add_job_flags(parser)
+    jobs.add_samples_flag(parser)
     parser.add_argument("--detach", action="store_true", help="do not watch it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
 
@@ -48,6 +51,12 @@ def add_job_flags(parser: ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="the job as a TOML or JSON file; flags go before what it says",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE.zip",
+        help="go on from a checkpoint that jobs export --zip wrote",
     )
     data = parser.add_argument_group("what is learnt from")
     data.add_argument(
@@ -85,6 +94,12 @@ def add_job_flags(parser: ArgumentParser) -> None:
     how.add_argument(
         "--replace", action="store_true", default=None, help="replace an adapter of that name"
     )
+    how.add_argument(
+        "--sample",
+        action="append",
+        metavar="PROMPT",
+        help="draw it with each checkpoint; may be given again",
+    )
     how.add_argument("--rank", type=int, metavar="N", help="default: 16")
     how.add_argument("--steps", type=int, metavar="N", help=f"default: {_job_file.USUAL_STEPS}")
     how.add_argument("--epochs", type=int, metavar="N", help="in the place of --steps")
@@ -111,6 +126,8 @@ async def begin(
     trainer: AsyncTrainer, args: Namespace, terminal: Terminal, *, only_caches: bool = False
 ) -> TrainJob:
     """Looks at everything, sends what the trainer lacks, and begins."""
+    if args.checkpoint:
+        return await _again(trainer, args, terminal)
     file = _asked(args)
     data = file.data
     if data is None or not data.sources():
@@ -126,6 +143,21 @@ async def begin(
     spec = _job_file.spec(file, overriding, dataset.examples)
     spec.only_caches = only_caches
     spec.dataset.CopyFrom(await _sent(trainer, dataset, terminal))
+    return await trainer.train(spec)
+
+
+async def _again(trainer: AsyncTrainer, args: Namespace, terminal: Terminal) -> TrainJob:
+    """Goes on from a file; what else is said goes before what it says."""
+    if args.images or args.job_file:
+        raise wrong(
+            "--checkpoint", "--checkpoint says what is learnt; leave --images, --config out"
+        )
+    terminal.live(f"sending {args.checkpoint}")
+    values, start, dataset = await archives.send(trainer, args.checkpoint)
+    overriding = {path: getattr(args, flag) for flag, path in _OF_SPEC.items()}
+    spec = _job_file.spec(JobFile(values), overriding, [])
+    spec.start.CopyFrom(start)
+    spec.dataset.CopyFrom(dataset)
     return await trainer.train(spec)
 
 

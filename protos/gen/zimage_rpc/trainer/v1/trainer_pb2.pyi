@@ -108,6 +108,8 @@ class TrainJobSpec(_message.Message):
     FIXED_TAG_COUNT_FIELD_NUMBER: _builtins.int
     CAPTIONS_FIELD_NUMBER: _builtins.int
     ONLY_CACHES_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     REPLACES_ADAPTER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that each checkpoint gets as an adapter, in the place of the one before; 1 to 128 letters, digits, '.', '_' and '-'."""
@@ -141,6 +143,14 @@ class TrainJobSpec(_message.Message):
         after the other, an epoch each. Unset means the model's default.
         """
 
+    @_builtins.property
+    def samples(self) -> Global___SamplePlan:
+        """Pictures that are drawn behind each checkpoint. Unset means none."""
+
+    @_builtins.property
+    def start(self) -> Global___TrainCheckpoint:
+        """What the job goes on from: a checkpoint of another, whose files are in the service's store. Unset begins."""
+
     def __init__(
         self,
         *,
@@ -155,11 +165,13 @@ class TrainJobSpec(_message.Message):
         fixed_tag_count: _builtins.int = ...,
         captions: Global___TrainJobSpec.Captions.ValueType = ...,
         only_caches: _builtins.bool = ...,
+        samples: Global___SamplePlan | None = ...,
+        start: Global___TrainCheckpoint | None = ...,
         replaces_adapter: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "samples", b"samples", "start", b"start", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -175,6 +187,49 @@ class TrainJobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_interval_steps) -> _WhichOneofReturnType__checkpoint_interval_steps | None: ...
 
 Global___TrainJobSpec: _TypeAlias = TrainJobSpec  # noqa: Y015
+
+@_typing.final
+class SamplePlan(_message.Message):
+    """Pictures that show how far a training is, drawn with its checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
+    GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """Where their noise comes from."""
+    step_count: _builtins.int
+    """Their steps. Unset means the model's default."""
+    guidance_scale: _builtins.float
+    """Their guidance. Unset means the model's default."""
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What they show, 16 at most."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[_builtins.str] | None = ...,
+        seed: _builtins.int = ...,
+        step_count: _builtins.int | None = ...,
+        guidance_scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "guidance_scale", b"guidance_scale", "step_count", b"step_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "guidance_scale", b"guidance_scale", "prompts", b"prompts", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    _WhichOneofReturnType__step_count: _TypeAlias = _typing.Literal["step_count"]  # noqa: Y015
+    _WhichOneofArgType__step_count: _TypeAlias = _typing.Literal["_step_count", b"_step_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_count) -> _WhichOneofReturnType__step_count | None: ...
+
+Global___SamplePlan: _TypeAlias = SamplePlan  # noqa: Y015
 
 @_typing.final
 class TrainJob(_message.Message):
@@ -830,22 +885,26 @@ class WatchTrainJobRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     AFTER_STEP_FIELD_NUMBER: _builtins.int
+    ONLY_PAST_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id."""
     after_sequence: _builtins.int
     """The last event that the caller knows; 0 for none."""
     after_step: _builtins.int
     """The last step that the caller knows. Unset for none."""
+    only_past: _builtins.bool
+    """Whether to end with what has happened by now."""
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         after_sequence: _builtins.int = ...,
         after_step: _builtins.int | None = ...,
+        only_past: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_after_step", b"_after_step", "after_step", b"after_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_step", b"_after_step", "after_sequence", b"after_sequence", "after_step", b"after_step", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_step", b"_after_step", "after_sequence", b"after_sequence", "after_step", b"after_step", "id", b"id", "only_past", b"only_past"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after_step: _TypeAlias = _typing.Literal["after_step"]  # noqa: Y015
     _WhichOneofArgType__after_step: _TypeAlias = _typing.Literal["_after_step", b"_after_step"]  # noqa: Y015
@@ -865,6 +924,7 @@ class WatchTrainJobResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     CACHING_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Its number among what happened to this job, from 1 on; 0 for steps, which have numbers of their own."""
     @_builtins.property
@@ -887,6 +947,10 @@ class WatchTrainJobResponse(_message.Message):
     def caching(self) -> Global___TrainCaching:
         """Captions and pictures are encoded before the first step."""
 
+    @_builtins.property
+    def samples(self) -> Global___TrainSamples:
+        """Pictures were drawn with a checkpoint."""
+
     def __init__(
         self,
         *,
@@ -896,16 +960,73 @@ class WatchTrainJobResponse(_message.Message):
         step: Global___TrainStep | None = ...,
         checkpoint: Global___TrainCheckpoint | None = ...,
         caching: Global___TrainCaching | None = ...,
+        samples: Global___TrainSamples | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["caching", b"caching", "checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caching", b"caching", "checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "samples", b"samples", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caching", b"caching", "checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "sequence", b"sequence", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caching", b"caching", "checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "job", b"job", "samples", b"samples", "sequence", b"sequence", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["job", "step", "checkpoint", "caching"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["job", "step", "checkpoint", "caching", "samples"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchTrainJobResponse: _TypeAlias = WatchTrainJobResponse  # noqa: Y015
+
+@_typing.final
+class TrainSamples(_message.Message):
+    """Pictures that were drawn with a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    PICTURES_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """How many steps were behind it."""
+    @_builtins.property
+    def pictures(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainPicture]:
+        """The pictures, in the order of their prompts."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        pictures: _abc.Iterable[Global___TrainPicture] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pictures", b"pictures", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainSamples: _TypeAlias = TrainSamples  # noqa: Y015
+
+@_typing.final
+class TrainPicture(_message.Message):
+    """A picture that was drawn with a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    PICTURE_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """What it shall show."""
+    @_builtins.property
+    def picture(self) -> _types_pb2.Digest:
+        """Its file, a PNG in the service's store."""
+
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+        picture: _types_pb2.Digest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainPicture: _TypeAlias = TrainPicture  # noqa: Y015
 
 @_typing.final
 class TrainCaching(_message.Message):

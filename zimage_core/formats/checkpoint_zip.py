@@ -1,0 +1,113 @@
+"""Checkpoints as one file: a ZIP with the member names of mflux's trainer, which may carry the
+count of steps before them, as its own do.
+
+adapter.safetensors is the adapter; optimizer.safetensors all that training goes on from;
+config.json the job; iterator.json how far it was; loss.json what it lost; dataset.jsonl what it
+learns from, by digests; checkpoint.json names all of them.
+"""
+
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_core.errors import InvalidRequest
+
+ADAPTER, STATE, DATASET = "adapter.safetensors", "optimizer.safetensors", "dataset.jsonl"
+_CONFIG, _ITERATOR, _LOSS = "config.json", "iterator.json", "loss.json"
+_CONTENTS = "checkpoint.json"
+_FILES = (ADAPTER, STATE, DATASET)
+_NUMBER = re.compile(r"\d+_")
+_LARGEST_TEXT_BYTES = 64 << 20
+_LARGEST_RATIO = 20
+"""Of a member to what it takes in the archive: numbers hardly shrink at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a checkpoint says beside its files."""
+
+    step: int
+    config: Mapping[str, Any]
+    """The job, by the names of its fields."""
+    losses: Mapping[int, float]
+    """By their steps."""
+
+
+def write(path: Path, told: Told, files: Mapping[str, Path]) -> None:
+    """An archive of these members; complete or not at all."""
+    names = (*_FILES, _CONFIG, _ITERATOR, _LOSS)
+    scratch = path.with_name(f".{path.name}.part")
+    texts = {
+        _CONFIG: told.config,
+        _ITERATOR: {"num_iterations": told.step, "seed": told.config["training"].get("seed", 0)},
+        _LOSS: {"steps": list(told.losses), "losses": list(told.losses.values())},
+        _CONTENTS: {
+            "metadata": {"format": "zimage", "step": told.step, "mode": "lora"},
+            "files": {name.partition(".")[0]: name for name in names},
+        },
+    }
+    try:
+        with zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name in _FILES:
+                archive.write(files[name], name)
+            for name, values in texts.items():
+                archive.writestr(name, json.dumps(values, indent=2))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read(path: Path, folder: Path) -> Told:
+    """What it says; its files are in the folder then, by their names. Raises InvalidRequest for
+    what is no such archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {_NUMBER.sub("", one.filename, count=1): one for one in archive.infolist()}
+            for name in (*_FILES, _CONFIG, _ITERATOR):
+                if name not in members:
+                    raise _refusal(path, f"it has no {name}")
+            for name, member in members.items():
+                _check(path, name, member)
+            for name in _FILES:
+                with archive.open(members[name]) as there, (folder / name).open("wb") as here:
+                    shutil.copyfileobj(there, here)
+            config = _object(path, archive, members[_CONFIG])
+            iterator = _object(path, archive, members[_ITERATOR])
+            loss = _object(path, archive, members[_LOSS]) if _LOSS in members else {}
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise _refusal(path, str(error)) from None
+    step = iterator.get("num_iterations")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise _refusal(path, f"its {_ITERATOR} has no num_iterations")
+    losses = dict(zip(loss.get("steps", ()), loss.get("losses", ()), strict=False))
+    return Told(step, config, losses)
+
+
+def _check(path: Path, name: str, member: zipfile.ZipInfo) -> None:
+    if name not in _FILES and member.file_size > _LARGEST_TEXT_BYTES:
+        raise _refusal(path, f"its {name[:100]} has {member.file_size} bytes")
+    if member.file_size > _LARGEST_RATIO * max(member.compress_size, 1 << 16):
+        raise _refusal(path, f"its {name[:100]} is packed too well to be true")
+
+
+def _object(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> dict[str, Any]:
+    try:
+        values = json.loads(archive.read(member))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise _refusal(path, f"its {member.filename} is no JSON object")
+    return values
+
+
+def _refusal(path: Path, what: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{path}: no checkpoint that can be gone on from: {what}",
+        reason="CHECKPOINT_FILE",
+        fields={"given": str(path)},
+    )
