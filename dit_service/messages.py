@@ -85,6 +85,8 @@ class OpenTraining:
     plan: TrainingPlan
     state: Path | None
     """The file to go on from."""
+    beside: Path | None
+    """The file of the adapter that is active meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from zimage_client import AsyncClient, DitDescription, EncoderDescription, train
 from zimage_core.digests import Named
 from zimage_core.errors import (
     DeadlineTooShort,
+    InvalidRequest,
     NotFound,
     Overloaded,
     Unavailable,
@@ -40,10 +41,17 @@ _PREPARED_AHEAD = 8
 _ENCODED_AT_ONCE = 16
 """Samples, where all are encoded first; how many services work on at once the caches decide."""
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
-_PASSING = ("QUEUE_FULL", "RATE_LIMITED", "STORE_FULL")
+STORE_FULL = "STORE_FULL"
+_PASSING = ("QUEUE_FULL", "RATE_LIMITED", STORE_FULL)
 """Of what is too much now, what may not be later."""
 _FIRST = -1
 """The step before all, which what is encoded first is for."""
+_MOST_DRAWING = 4
+"""Checkpoints that are shown at once; where drawing is slower than learning, some are not."""
+_LONGEST_DRAWING_SECONDS = 600.0
+"""What the end of a training waits for the last pictures."""
+_MOST_FAILURES = 5
+"""In a row, where all is encoded first, before another DiT service is looked for."""
 _ENTERED_SECONDS = 1.0
 """Between two transactions for steps."""
 
@@ -102,9 +110,17 @@ def pause_seconds(failures: int) -> float:
 
 
 async def publish(desk: Desk, name: str, kept: Kept) -> None:
-    """Lets everybody draw with a checkpoint by that name."""
+    """Lets everybody draw with a checkpoint by that name, at each DiT service that is there; raises
+    what went wrong where none is."""
     file = await desk.aside(lambda: desk.blobs.local(kept.adapter.sha256))
-    await desk.client.add_adapter(name, file, replace=True)
+    errors = []
+    for client in desk.dits:
+        try:
+            await client.add_adapter(name, file, replace=True)
+        except ZImageError as error:
+            errors.append(error)
+    if len(errors) == len(desk.dits):
+        raise errors[0]
 
 
 class Feeding:
@@ -124,7 +140,10 @@ class Feeding:
         self.caching: Caching | None = None
         """Where all is encoded first."""
         self._learnt: list[training.Learnt] = []
+        self._keeping: list[asyncio.Task[None]] = []
         self._drawing: list[asyncio.Task[None]] = []
+        self._guidance = 0.0
+        """That of pictures without wishes."""
         self._entered = time.monotonic()
         self._is_waiting = False
         self._awaited_step = _FIRST
@@ -139,6 +158,8 @@ class Feeding:
             raise _loading("the encoder")
         self._dit, dit = await self._free_dit()
         assert dit.limits is not None
+        assert dit.model is not None
+        self._guidance = dit.model.default_guidance
         self._side_px, _ = size_px(1, 1, self._spec.sides_px[0], dit.limits.side_multiple_px)
         spec = self._spec
         if spec.only_caches or spec.captions == trainer_pb2.TrainJobSpec.CAPTIONS_ALL_FIRST:
@@ -163,9 +184,15 @@ class Feeding:
                     await self._hear(event)
                     if isinstance(event, training.Checkpoint):
                         done = event.step
-            await asyncio.gather(*self._drawing)
+            await self._all_kept()
+            if self._drawing and not self.shall_rest.is_set():
+                await asyncio.wait(self._drawing, timeout=_LONGEST_DRAWING_SECONDS)
+        except ZImageError:
+            with suppress(ZImageError):
+                await self._all_kept()  # what was there before it broke stays
+            raise
         finally:
-            for task in self._drawing:
+            for task in (*self._keeping, *self._drawing):
                 task.cancel()
             await asyncio.shield(self._flush())
         return done == self._spec.training.step_count
@@ -177,9 +204,17 @@ class Feeding:
                 await self._listener.runs(self._job.id)
             case training.Learnt():
                 await self._enter(event)
-            case training.Checkpoint():
+            case training.Checkpoint():  # kept while others are learnt, one after the other
+                await self._all_kept()
                 await self._flush()
-                await self._keep(event)
+                self._keeping = [asyncio.create_task(self._keep(event))]
+                if event.leaving:
+                    await self._all_kept()
+
+    async def _all_kept(self) -> None:
+        """Waits for the checkpoint before; raises what went wrong with it."""
+        keeping, self._keeping = self._keeping, []
+        await asyncio.gather(*keeping)
 
     def _last_whole(self) -> Kept | None:
         """The latest checkpoint whose state is there; with none of its own, what it was to go on
@@ -193,11 +228,9 @@ class Feeding:
         if not self._spec.HasField("start"):
             return None
         start = self._spec.start
-        adapter, state = (
-            Named(named.sha256, self._desk.blobs.local(named.sha256).stat().st_size)
-            for named in (start.adapter, start.state)
-        )
-        return Kept(start.step, adapter, state, 0.0)
+        size = self._desk.blobs.local(start.state.sha256).stat().st_size
+        adapter = Named(start.adapter.sha256, start.adapter.size_bytes)
+        return Kept(start.step, adapter, Named(start.state.sha256, size), 0.0)
 
     async def _decide(self, plan: training_pb2.TrainingPlan) -> None:
         """What was left open until the service decided it stays so, whatever a later one would."""
@@ -310,7 +343,8 @@ class Feeding:
             try:
                 return await make()
             except ZImageError as error:
-                if not is_passing(error) or error.reason == REPLACED:
+                is_hopeless = step == _FIRST and failures == _MOST_FAILURES
+                if not is_passing(error) or error.reason == REPLACED or is_hopeless:
                     raise
                 if step == self._awaited_step:
                     self._is_waiting = True
@@ -321,10 +355,14 @@ class Feeding:
     async def _sample(
         self, look: Look, encoder: EncoderDescription, dit: DitDescription
     ) -> training.Sample:
-        latents, embedding = await asyncio.gather(
-            self._desk.caches.latents(look, self._dit, dit),
-            self._desk.caches.caption(look.caption, encoder),
-        )
+        try:
+            latents, embedding = await asyncio.gather(
+                self._desk.caches.latents(look, self._dit, dit),
+                self._desk.caches.caption(look.caption, encoder),
+            )
+        except InvalidRequest as error:
+            said = f"{look.example.name} cannot be learnt from: {error.message}"
+            raise InvalidRequest(said, reason=error.reason, fields=error.fields) from error
         return training.Sample(latents, embedding, look.example.weight)
 
     async def _enter(self, learnt: training.Learnt) -> None:
@@ -341,34 +379,54 @@ class Feeding:
     async def _keep(self, made: training.Checkpoint) -> None:
         """Its files are here, and stay, before anybody hears of it."""
         blobs = self._desk.blobs
-        for kind, named in (("adapter", made.adapter), ("state", made.state)):
-            await self._fetch(named)
+        for kind, named in (("state", made.state), ("adapter", made.adapter)):
+            await self._fetch_when_there_is_room(named)
             name = file_name(self._job.id, made.step, kind)
             await self._desk.aside(partial(blobs.point, CHECKPOINTS, name, named.sha256))
         kept = Kept(made.step, made.adapter, made.state, time.time())
         await self._desk.aside(lambda: self._desk.jobs.add_checkpoint(self._job.id, kept))
         self._listener.ring(self._job.id)
+        self._drawing = [task for task in self._drawing if not task.done()]
+        if len(self._drawing) < _MOST_DRAWING:
+            self._drawing.append(asyncio.create_task(self._show(kept)))
+
+    async def _show(self, kept: Kept) -> None:
+        """Lets people draw with a checkpoint, and draws what was asked for, while others are
+        learnt; without that it goes on, too."""
         try:
             await publish(self._desk, self._spec.name, kept)
-        except ZImageError as error:  # the next one may be luckier, and the last has to
-            _log.warning("job %s: step %s is no adapter: %s", self._job.id, kept.step, error)
-        if self._spec.samples.prompts:
-            self._drawing.append(asyncio.create_task(self._draw(kept)))
+            if self._spec.samples.prompts:
+                await self._draw(kept)
+        except Exception:  # noqa: BLE001 - whatever it is, what is learnt is worth more
+            _log.exception("job %s: step %s cannot be shown", self._job.id, kept.step)
 
     async def _draw(self, kept: Kept) -> None:
-        """Pictures with a checkpoint, while others are learnt; without them it goes on, too."""
         desk, job = self._desk, self._job.id
-        sampler = Sampler(self._spec.samples, self._side_px, desk.blobs, desk.client)
-        try:
-            drawn = await sampler.draw(self._dit, kept.adapter)
-            for number, one in enumerate(drawn):
-                name = file_name(job, kept.step, number)
-                await desk.aside(partial(desk.blobs.point, SAMPLES, name, one.picture.sha256))
-        except ZImageError as error:
-            _log.warning("job %s: no pictures of step %s: %s", job, kept.step, error)
-            return
+        sampler = Sampler(
+            self._spec.samples, self._side_px, self._guidance, desk.blobs, desk.client
+        )
+        drawn = await sampler.draw(self._dit, kept.adapter)
+        for number, one in enumerate(drawn):
+            name = file_name(job, kept.step, number)
+            await desk.aside(partial(desk.blobs.point, SAMPLES, name, one.picture.sha256))
         await desk.aside(lambda: desk.jobs.add_samples(job, kept.step, drawn))
         self._listener.ring(job)
+
+    async def _fetch_when_there_is_room(self, named: Named) -> None:
+        """What was learnt for it stays there meanwhile."""
+        failures = 0
+        while True:
+            try:
+                await self._fetch(named)
+                break
+            except Overloaded as error:
+                if error.reason != STORE_FULL:
+                    raise
+                await self._listener.waits(self._job.id, error)
+            await asyncio.sleep(pause_seconds(failures))
+            failures += 1
+        if failures:
+            await self._listener.runs(self._job.id)
 
     async def _fetch(self, named: Named) -> None:
         blobs = self._desk.blobs

@@ -3,6 +3,7 @@ is what it should be, and what may go."""
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from trainer_service.caches import CAPTIONS, LATENTS
@@ -66,14 +67,13 @@ def verify(blobs: Blobs, behind: str) -> Page:
 
 def prune(blobs: Blobs, jobs: Jobs, unused_seconds: float) -> list[Heap]:
     """Takes away the names of what was not used for so long, and those that belong to no job; says
-    of what."""
+    of what. No job may be given names meanwhile."""
     now = time.time()
     old = {
         kind: [kept for kept in blobs.kept(kind) if now - kept.used > unused_seconds]
         for kind in _CACHES
     }
     there = jobs.ids()
-    # Pictures last: whoever begins a job meanwhile names its dataset first.
     strays = {
         **{
             kind: [one for one in blobs.kept(kind) if _job(one.name) not in there]
@@ -102,7 +102,7 @@ def forget_job(blobs: Blobs, job: str) -> None:
 def _pictures_of_datasets(blobs: Blobs, jobs: set[str]) -> Iterator[str]:
     for kept in blobs.kept(DATASETS):
         if kept.name in jobs:
-            with blobs.open(kept.sha256) as file:
+            with suppress(NotFound, InvalidRequest), blobs.open(kept.sha256) as file:
                 for example in dataset_file.load(file.read()):
                     yield from example.files
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from trainer_service.feeding import Caching, Desk, Feeding, is_passing, pause_seconds, publish
@@ -16,8 +18,16 @@ from trainer_service.jobs.jobs import (
     WAITING,
     Job,
 )
-from trainer_service.keeping import CHECKPOINTS, DATASETS, PICTURES, file_name, forget_job
-from zimage_core.errors import DeviceLost, InternalError, NotReady, ZImageError
+from trainer_service.keeping import (
+    CHECKPOINTS,
+    DATASETS,
+    PICTURES,
+    Heap,
+    file_name,
+    forget_job,
+    prune,
+)
+from zimage_core.errors import DeviceLost, InternalError, NotFound, NotReady, ZImageError
 from zimage_core.formats import dataset_file
 from zimage_core.formats.dataset_file import Example
 from zimage_core.wire import status
@@ -27,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 _MOST_LOSSES = 5
 """Of the device without a new checkpoint between: a job that kills it must not go on for ever."""
+_OF_THE_DEVICE = ("DEVICE_MEMORY",)
+"""What somebody else's picture may have taken: it counts as a loss."""
 _OPEN_AGAIN = ("TRAINING_NOT_OPEN", "TRAINING_ORDER", "SESSION_REPLACED")
 """What another session from the last checkpoint mends."""
 
@@ -42,6 +54,8 @@ class Runner:
         self._changed: dict[str, asyncio.Event] = {}
         self._resting: set[str] = set()
         """Those that somebody wants to rest, also when what they do now breaks."""
+        self._naming = threading.Lock()
+        """Held while names are given to what a job needs, and while those of no job go."""
         self.is_leaving = False
         """Whether the trainer is about to stop: nobody waits for news any more."""
 
@@ -62,7 +76,8 @@ class Runner:
                 task.cancel()
             if not task.cancelled() and (fault := task.exception()):
                 _log.error("job %s broke the trainer's own part", job, exc_info=fault)
-                await self._fail(job, InternalError("internal error; the trainer's log knows more"))
+                with suppress(NotFound):  # it was deleted meanwhile
+                    await self._fail(job, InternalError("internal error; the log knows more"))
 
     async def leave(self) -> None:
         """Lets the job at hand take a checkpoint, to go on from at the next start."""
@@ -77,9 +92,19 @@ class Runner:
         if self._running:
             await asyncio.wait(list(self._running.values()))
 
-    def submit(self, job: str) -> None:
-        """Lets a job learn when its turn comes."""
+    async def begin(self, job: str) -> None:
+        """Keeps what a job needs, then lets it learn when its turn comes."""
+        await self._desk.aside(lambda: self._examples(self._desk.jobs.read(job)))
+        self._submit(job)
+
+    def _submit(self, job: str) -> None:
+        """More than once is once: who comes to the end of its turn is left alone then."""
         self._queue.put_nowait(job)
+
+    def prune(self, unused_seconds: float) -> list[Heap]:
+        """Takes away what nobody needed for long."""
+        with self._naming:
+            return prune(self._desk.blobs, self._desk.jobs, unused_seconds)
 
     async def pause(self, job: Job) -> Job:
         """Lets it rest, behind a checkpoint where it learns now."""
@@ -101,7 +126,7 @@ class Runner:
         self._resting.discard(job.id)
         if job.state in (PAUSED, FAILED):
             job = await self._change(job.id, WAITING, wakes=True)
-            self.submit(job.id)
+            self._submit(job.id)
         return job
 
     async def cancel(self, job: Job) -> Job:
@@ -115,7 +140,9 @@ class Runner:
 
     async def delete(self, job: Job) -> None:
         """Forgets one that has ended."""
-        if job.state not in ENDED or job.id in self._running:
+        if job.state in ENDED and (ending := self._running.get(job.id)):
+            await asyncio.wait([ending])
+        if job.state not in ENDED:
             raise NotReady(
                 f"job {job.id} is {job.state}; cancel it first",
                 reason="JOB_NOT_ENDED",
@@ -143,7 +170,10 @@ class Runner:
         """Until it is done, rests, or cannot go on; waits for what is away."""
         failures = losses = 0
         while True:
-            job = await self._desk.aside(lambda: self._desk.jobs.read(job_id))
+            try:
+                job = await self._desk.aside(lambda: self._desk.jobs.read(job_id))
+            except NotFound:  # it was deleted while it waited for its turn
+                return
             if job.state not in (WAITING, RUNNING):
                 return
             if await self._rests(job_id):
@@ -159,8 +189,8 @@ class Runner:
                     return
                 continue
             except ZImageError as error:
-                losses += isinstance(error, DeviceLost)
-                may_pass = is_passing(error) or error.reason in _OPEN_AGAIN
+                losses += isinstance(error, DeviceLost) or error.reason in _OF_THE_DEVICE
+                may_pass = is_passing(error) or error.reason in (*_OPEN_AGAIN, *_OF_THE_DEVICE)
                 if not may_pass or losses > _MOST_LOSSES:
                     await self._fail(job_id, error)
                     return
@@ -173,7 +203,10 @@ class Runner:
 
     async def _stretch(self, job: Job) -> bool:
         examples = await self._desk.aside(lambda: self._examples(job))
-        feeding = self._feeding[job.id] = Feeding(self._desk, job, examples, self)
+        feeding = await self._desk.aside(lambda: Feeding(self._desk, job, examples, self))
+        self._feeding[job.id] = feeding
+        if job.id in self._resting or self.is_leaving:
+            feeding.shall_rest.set()
         try:
             epoch = await self._desk.aside(lambda: self._desk.jobs.begin_session(job.id))
             return await feeding.run(epoch)
@@ -192,10 +225,17 @@ class Runner:
         await self._change(job, WAITING, waits_for=error.message)
 
     def _examples(self, job: Job) -> tuple[Example, ...]:
-        """What it learns from; the store keeps dataset and pictures from now on."""
+        """What it learns from; the store keeps it, and all else that the job needs, from now on."""
+        with self._naming:
+            return self._named_examples(job)
+
+    def _named_examples(self, job: Job) -> tuple[Example, ...]:
         spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
         dataset, blobs = spec.dataset.sha256, self._desk.blobs
         blobs.point(DATASETS, job.id, dataset)
+        if spec.training.HasField("beside"):
+            name = file_name(job.id, 0, "beside")
+            blobs.point(CHECKPOINTS, name, spec.training.beside.digest.sha256)
         if spec.HasField("start"):
             name = file_name(job.id, spec.start.step, "start")
             blobs.point(CHECKPOINTS, name, spec.start.state.sha256)

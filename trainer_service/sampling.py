@@ -17,6 +17,7 @@ class Sampler:
 
     plan: trainer_pb2.SamplePlan
     side_px: int
+    usual_guidance: float
     blobs: Blobs
     encoder: AsyncClient
 
@@ -24,9 +25,12 @@ class Sampler:
         """A picture of each prompt, with an adapter that lies at that service; the same prompt is
         drawn from the same noise each time."""
         found = []
+        options = self._options(adapter)
+        if options.get("guidance", self.usual_guidance):
+            options["negative"] = await self.encoder.encode("")
         for prompt in self.plan.prompts:
             embedding = await self.encoder.encode(prompt)
-            made = await dit.generate(embedding, **self._options(adapter))
+            made = await dit.generate(embedding, **options)
             data = made.pictures[0].data
             sha256 = hashlib.sha256(data).hexdigest()
             await asyncio.to_thread(self.blobs.keep, sha256, data)

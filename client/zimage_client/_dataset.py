@@ -120,7 +120,10 @@ def _named(source: Source, found: Dataset) -> Iterator[tuple[str, str | None]]:
         yield from ((name, None) for name in names)
         return
     captions = _captions(lines)
-    if left := sorted(set(names) - {name for name, _ in captions}):
+    left = sorted(set(names) - {name for name, _ in captions})
+    if source.caption is not None:
+        yield from ((name, source.caption) for name in left)
+    elif left:
         found.faults.setdefault(f"without a line in {_LINES}", []).extend(left)
     yield from captions
 
@@ -128,14 +131,17 @@ def _named(source: Source, found: Dataset) -> Iterator[tuple[str, str | None]]:
 def _captions(lines: Path) -> list[tuple[str, str]]:
     """The names of pictures and their captions, of which one may have several."""
     captions = []
-    for number, line in enumerate(lines.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
+    for number, data in enumerate(lines.read_bytes().split(b"\n"), 1):
+        if not data.strip():
             continue
+        line = data.decode("utf-8-sig", "replace")
         try:
-            values = json.loads(line)
+            values = json.loads(data.decode("utf-8-sig"))
             caption = next(values[key] for key in _CAPTION_KEYS if key in values)
-            captions.append((str(values["file_name"]), str(caption)))
-        except (ValueError, TypeError, KeyError, StopIteration):
+            if not isinstance(caption, str) or not isinstance(values["file_name"], str):
+                raise TypeError
+            captions.append((values["file_name"], caption))
+        except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
             raise InvalidRequest.given(
                 f"{lines}, line {number}",
                 line[:100],

@@ -5,7 +5,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,9 @@ from zimage_core.wire import plain
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 USUAL_STEPS = 1500
+_MOST_STEPS = 2**31 - 1
 
-_DATA, _EPOCHS = "data", "epochs"
+_DATA, _EPOCHS, _BESIDE = "data", "epochs", "training_adapter"
 """What a file says beside the fields of the spec."""
 _EACH = "[]"
 
@@ -35,6 +36,8 @@ class JobFile:
     data: "Data | None" = None
     epochs: int | None = None
     """In the place of a count of steps."""
+    beside: Path | None = None
+    """The file of an adapter that is active while training."""
 
 
 class _Table(BaseModel):
@@ -114,7 +117,24 @@ def read(path: Path) -> JobFile:
         raise InvalidRequest.given(_EPOCHS, epochs, "a whole number, 1 or more", "FIELD")
     if "dataset" in values:
         raise InvalidRequest.given("dataset", "a digest", "pictures under data", "FIELD")
-    return JobFile(values, None if data is None else _data(data, path.parent), epochs)
+    beside = values.pop(_BESIDE, None)
+    if beside is not None and not isinstance(beside, str):
+        raise InvalidRequest.given(_BESIDE, str(beside)[:100], "the path of a file", "FIELD")
+    return JobFile(
+        values,
+        None if data is None else _data(data, path.parent),
+        epochs,
+        path.parent / Path(beside).expanduser() if beside else None,
+    )
+
+
+def without_steps(job: JobFile) -> JobFile:
+    """The same for whoever says how many epochs."""
+    plan = job.values.get("training", {})
+    if not isinstance(plan, Mapping):
+        return job
+    left = {name: value for name, value in plan.items() if name != "step_count"}
+    return replace(job, values={**job.values, "training": left})
 
 
 def spec(
@@ -127,10 +147,18 @@ def spec(
             values = _with(values, path.split("."), value)
     made = trainer_pb2.TrainJobSpec()
     plain.fill(made, values)
+    is_given = "step_count" in values.get("training", {})
     if job.epochs is not None:
+        if is_given:
+            allowed = "either of both"
+            raise InvalidRequest.given(_EPOCHS, "beside training.step_count", allowed, "FIELD")
         batch_size = made.batch_size if made.HasField("batch_size") else 1
-        made.training.step_count = math.ceil(epoch_length(examples) * job.epochs / batch_size)
-    elif not made.training.step_count:
+        if batch_size < 1:
+            raise InvalidRequest.given("batch_size", batch_size, "1 or more", "FIELD")
+        made.training.step_count = min(
+            math.ceil(epoch_length(examples) * job.epochs / batch_size), _MOST_STEPS
+        )
+    elif not is_given:
         made.training.step_count = USUAL_STEPS
     return made
 
@@ -171,6 +199,8 @@ def _data(values: Any, beside: Path) -> Data:
 
 def _with(values: Mapping[str, Any], path: list[str], value: object) -> dict[str, Any]:
     """The same with another value at a path, of which a part with [] is each table of a list."""
+    if not isinstance(values, Mapping):
+        raise InvalidRequest.given(".".join(path), str(values)[:100], "a table", "FIELD")
     first, *rest = path
     if not rest:
         return {**values, first: value}

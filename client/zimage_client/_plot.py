@@ -22,7 +22,7 @@ def smoothed(losses: Iterable[float]) -> list[float]:
 
 
 def svg(title: str, losses: Sequence[Point]) -> str:
-    """Losses by their steps, and their running mean; the scale leaves a tenth of outliers out."""
+    """Losses by their steps, and their running mean; the highest twentieth may leave the scale."""
     finite = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     values = sorted(loss for _, loss in finite) or [1.0]
     top = 1.2 * values[math.floor(0.95 * (len(values) - 1))] or 1.0

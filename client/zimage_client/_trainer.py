@@ -1,6 +1,7 @@
 """The client of a trainer service."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from zimage_core.errors import ZImageError
 from zimage_core.tls import Credentials
 from zimage_core.wire import request_id
 from zimage_rpc.trainer.v1 import trainer_pb2, trainer_pb2_grpc
+
+_log = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 5.0
 
@@ -52,6 +55,8 @@ class AsyncTrainer:
         """Begins a job with what was put before; sending it again after a break begins no other."""
         request = trainer_pb2.CreateTrainJobRequest(spec=spec, request_id=request_id.fresh())
         answer = await self._asked(lambda stub, **how: stub.CreateTrainJob(request, **how))
+        for warning in answer.warnings:
+            _log.warning(warning)
         return _jobs.job(answer.job)
 
     async def get(self, job: str) -> TrainJob:

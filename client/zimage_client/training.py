@@ -79,6 +79,8 @@ class Checkpoint:
     step: int
     adapter: Named
     state: Named
+    leaving: bool = False
+    """Whether the service is about to stop, and waits until whoever hears of it asks for more."""
 
 
 Answer = Opened | Learnt | Checkpoint
@@ -246,7 +248,7 @@ def _learnt(message: training_pb2.StepReport) -> Learnt:
 
 
 def _checkpoint(message: training_pb2.CheckpointReady) -> Checkpoint:
-    return Checkpoint(message.step, _named(message.adapter), _named(message.state))
+    return Checkpoint(message.step, _named(message.adapter), _named(message.state), message.leaving)
 
 
 def _named(message: types_pb2.Digest) -> Named:

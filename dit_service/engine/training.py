@@ -18,6 +18,8 @@ from dit_service import messages
 from dit_service.engine.diary import Diary, part
 from dit_service.engine.lines import Load
 from dit_service.engine.pace import Announce, Pace
+from dit_service.model.adapter_loading import load_adapter
+from dit_service.model.adapters import Use, Uses
 from dit_service.model.attention.backends import BACKENDS
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.training.training import Example, Training
@@ -96,15 +98,26 @@ class Trainings:
     def _open(self, asked: messages.OpenTraining) -> messages.TrainingOpened:
         """Begins a training, or goes on from its state."""
         self._refuse_what_cannot_learn()
+        job, _, _ = asked.session.rpartition("/")
+        for session in [one for one in self._courses if one.rpartition("/")[0] == job]:
+            self._courses.pop(session).is_broken = True  # an earlier stretch; its call still ends
         learnt_bytes = self._taken(asked.plan, []).learnt
         self._refuse_too_much(learnt_bytes, "what it learns and what its optimiser keeps", "")
         state, step = _read_state(asked.state) if asked.state else ({}, 0)
         with torch.inference_mode(mode=False):
-            training = Training(self._model, self._backend, asked.plan, state, step)
+            beside = self._beside(asked)
+            training = Training(self._model, self._backend, asked.plan, state, step, beside)
         self._courses[asked.session] = _Course(training, asked.plan, learnt_bytes)
         count = sum(weight.numel() for weight in training.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
         return messages.TrainingOpened(step, count)
+
+    def _beside(self, asked: messages.OpenTraining) -> Uses:
+        if asked.beside is None:
+            return ()
+        model = self._model
+        adapter = load_adapter(asked.beside, model.config, model.device, model.dtype)
+        return (Use(adapter, asked.plan.beside_scale),)
 
     def learn(self, asked: messages.Learn, emit: Callable[[object], None]) -> "Learning":
         """A step, in pieces of as many samples as the plan computes at once; emits its outcome."""

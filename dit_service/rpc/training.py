@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -14,7 +16,7 @@ import grpc.aio
 from dit_service import messages
 from dit_service.rpc.arrivals import Arrivals
 from dit_service.rpc.describe import numeric_plan
-from zimage_core.errors import InvalidRequest, NotReady, Unavailable
+from zimage_core.errors import InvalidRequest, NotReady, Overloaded, Unavailable
 from zimage_core.planning.shares import BACKGROUND, Share
 from zimage_core.planning.training import TrainingPlan
 from zimage_core.serving import access
@@ -24,10 +26,14 @@ from zimage_core.wire import training as plans
 from zimage_rpc.dit.v1 import dit_pb2, training_pb2, training_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
 
+_log = logging.getLogger(__name__)
+
 _BATCHES_AHEAD = 2
 """One is worked on while the next is there already."""
 _MOST_SAMPLES = 256
 _SILENT_SECONDS = 30.0
+_ROOM_SECONDS = 5.0
+"""Until the next look whether the store has room."""
 _REMEMBERED_JOBS = 1000
 _MEDIA_TYPE = "application/vnd.safetensors"
 
@@ -61,8 +67,6 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request_iterator: AsyncIterator[_Request], context: _Context
     ) -> AsyncIterator[_Response]:
         """From the opening to the last checkpoint; when the call ends, so does the session."""
-        if self._is_leaving:
-            raise _stopping()
         try:
             async with asyncio.timeout(_SILENT_SECONDS):
                 first = await anext(request_iterator, None)
@@ -70,6 +74,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             raise _refusal(f"nothing within {_SILENT_SECONDS:g} s") from None
         if first is None or first.WhichOneof("payload") != "open":
             raise _refusal("no open in the first")
+        if self._is_leaving:
+            raise _stopping()
         name = self._name(first.open)
         session = _Session(name, request_iterator, self._worker, self._blobs)
         job = self._job(first.open)
@@ -222,11 +228,13 @@ class _Session:
     async def _open(self, opening: training_pb2.OpenTraining) -> None:
         model = self._worker.loaded(messages.Model)
         plan = plans.plan(opening.plan, model.shape, "open.plan")
-        state = None
+        state = beside = None
         if opening.HasField("state"):
             [(_, state)] = await self._arrivals.files([opening.state])
+        if plan.beside:
+            [(_, beside)] = await self._arrivals.files([opening.plan.beside.digest])
         self._about = _about(plan, model)
-        opened = await self._one(messages.OpenTraining(self._name, plan, state))
+        opened = await self._one(messages.OpenTraining(self._name, plan, state, beside))
         assert isinstance(opened, messages.TrainingOpened)
         self._next_step = opened.step
         self._opened.set()
@@ -273,10 +281,7 @@ class _Session:
         with self._blobs.making() as folder:
             taken = await self._one(messages.TakeCheckpoint(self._name, folder, self._about))
             assert isinstance(taken, messages.Checkpoint)
-            adapter, state = [
-                await asyncio.to_thread(self._blobs.adopt, file)
-                for file in (taken.adapter, taken.state)
-            ]
+            adapter, state = [await self._adopt(file) for file in (taken.adapter, taken.state)]
         self._tell(
             checkpoint=training_pb2.CheckpointReady(
                 step=taken.step,
@@ -285,6 +290,15 @@ class _Session:
                 leaving=leaving,
             )
         )
+
+    async def _adopt(self, file: Path) -> tuple[str, int]:
+        """When there is room: what was learnt for it is worth the wait."""
+        while True:
+            try:
+                return await asyncio.to_thread(self._blobs.adopt, file)
+            except Overloaded as error:
+                _log.warning("a checkpoint of %s waits: %s", self._name, error.message)
+            await asyncio.sleep(_ROOM_SECONDS)
 
     async def _one(self, asked: object) -> object:
         """What the worker answers to what has one answer."""

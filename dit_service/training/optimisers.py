@@ -1,11 +1,21 @@
 """From gradients to steps, by the optimisers of libraries."""
 
-from collections.abc import Mapping
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zimage_core.errors import NotReady
 from zimage_core.planning.training import Optimizer
+
+_GROUP = "group"
+"""What an optimiser keeps for all weights together, in the place of a weight's name."""
+_OF_GROUP: Mapping[str, tuple[str, ...]] = {"prodigy": ("d", "d_max", "d_numerator", "k")}
+
+Weights = list[Tensor]
 
 
 class Stepper:
@@ -14,17 +24,16 @@ class Stepper:
     def __init__(
         self, settings: Optimizer, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> None:
-        """With the state that it left; empty for one that begins."""
+        """With the state that it left; empty for one that begins. Raises NotReady for an optimiser
+        that does not run here."""
         self._settings = settings
         self._weights = weights
-        self._optimizer = torch.optim.AdamW(
-            list(weights.values()),
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-        )
+        self._optimizer = _MAKERS[settings.name](list(weights.values()), settings)
         for name, tensor in state.items():
             weight, _, what = name.rpartition("/")
+            if weight == _GROUP:
+                self._optimizer.param_groups[0][what] = tensor.item()
+                continue
             self._optimizer.state[weights[weight]][what] = (
                 tensor if tensor.ndim == 0 else tensor.to(weights[weight].device)
             )
@@ -44,8 +53,78 @@ class Stepper:
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on beside weights and gradients."""
-        return {
+        of_weights = {
             f"{name}/{what}": torch.as_tensor(value)
             for name, weight in self._weights.items()
             for what, value in self._optimizer.state[weight].items()
         }
+        [group] = self._optimizer.param_groups
+        of_group = {
+            f"{_GROUP}/{what}": torch.tensor(
+                group[what], dtype=torch.float64 if isinstance(group[what], float) else None
+            )
+            for what in _OF_GROUP.get(self._settings.name, ())
+        }
+        return of_weights | of_group
+
+
+def is_known(name: str, tensor: Tensor, weights: Mapping[str, Tensor], optimiser: str) -> bool:
+    """Whether a tensor may be part of such an optimiser's state for these weights."""
+    weight, _, what = name.rpartition("/")
+    if weight == _GROUP:
+        return what in _OF_GROUP.get(optimiser, ()) and tensor.ndim == 0
+    return weight in weights and tensor.numel() <= max(weights[weight].numel(), _LEAST_NUMEL)
+
+
+def _adamw(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, **_like_adam(settings))
+
+
+def _adafactor(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(weights, weight_decay=settings.weight_decay)
+
+
+def _prodigy(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
+    from prodigyopt import Prodigy
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it speaks
+        made: torch.optim.Optimizer = Prodigy(weights, **_like_adam(settings))
+    return made
+
+
+def _adamw_8bit(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
+    device = weights[0].device.type
+    if device != "cuda":
+        raise NotReady(
+            f"optimizer adamw_8bit needs CUDA, and this service computes on {device}; adamw, "
+            "adafactor and prodigy do not",
+            reason="OPTIMIZER",
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise NotReady(
+            "optimizer adamw_8bit needs bitsandbytes on the DiT service's machine: "
+            "pip install bitsandbytes",
+            reason="OPTIMIZER",
+        ) from error
+    made: torch.optim.Optimizer = AdamW8bit(weights, **_like_adam(settings))
+    return made
+
+
+def _like_adam(settings: Optimizer) -> dict[str, Any]:
+    return {
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+
+
+_LEAST_NUMEL = 256
+"""Of tables that come with small weights, too."""
+_MAKERS: Mapping[str, Callable[[Weights, Optimizer], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "prodigy": _prodigy,
+    "adamw_8bit": _adamw_8bit,
+}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dit_service.model.adapters import Use
+from dit_service.model.adapters import Use, Uses
 from dit_service.model.blocks import run_block
 from dit_service.model.transformer import Call, Sample, ZImageTransformer
 from dit_service.training import flow, lora
 from dit_service.training.flow import Noised
-from dit_service.training.optimisers import Stepper
+from dit_service.training.optimisers import Stepper, is_known
 from zimage_core.errors import InvalidRequest
 from zimage_core.planning.training import TrainingPlan, targets
 
@@ -59,8 +59,11 @@ class Training:
         plan: TrainingPlan,
         state: Mapping[str, Tensor] | None = None,
         step: int = 0,
+        beside: Uses = (),
     ) -> None:
-        """Begins, or goes on from the state behind so many steps."""
+        """Begins, or goes on from the state behind so many steps. What is beside is active while
+        training, and not part of what is learnt."""
+        self._beside = beside
         self._model = model
         self._backend = backend
         self._plan = plan
@@ -69,7 +72,7 @@ class Training:
         self._targets = targets(plan.lora, model.config)
         state = state or {}
         fresh = lora.fresh(self._targets, plan.seed, model.device)
-        _check(state, fresh)
+        _check(state, fresh, plan.optimizer.name)
         own = _within(state, _WEIGHTS) or fresh
         self.weights = {  # in an order of their own: sums over them are of that order
             name: own[name].to(model.device, copy=True).requires_grad_() for name in fresh
@@ -99,7 +102,7 @@ class Training:
     def go_back(self, noised: Sequence[Noised], examples: Sequence[Example]) -> Tensor:
         """Forwards, and back along the gradient, for which nobody waits; their part of the loss."""
         adapter = lora.adapter(self._targets, self.weights, self._model.dtype)
-        uses = (Use(adapter, 1.0),)
+        uses = (Use(adapter, 1.0), *self._beside)
         times_N = torch.tensor([one.time for one in noised], device=self._model.device)
         captions = self._model.encode_captions(
             [example.features_LF for example in examples], self._backend, uses, self._call
@@ -167,12 +170,15 @@ _CALLS: Mapping[str, Call] = {"nothing": _kept, "blocks": _again}
 """By what is computed again. Compiled blocks, with which pictures are drawn, have no gradient."""
 
 
-def _check(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
+def _check(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], optimiser: str) -> None:
     """Raises InvalidRequest for a state that is not of such weights."""
     for name, tensor in state.items():
         part, _, rest = name.partition("/")
-        weight = fresh.get(rest.rpartition("/")[0] if part == "optimizer" else rest)
-        if weight is None or (tensor.ndim > 0 and tensor.shape != weight.shape):
+        if part == "optimizer":
+            is_right = is_known(rest, tensor, fresh, optimiser)
+        else:
+            is_right = rest in fresh and tensor.shape == fresh[rest].shape
+        if not is_right:
             given = f"one with {name[:200]}"
             raise InvalidRequest.given("open.state", given, "a state of its plan", "TRAINING_STATE")
     missing = fresh.keys() - _within(state, _WEIGHTS).keys() if state else ()

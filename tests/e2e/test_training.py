@@ -98,12 +98,6 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
         plain = client.generate(PROMPT, **WISH).pictures[0]
         changed = client.generate(PROMPT, **WISH, adapters={"frames": 1.0}).pictures[0]
     assert plain.pixels_sha256 != changed.pixels_sha256
-    store = "--store", str(services.folder / "dit")
-    with running("dit_service", "--model", str(demo_model()), *store) as other:
-        other.wait_until("SERVING")
-        with Client(other.address, services.encoder.address) as client:
-            there = client.generate(PROMPT, **WISH, adapters={"frames": 1.0}).pictures[0]
-    assert there.pixels_sha256 == changed.pixels_sha256
 
     where = at(services.trainer)
     file = tmp_path / "frames.safetensors"
@@ -113,6 +107,11 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
         told = tensors.metadata()
     assert (told["model_type"], told["lora_rank"], told["lora_alpha"]) == ("zimage", "4", "4")
     assert json.loads(told["training_plan"])["learning_rate"]["peak"] == 0.01
+
+    one_step = _asked(pictures, services, "--name", "beside", *flags[:-1], "--steps", "1")
+    alone, _ = learnt(one_step, capsys)
+    beside, _ = learnt([*one_step, "--training-adapter", str(file)], capsys)
+    assert beside != alone
 
     again = [one for one in _asked(pictures, services, "--name", "frames") if one != "--replace"]
     assert command(again) == 3
@@ -281,23 +280,29 @@ def test_what_the_dit_service_refuses_is_why_a_job_failed(
     assert "lora.groups[0].rank: 5000 given, allowed is 1 to 1024" in str(job["failure"])
 
 
-def test_what_finds_no_room_is_refused_before_it_is_tried(
+def test_another_dit_service_knows_an_adapter_and_refuses_what_finds_no_room(
     services: Services, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = "--encoder", services.encoder.address, "--store", str(tmp_path / "dit")
-    small = "--max-step-bytes", str(64 << 20)
+    flags = "--encoder", services.encoder.address, "--store", str(services.folder / "dit")
+    small = "--max-step-bytes", str(32 << 20)
     with running("dit_service", "--model", str(demo_model()), *flags, *small) as dit:
         dit.wait_until("SERVING")
         with training_with(services.encoder.address, dit.address, tmp_path) as trainer:
-            asked = _asked(pictures, replace(services, trainer=trainer), "--json")
-            asked += ["--batch-size", "64", "--steps", "1"]
+            asked = _asked(pictures, replace(services, trainer=trainer), "--name", "roomy")
+            asked += ["--batch-size", "16", "--steps", "1", "--json"]
             assert command(asked) == 0  # one at a time
             capsys.readouterr()
             job = tmp_path / "job.toml"
-            job.write_text("[training]\nsamples_at_once = 64")
+            job.write_text("[training]\nsamples_at_once = 16")
             assert command([*asked, "--config", str(job)]) == 1
             [failed] = lines(capsys.readouterr().out)
-    assert "64 samples at once, recompute blocks: that takes" in str(failed["failure"])
+        drawn = set()
+        for one in (dit, services.dit):
+            with Client(one.address, services.encoder.address) as client:
+                made = client.generate(PROMPT, **WISH, adapters={"roomy": 1.0})
+                drawn.add(made.pictures[0].pixels_sha256)
+    assert len(drawn) == 1
+    assert "16 samples at once, recompute blocks: that takes" in str(failed["failure"])
     assert "fewer samples_at_once" in str(failed["failure"])
 
 

@@ -27,6 +27,7 @@ from zimage_client.cli.main import main as command
 
 pytestmark = pytest.mark.timeout(300)
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 JOB = """
 name = "glorp"
 batch_size = 2
@@ -184,8 +185,17 @@ def test_a_job_that_goes_on_is_not_taken_away(
     name = capsys.readouterr().out.strip()
     assert command(["jobs", "delete", name, *services.at]) == 3
     assert "cancel it first" in capsys.readouterr().err
+    waiting = [*asked, "--name", "behind"]
+    assert command(waiting) == 0
+    behind = capsys.readouterr().out.strip()
+    for action in ("cancel", "delete"):
+        assert command(["jobs", action, behind, *services.at]) == 0
     assert command(["jobs", "cancel", name, *services.at]) == 0
     assert show(name, services.at, capsys)["state"] == "cancelled"
+    assert command(["jobs", "delete", name, *services.at]) == 0
+    # The trainer goes on behind one that was taken out of its line.
+    after = ["train", "--replace", "--config", str(job), "--steps", "1", *services.at]
+    assert len(learnt(after, capsys)[0]) == 1
 
 
 def test_a_mask_is_learnt_through(
@@ -205,6 +215,16 @@ def test_a_mask_is_learnt_through(
     whole, _ = learnt([*plain, *services.at], capsys)
     masked, _ = learnt([*plain, *masks, *services.at], capsys)
     assert all(one != other for one, other in zip(whole, masked, strict=True))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs(
+    services: Services, job: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = "--images", str(job.parent / "known")
+    small = "--side", "64", "--steps", "2", "--name", "example", "--replace"
+    losses, _ = learnt(["train", "--config", str(path), *images, *small, *services.at], capsys)
+    assert len(losses) == 2
 
 
 def _stats(where: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, int]:

@@ -11,13 +11,14 @@ from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
+from dit_service.model.adapters import Use
 from dit_service.model.loading import load_transformer
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.sampling.euler import text_to_image
 from dit_service.sampling.forwards import Run
 from dit_service.training import flow, lora
 from dit_service.training.training import Example, Training
-from zimage_core.errors import InvalidRequest
+from zimage_core.errors import InvalidRequest, NotReady
 from zimage_core.planning.training import (
     LearningRate,
     LoraGroup,
@@ -174,7 +175,9 @@ def test_what_is_computed_again_changes_no_bit(model: ZImageTransformer) -> None
         assert torch.equal(gradient, again.weights[name].grad), name
 
 
-def test_going_on_from_a_state_changes_no_bit(model: ZImageTransformer) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
+def test_going_on_from_a_state_changes_no_bit(model: ZImageTransformer, optimizer: str) -> None:
+    plan = replace(PLAN, optimizer=Optimizer(optimizer))
     batches = [_batch(model, number) for number in range(6)]
 
     def run(training: Training, batches: Sequence[list[Example]]) -> list[object]:
@@ -184,12 +187,12 @@ def test_going_on_from_a_state_changes_no_bit(model: ZImageTransformer) -> None:
             outcomes.append(training.take_step())
         return outcomes
 
-    whole = Training(model, "sdpa", PLAN)
+    whole = Training(model, "sdpa", plan)
     expected = run(whole, batches)
-    first = Training(model, "sdpa", PLAN)
+    first = Training(model, "sdpa", plan)
     outcomes = run(first, batches[:3])
     kept = dict(sorted(first.state().items()))  # as a file has it
-    second = Training(model, "sdpa", PLAN, kept, first.step)
+    second = Training(model, "sdpa", plan, kept, first.step)
     outcomes += run(second, batches[3:])
     assert outcomes == expected
     assert len({outcome.loss for outcome in expected}) == len(batches)
@@ -199,6 +202,29 @@ def test_going_on_from_a_state_changes_no_bit(model: ZImageTransformer) -> None:
     assert not state
     for name, tensor in whole.adapter_tensors(torch.float32).items():
         assert torch.equal(tensor, second.adapter_tensors(torch.float32)[name])
+
+
+def test_what_is_beside_counts_and_is_not_learnt(model: ZImageTransformer) -> None:
+    state, changed = _used(model), targets(PLAN.lora, model.config)
+    weights = {name.removeprefix("weights/"): tensor for name, tensor in state.items()}
+    beside = (Use(lora.adapter(changed, weights, model.dtype), 1.0),)
+    own = Training(model, "sdpa", PLAN, state)
+    other = Training(model, "sdpa", PLAN, beside=beside)  # whose own weights change nothing yet
+    plain = Training(model, "sdpa", PLAN)
+    losses = []
+    for training in (own, other, plain):
+        _learn(training, _batch(model), 2)
+        losses.append(training.take_step().loss)
+    assert abs(losses[1] - losses[0]) <= TOLERANCE * losses[0]
+    assert abs(losses[2] - losses[0]) > TOLERANCE * losses[0]
+    assert other.adapter_tensors(torch.float32).keys() == own.adapter_tensors(torch.float32).keys()
+    assert other.state().keys() == own.state().keys()
+
+
+def test_an_optimiser_that_needs_cuda_is_refused_elsewhere(model: ZImageTransformer) -> None:
+    plan = replace(PLAN, optimizer=Optimizer("adamw_8bit"))
+    with pytest.raises(NotReady, match="adamw_8bit needs CUDA, and this service computes on cpu"):
+        Training(model, "sdpa", plan)
 
 
 def test_a_mask_counts_what_it_marks_by_its_weights() -> None:

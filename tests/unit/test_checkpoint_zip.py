@@ -41,7 +41,8 @@ def _again(archive: Path, change: dict[str, bytes | None], prefix: str = "") -> 
 def test_what_was_written_is_read(archive: Path, prefix: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    assert checkpoint_zip.read(_again(archive, {}, prefix), folder) == TOLD
+    told = checkpoint_zip.read(_again(archive, {}, prefix), folder)
+    assert (told.step, told.config) == (TOLD.step, TOLD.config)
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     with zipfile.ZipFile(archive) as opened:
         assert {"checkpoint.json", "config.json", "iterator.json", "loss.json"} < set(

@@ -44,14 +44,15 @@ def test_lines_name_pictures_and_their_captions(tmp_path: Path) -> None:
     _picture(tmp_path / "a.png")
     _picture(tmp_path / "left.png")
     lines = [
-        {"file_name": "a.png", "text": "one"},
+        {"file_name": "a.png", "text": "one\u2028still one"},
         {"file_name": "a.png", "text": "two"},
         {"file_name": "gone.png", "text": "three"},
         {"file_name": "../secret.png", "text": "four"},
     ]
-    (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    texts = (json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "metadata.jsonl").write_text("\n\n".join(texts))
     found = gather([Source(tmp_path)], LEAST_PX)
-    assert [one.caption for one in found.examples] == ["one", "two"]
+    assert [one.caption for one in found.examples] == ["one\u2028still one", "two"]
     assert found.again == []
     assert found.faults == {
         "without a line in metadata.jsonl": ["left.png"],
@@ -60,8 +61,12 @@ def test_lines_name_pictures_and_their_captions(tmp_path: Path) -> None:
     }
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+@pytest.mark.parametrize(
+    "line",
+    [b'{"file_name": "a.png"}', b'{"file_name": "a.png", "text": null}', b"\xff", b"[" * 100_000],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "metadata.jsonl").write_bytes(line)
     with pytest.raises(InvalidRequest, match=r"metadata\.jsonl, line 1: .*file_name and one of"):
         gather([Source(tmp_path)], LEAST_PX)
 

@@ -1,11 +1,13 @@
 """What a job's file asks for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from zimage_client import _job_file
+from zimage_client._job_file import JobFile
 from zimage_core.errors import InvalidRequest
 from zimage_core.formats.dataset_file import Example
 from zimage_rpc.dit.v1 import training_pb2
@@ -130,6 +132,30 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
         _job_file.spec(_job_file.read(_file(tmp_path, text)), {}, EXAMPLES)
 
 
+@pytest.mark.parametrize(
+    ("text", "overriding", "said"),
+    [
+        ("epochs = 2\nbatch_size = 0", {}, "batch_size: 0 given"),
+        ("epochs = 2\n[training]\nstep_count = 5", {}, "epochs: beside training.step_count"),
+        ("training = 3", {"training.seed": 1}, "seed: 3 given, allowed is a table"),
+    ],
+)
+def test_what_contradicts_itself_is_named(
+    tmp_path: Path, text: str, overriding: dict[str, object], said: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        _job_file.spec(_job_file.read(_file(tmp_path, text)), overriding, EXAMPLES)
+
+
+def test_no_steps_are_not_the_usual_ones(tmp_path: Path) -> None:
+    spec = _job_file.spec(JobFile(), {"training.step_count": 0}, EXAMPLES)
+    assert spec.training.step_count == 0  # which the trainer refuses
+    assert _job_file.spec(JobFile(), {}, EXAMPLES).training.step_count == 1500
+    job = _job_file.read(_file(tmp_path, "[training]\nstep_count = 5"))
+    again = replace(_job_file.without_steps(job), epochs=2)
+    assert _job_file.spec(again, {}, EXAMPLES).training.step_count == 20
+
+
 def test_flags_go_before_the_file(tmp_path: Path) -> None:
     job = _job_file.read(_file(tmp_path, "[training]\nseed = 3\nstep_count = 9"))
     overriding = {"training.seed": 4, "training.lora.groups[].rank": 2, "sides_px": [64]}
@@ -174,6 +200,8 @@ def test_mflux_examples_are_read_as_they_are(tmp_path: Path) -> None:
         ({"early_stopping": {"enabled": True}}, "early_stopping.enabled: True given"),
         ({"save": {"keep_last_n_checkpoints": 3}}, "save.keep_last_n_checkpoints: 3 given"),
         ({"training_loop": {"num_epochs": "x"}}, "num_epochs: x given, allowed is a whole number"),
+        ({"examples": {"images": 3}}, "examples.images: 3 given, allowed is a list"),
+        ({"examples": {"images": [{"mask": "x"}]}}, r"examples.images\[0\].mask"),
         ({"examples": {"images": [3]}}, r"examples.images\[0\]: 3 given, allowed is an object"),
     ],
 )

@@ -32,6 +32,22 @@ def test_what_is_left_out_is_decided() -> None:
     assert plan.recompute == "blocks"
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        (_Optimizer.NAME_ADAMW, 1e-4),
+        (_Optimizer.NAME_ADAMW_8BIT, 1e-4),
+        (_Optimizer.NAME_ADAFACTOR, 1e-2),
+        (_Optimizer.NAME_PRODIGY, 1.0),
+    ],
+)
+def test_each_optimiser_has_a_usual_rate(name: _Optimizer.Name, peak: float) -> None:
+    given = _Plan(step_count=10, optimizer=_Optimizer(name=name))
+    plan = training.plan(given, PUBLISHED, "plan")
+    assert plan.learning_rate.peak == peak
+    assert training.plan(training.message(plan), PUBLISHED, "plan") == plan
+
+
 def test_a_plan_is_the_same_after_the_way_over_the_wire() -> None:
     given = _Plan(
         seed=-3,
@@ -65,6 +81,14 @@ def test_a_plan_is_the_same_after_the_way_over_the_wire() -> None:
         (_Plan(step_count=1, learning_rate=_Rate(peak=math.nan)), "plan.learning_rate.peak", "0"),
         (_Plan(step_count=1, optimizer=_Optimizer(beta1=1.0)), "plan.optimizer.beta1", "below 1"),
         (_Plan(step_count=1, noise=_Noise(shift=0.0)), "plan.noise.shift", "more than 0"),
+        (
+            _Plan(
+                step_count=1,
+                optimizer=_Optimizer(name=_Optimizer.NAME_ADAFACTOR, beta2=0.99),
+            ),
+            "plan.optimizer.beta2",
+            "nothing with adafactor",
+        ),
         (
             _Plan(step_count=1, lora=training_pb2.LoraPlan(groups=[_Group(rank=0)])),
             "plan.lora.groups[0].rank",

@@ -9,11 +9,20 @@ import grpc.aio
 
 from trainer_service import keeping
 from trainer_service.feeding import Caching, Desk
-from trainer_service.jobs.jobs import CHECKPOINT, DRAWN, ENDED, Happened, Job, Kept, Sampled
-from trainer_service.rpc.spec import decided
+from trainer_service.jobs.jobs import (
+    CHECKPOINT,
+    DRAWN,
+    ENDED,
+    WAITING,
+    Happened,
+    Job,
+    Kept,
+    Sampled,
+)
+from trainer_service.rpc.spec import decided, warnings
 from trainer_service.running import Runner
 from zimage_client import training
-from zimage_core.errors import InvalidRequest, Unavailable
+from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
 from zimage_core.serving import access
 from zimage_core.store.blobs import check_name
 from zimage_core.wire import features, names
@@ -52,11 +61,21 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         asked = request.spec.SerializeToString(deterministic=True)
         made = await self._desk.aside(lambda: jobs.made_of(project, request.request_id, asked))
         if made is not None:
+            if made.state == WAITING:  # the answer to the first request may have been lost half way
+                await self._runner.begin(made.id)
             return trainer_pb2.CreateTrainJobResponse(job=_message(made))
-        spec = (await decided(self._desk, request.spec)).SerializeToString(deterministic=True)
+        dit = await self._desk.client.describe()
+        decision = await decided(self._desk, dit, request.spec)
+        spec = decision.SerializeToString(deterministic=True)
         job = await self._desk.aside(lambda: jobs.create(project, request.request_id, asked, spec))
-        self._runner.submit(job.id)
-        return trainer_pb2.CreateTrainJobResponse(job=_message(job))
+        try:
+            await asyncio.shield(self._runner.begin(job.id))
+        except ZImageError:  # what it needs went meanwhile
+            await self._desk.aside(lambda: jobs.delete(job.id))
+            raise
+        return trainer_pb2.CreateTrainJobResponse(
+            job=_message(job), warnings=warnings(dit, decision)
+        )
 
     async def GetTrainJob(  # noqa: N802 - gRPC's name
         self, request: trainer_pb2.GetTrainJobRequest, context: _Context
@@ -91,13 +110,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         context: _Context,
     ) -> AsyncIterator[trainer_pb2.WatchTrainJobResponse]:
         """All that the caller does not know, then what comes."""
-        async with asyncio.timeout(_SILENT_SECONDS):
-            first, second = await anext(request_iterator, None), await anext(request_iterator, None)
-        if first is None or second is not None:
-            given = "more than one" if first else "none"
-            raise InvalidRequest.given(
-                "WatchTrainJobRequest", given, "one, then the end", "GRAMMAR"
-            )
+        first = await _only(request_iterator)
         after = first.after_sequence
         after_step = first.after_step if first.HasField("after_step") else -1
         await self._get(first.id)
@@ -179,8 +192,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         seconds = request.unused_for.ToNanoseconds() / 1e9 if is_given else _USUAL_UNUSED_SECONDS
         if seconds < 0:
             raise InvalidRequest.given("unused_for", f"{seconds:g} s", "0 s or more", "DURATION")
-        desk = self._desk
-        gone = await desk.aside(lambda: keeping.prune(desk.blobs, desk.jobs, seconds))
+        gone = await self._desk.aside(lambda: self._runner.prune(seconds))
         return trainer_pb2.PruneCacheResponse(kinds=map(_kind, gone))
 
     async def _get(self, job: str) -> Job:
@@ -195,6 +207,22 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def _steps(self, job: str, after: int) -> list[training.Learnt]:
         return await self._desk.aside(lambda: self._desk.jobs.steps(job, after, _STEPS_AT_ONCE))
+
+
+async def _only(
+    requests: AsyncIterator[trainer_pb2.WatchTrainJobRequest],
+) -> trainer_pb2.WatchTrainJobRequest:
+    """The one message of a call."""
+    try:
+        async with asyncio.timeout(_SILENT_SECONDS):
+            first, second = await anext(requests, None), await anext(requests, None)
+        given = "more than one" if first else "none"
+    except TimeoutError:
+        first = second = None
+        given = f"nothing within {_SILENT_SECONDS:g} s"
+    if first is None or second is not None:
+        raise InvalidRequest.given("WatchTrainJobRequest", given, "one, then the end", "GRAMMAR")
+    return first
 
 
 def _message(job: Job) -> trainer_pb2.TrainJob:

@@ -1,16 +1,21 @@
 """What a job is asked to be, decided and checked before it is one."""
 
-from contextlib import suppress
 from operator import attrgetter
 
 from trainer_service.feeding import Desk
+from zimage_client import DitDescription
 from zimage_core import digests
 from zimage_core.errors import InvalidRequest, NotFound, Unavailable
 from zimage_core.formats import dataset_file
+from zimage_core.planning.curriculum import epoch_length
 from zimage_core.store.blobs import check_name
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 _LARGEST_BATCH = 256
+_MOST_STEPS = 10_000_000
+_MOST_ENCODED_FIRST = 1_000_000
+"""Samples, where all of them are looked through before the first step."""
+_LONGEST_EPOCH = 10_000_000
 _MOST_SIDES = 16
 _MOST_SAMPLES = 16
 _USUAL_INTERVAL = 250
@@ -18,7 +23,9 @@ _LARGEST_DATASET_BYTES = 1 << 30
 _NAMED_IN_ERRORS = 5
 
 
-async def decided(desk: Desk, asked: trainer_pb2.TrainJobSpec) -> trainer_pb2.TrainJobSpec:
+async def decided(
+    desk: Desk, dit: DitDescription, asked: trainer_pb2.TrainJobSpec
+) -> trainer_pb2.TrainJobSpec:
     """With everything that was left out; raises InvalidRequest with the path of what is wrong, and
     NotFound for files that are not here. What only the DiT service can judge it is asked when the
     job begins."""
@@ -31,22 +38,29 @@ async def decided(desk: Desk, asked: trainer_pb2.TrainJobSpec) -> trainer_pb2.Tr
     )
     spec.caption_dropout = asked.caption_dropout  # set from here on
     spec.captions = spec.captions or trainer_pb2.TrainJobSpec.CAPTIONS_STREAM
+    is_encoded_first = spec.only_caches or spec.captions == spec.CAPTIONS_ALL_FIRST
+    most_steps = _MOST_ENCODED_FIRST // spec.batch_size if is_encoded_first else _MOST_STEPS
     for name, is_allowed, allowed in (
         ("caption_dropout", 0 <= spec.caption_dropout <= 1, "0 to 1"),
         ("fixed_tag_count", spec.fixed_tag_count >= 0, "0 or more"),
         ("samples.prompts", len(spec.samples.prompts) <= _MOST_SAMPLES, f"{_MOST_SAMPLES} at most"),
-        ("training.step_count", spec.training.step_count >= 1, "1 or more"),
+        ("training.step_count", 1 <= spec.training.step_count <= most_steps, f"1 to {most_steps}"),
     ):
         if not is_allowed:
             given = attrgetter(name)(spec)
             raise InvalidRequest.given(f"spec.{name}", given, allowed, "TRAINING_PLAN")
-    spec.sides_px[:] = await _sides(desk, spec)
+    spec.sides_px[:] = _sides(dit, spec)
     if not spec.replaces_adapter and not spec.only_caches:
         await _refuse_taken(desk, spec.name)
     digests.check(spec.dataset.sha256, "spec.dataset.sha256")
     await desk.aside(lambda: _refuse_missing(desk, spec.dataset.sha256))
     if spec.HasField("start"):
         await desk.aside(lambda: _check_start(desk, spec))
+    if spec.training.HasField("beside"):
+        beside = spec.training.beside.digest
+        digests.check(beside.sha256, "spec.training.beside.digest.sha256")
+        file = await desk.aside(lambda: desk.blobs.local(beside.sha256))
+        beside.size_bytes = file.stat().st_size
     return spec
 
 
@@ -61,15 +75,36 @@ def _check_start(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> None:
 
 
 async def _refuse_taken(desk: Desk, name: str) -> None:
-    """Nobody's adapter goes unless that is wanted."""
-    with suppress(NotFound):
-        await desk.client.get_adapter(name)
+    """Nobody's adapter goes unless that is wanted, nor that of a job that is about to learn it."""
+    if await desk.aside(lambda: _is_to_be(desk, name)):
+        allowed = "a name that no job under way gives, or replaces_adapter"
+        raise InvalidRequest.given("spec.name", name, allowed, "ADAPTER_EXISTS")
+    for client in desk.dits:
+        try:
+            await client.get_adapter(name)
+        except (NotFound, Unavailable):
+            continue
         allowed = "a name that no adapter has, or replaces_adapter"
         raise InvalidRequest.given("spec.name", name, allowed, "ADAPTER_EXISTS")
 
 
-async def _sides(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> list[int]:
-    dit = await desk.client.describe()
+def _is_to_be(desk: Desk, name: str) -> bool:
+    jobs = map(desk.jobs.read, desk.jobs.unfinished())
+    return any(trainer_pb2.TrainJobSpec.FromString(job.spec).name == name for job in jobs)
+
+
+def warnings(dit: DitDescription, spec: trainer_pb2.TrainJobSpec) -> list[str]:
+    """What may not be as it was meant."""
+    is_turbo = dit.model is not None and dit.model.variant == "turbo"
+    if not is_turbo or spec.only_caches or spec.training.HasField("beside"):
+        return []
+    return [
+        "this is a Turbo model: what is learnt on it as it is makes pictures of few steps blurry; "
+        "--training-adapter FILE names a LoRA that undoes the distillation while training"
+    ]
+
+
+def _sides(dit: DitDescription, spec: trainer_pb2.TrainJobSpec) -> list[int]:
     if dit.model is None or dit.limits is None:
         raise Unavailable("the model is being loaded", reason="LOADING", retry_after=1.0)
     sides = list(dict.fromkeys(spec.sides_px)) or [dit.model.default_side_px]
@@ -95,8 +130,15 @@ def _count(spec: trainer_pb2.TrainJobSpec, name: str, usual: int, most: int) -> 
 
 def _refuse_missing(desk: Desk, dataset: str) -> None:
     """Reads the dataset and looks for its pictures."""
+    size = desk.blobs.find(dataset).stored_bytes
+    if size > _LARGEST_DATASET_BYTES:
+        given, allowed = f"{size} bytes", f"{_LARGEST_DATASET_BYTES} at most"
+        raise InvalidRequest.given("spec.dataset", given, allowed, "DATASET")
     with desk.blobs.open(dataset) as file:
-        examples = dataset_file.load(file.read(_LARGEST_DATASET_BYTES))
+        examples = dataset_file.load(file.read())
+    if (length := epoch_length(examples)) > _LONGEST_EPOCH:
+        given, allowed = f"an epoch of {length}", f"{_LONGEST_EPOCH} at most"
+        raise InvalidRequest.given("spec.dataset", given, allowed, "DATASET")
     names = {sha256: one.name for one in examples for sha256 in one.files}
     missing = [sha256 for sha256 in names if not desk.blobs.find(sha256).complete]
     if missing:

@@ -10,8 +10,9 @@ import json
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _CONFIG, _ITERATOR, _LOSS = "config.json", "iterator.json", "loss.json"
 _CONTENTS = "checkpoint.json"
 _FILES = (ADAPTER, STATE, DATASET)
 _NUMBER = re.compile(r"\d+_")
+_BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError)
 _LARGEST_TEXT_BYTES = 64 << 20
 _LARGEST_RATIO = 20
 """Of a member to what it takes in the archive: numbers hardly shrink at all."""
@@ -34,8 +36,8 @@ class Told:
     step: int
     config: Mapping[str, Any]
     """The job, by the names of its fields."""
-    losses: Mapping[int, float]
-    """By their steps."""
+    losses: Mapping[int, float] = field(default_factory=dict)
+    """By their steps; for people, and not read again."""
 
 
 def write(path: Path, told: Told, files: Mapping[str, Path]) -> None:
@@ -78,14 +80,12 @@ def read(path: Path, folder: Path) -> Told:
                     shutil.copyfileobj(there, here)
             config = _object(path, archive, members[_CONFIG])
             iterator = _object(path, archive, members[_ITERATOR])
-            loss = _object(path, archive, members[_LOSS]) if _LOSS in members else {}
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+    except _BROKEN as error:
         raise _refusal(path, str(error)) from None
     step = iterator.get("num_iterations")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise _refusal(path, f"its {_ITERATOR} has no num_iterations")
-    losses = dict(zip(loss.get("steps", ()), loss.get("losses", ()), strict=False))
-    return Told(step, config, losses)
+    return Told(step, config)
 
 
 def _check(path: Path, name: str, member: zipfile.ZipInfo) -> None:

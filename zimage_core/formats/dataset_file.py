@@ -58,7 +58,7 @@ def load(data: bytes) -> tuple[Example, ...]:
     for number, line in enumerate(data.splitlines(), 1):
         try:
             examples.append(_example(json.loads(line)))
-        except (ValueError, TypeError, KeyError, InvalidRequest) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, InvalidRequest) as error:
             raise _refusal(f"line {number}: {error}") from None
     if not examples:
         raise _refusal("no examples")

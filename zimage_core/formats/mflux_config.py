@@ -154,14 +154,19 @@ def _data(given: "_Table") -> dict[str, Any] | None:
     examples.refuse_unknown()
     if images is None:
         return None
+    if not isinstance(images, list):
+        raise _refusal("examples.images", str(images)[:100], "a list")
     pictures = [_Table(one, f"examples.images[{index}]") for index, one in enumerate(images)]
+    named = [
+        {"image": one.take("image", ""), "caption": one.take("prompt", "")} for one in pictures
+    ]
+    for one in pictures:
+        one.refuse_unknown()
     return {
         "path": path,
         "repeats": repeats,
         "flips": flips,
-        "images": [
-            {"image": one.take("image", ""), "caption": one.take("prompt", "")} for one in pictures
-        ],
+        "images": named,
     }
 
 

@@ -4,12 +4,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from zimage_core.digests import Named
 from zimage_core.planning.flops import DitShape
 from zimage_core.planning.linears import linears
 
 USUAL_STACK = "layers"
 USUAL_RANK = 16
 LARGEST_RANK = 1024
+USUAL_PEAKS = {"adafactor": 1e-2, "prodigy": 1.0}
+"""Of learning rates, with optimisers that take them as relative to something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,9 @@ class TrainingPlan:
     """What is computed again for the gradient rather than kept for it, or nothing."""
     average_decay: float = 0.0
     """Of the moving average of the weights, which is what is used then; 0 for none."""
+    beside: Named | None = None
+    """The file of an adapter that is active while training, and absent afterwards."""
+    beside_scale: float = 1.0
     save_dtype: str = "bfloat16"
     """The element type of the adapter's file."""
 

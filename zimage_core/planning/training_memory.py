@@ -17,8 +17,10 @@ FORWARDS = {NOTHING: 3, BLOCKS: 4}
 """What a sample costs, in forwards: itself, about twice that for its gradient, and what is computed
 again."""
 
-_LEARNT_BYTES, _MOMENT_BYTES, _GRADIENT_BYTES = 4, 8, 4
+_LEARNT_BYTES, _GRADIENT_BYTES = 4, 4
 """Of a number that is learnt, in float32."""
+_KEPT_BYTES = {"adamw": 8, "adafactor": 0.2, "prodigy": 16, "adamw_8bit": 2.1}
+"""What an optimiser keeps of it; rows and columns alone are few, in low-rank weights, too."""
 _KEPT = 24.4
 """Of a block, whatever is learnt in it."""
 _INPUTS = {
@@ -73,7 +75,7 @@ def training_bytes(
     gradients = _GRADIENT_BYTES * count
     way = _way(shape, plan, samples) * shape.dim * element_bytes
     way = way + gradients if accumulates else max(way, gradients)
-    of_each = _LEARNT_BYTES * (2 if plan.average_decay else 1) + _MOMENT_BYTES
+    of_each = _LEARNT_BYTES * (2 if plan.average_decay else 1) + _KEPT_BYTES[plan.optimizer.name]
     return TrainingBytes(
         weights=dit_parameter_count(shape) * element_bytes,
         learnt=count * of_each,

@@ -220,8 +220,9 @@ class Blobs:
 
     def kept(self, kind: str) -> Iterator[Kept]:
         """All names of a kind, with what they point at."""
+        names = self.names(kind)  # before the blobs: a new name has one that is there already
         entries = {_last(entry.key): entry for entry in self._shelf.entries(_BLOBS)}
-        for name in self.names(kind):
+        for name in names:
             try:
                 sha256 = self.pointed_at(kind, name)
             except NotFound:  # taken away just now, or torn

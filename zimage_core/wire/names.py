@@ -50,6 +50,9 @@ DISTRIBUTIONS = {
 }
 OPTIMIZERS = {
     "adamw": training_pb2.OptimizerPlan.NAME_ADAMW,
+    "adafactor": training_pb2.OptimizerPlan.NAME_ADAFACTOR,
+    "prodigy": training_pb2.OptimizerPlan.NAME_PRODIGY,
+    "adamw_8bit": training_pb2.OptimizerPlan.NAME_ADAMW_8BIT,
 }
 COURSES = {
     "constant": training_pb2.LearningRatePlan.COURSE_CONSTANT,

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from zimage_core import digests
+from zimage_core.digests import Named
 from zimage_core.errors import InvalidRequest
 from zimage_core.planning.flops import DitShape
 from zimage_core.planning.linears import block_counts, block_linears, modulation_linears
 from zimage_core.planning.training import (
     LARGEST_RANK,
+    USUAL_PEAKS,
     USUAL_RANK,
     USUAL_STACK,
     LearningRate,
@@ -29,6 +32,7 @@ from zimage_core.wire.names import (
     name_of,
 )
 from zimage_rpc.dit.v1 import training_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 _MOST_STEPS = 10_000_000
 _MOST_AT_ONCE = 256
@@ -39,16 +43,24 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
     """The plan for a model of this shape; raises InvalidRequest with the path of what is wrong,
     which begins with that of the message."""
     given = _Section(message, field)
+    optimizer = _optimizer(given.within("optimizer"))
+    beside, file = given.within("beside"), None
+    if message.HasField("beside"):
+        digest = message.beside.digest
+        digests.check(digest.sha256, f"{beside.field}.digest.sha256")
+        file = Named(digest.sha256, digest.size_bytes)
     return TrainingPlan(
         seed=message.seed,
         step_count=given.count("step_count", None, 1, _MOST_STEPS),
         lora=_lora(given.within("lora"), shape),
         noise=_noise(given.within("noise")),
-        optimizer=_optimizer(given.within("optimizer")),
-        learning_rate=_learning_rate(given.within("learning_rate")),
+        optimizer=optimizer,
+        learning_rate=_learning_rate(given.within("learning_rate"), optimizer),
         samples_at_once=given.count("samples_at_once", 1, 1, _MOST_AT_ONCE),
         recompute=given.name("recompute", RECOMPUTES),
         average_decay=given.number("average_decay", 0.0, _BELOW_1),
+        beside=file,
+        beside_scale=beside.number("scale", 1.0, _ANY),
         save_dtype=given.within("save").name("dtype", SAVE_DTYPES),
     )
 
@@ -56,7 +68,12 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
 def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
     """The message that says all of a plan."""
     noise, optimizer, rate = decided.noise, decided.optimizer, decided.learning_rate
+    beside = None
+    if file := decided.beside:
+        digest = types_pb2.Digest(sha256=file.sha256, size_bytes=file.size_bytes)
+        beside = training_pb2.TrainingAdapter(digest=digest, scale=decided.beside_scale)
     return training_pb2.TrainingPlan(
+        beside=beside,
         seed=decided.seed,
         step_count=decided.step_count,
         lora=training_pb2.LoraPlan(
@@ -121,9 +138,14 @@ def _noise(given: "_Section") -> Noise:
 
 
 def _optimizer(given: "_Section") -> Optimizer:
-    usual = Optimizer()
+    usual, name = Optimizer(), given.name("name", OPTIMIZERS)
+    if name == "adafactor":
+        for other in ("beta1", "beta2", "epsilon"):
+            value = getattr(given.message, other)
+            if given.message.HasField(other) and value != getattr(usual, other):
+                raise given.refusal(other, value, "nothing with adafactor")
     return Optimizer(
-        name=given.name("name", OPTIMIZERS),
+        name=name,
         beta1=given.number("beta1", usual.beta1, _BELOW_1),
         beta2=given.number("beta2", usual.beta2, _BELOW_1),
         epsilon=given.number("epsilon", usual.epsilon, _ABOVE_0),
@@ -134,10 +156,10 @@ def _optimizer(given: "_Section") -> Optimizer:
     )
 
 
-def _learning_rate(given: "_Section") -> LearningRate:
+def _learning_rate(given: "_Section", optimizer: Optimizer) -> LearningRate:
     usual = LearningRate()
     return LearningRate(
-        peak=given.number("peak", usual.peak, _RATE),
+        peak=given.number("peak", USUAL_PEAKS.get(optimizer.name, usual.peak), _RATE),
         course=given.name("course", COURSES),
         warmup_step_count=given.count("warmup_step_count", usual.warmup_step_count, 0, _MOST_STEPS),
         least=given.number("least", usual.least, _FROM_0),

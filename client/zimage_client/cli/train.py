@@ -1,6 +1,7 @@
 """`zimage-client train`: pictures and captions in, a LoRA out, by a job that goes on without us."""
 
 import asyncio
+import json
 import tempfile
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
@@ -33,6 +34,13 @@ _OF_SPEC = {
     "sample": "samples.prompts",
 }
 """Where the flags' values belong."""
+_FLAGS = {"job_file": "config"}
+"""Whose names are not those of their values."""
+_OF_DATA = (
+    *("images", "job_file", "masks", "flip", "trigger", "skip_faulty", "epochs"),
+    "training_adapter",
+)
+"""What a checkpoint says already."""
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -100,6 +108,12 @@ def add_job_flags(parser: ArgumentParser) -> None:
         metavar="PROMPT",
         help="draw it with each checkpoint; may be given again",
     )
+    how.add_argument(
+        "--training-adapter",
+        type=Path,
+        metavar="FILE",
+        help="a LoRA that is active while training alone, such as one that undoes a distillation",
+    )
     how.add_argument("--rank", type=int, metavar="N", help="default: 16")
     how.add_argument("--steps", type=int, metavar="N", help=f"default: {_job_file.USUAL_STEPS}")
     how.add_argument("--epochs", type=int, metavar="N", help="in the place of --steps")
@@ -113,11 +127,13 @@ def add_job_flags(parser: ArgumentParser) -> None:
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int | None:
     """Begins, then watches."""
+    if args.detach and args.samples:
+        raise wrong("--samples", "who watches saves them: jobs watch JOB --samples DIR")
     async with jobs.trainer(settings) as trainer:
         job = await begin(trainer, args, terminal)
         terminal.note(f"job {job.id}: {job.step_count} steps, {job.name}")
         if args.detach:
-            terminal.result(job.id)
+            terminal.result(json.dumps({"id": job.id}) if args.json else job.id)
             return None
         return await jobs.watch(trainer, job.id, args, terminal)
 
@@ -127,7 +143,7 @@ async def begin(
 ) -> TrainJob:
     """Looks at everything, sends what the trainer lacks, and begins."""
     if args.checkpoint:
-        return await _again(trainer, args, terminal)
+        return await _again(trainer, args, terminal, only_caches=only_caches)
     file = _asked(args)
     data = file.data
     if data is None or not data.sources():
@@ -141,21 +157,27 @@ async def begin(
     overriding = {path: getattr(args, flag) for flag, path in _OF_SPEC.items()}
     overriding["name"] = args.name or file.values.get("name") or _usual_name(args, data)
     spec = _job_file.spec(file, overriding, dataset.examples)
-    spec.only_caches = only_caches
+    spec.only_caches |= only_caches
     spec.dataset.CopyFrom(await _sent(trainer, dataset, terminal))
+    if beside := args.training_adapter or file.beside:
+        terminal.live(f"sending {beside}")
+        spec.training.beside.digest.sha256 = await trainer.put_blob(beside)
     return await trainer.train(spec)
 
 
-async def _again(trainer: AsyncTrainer, args: Namespace, terminal: Terminal) -> TrainJob:
+async def _again(
+    trainer: AsyncTrainer, args: Namespace, terminal: Terminal, *, only_caches: bool
+) -> TrainJob:
     """Goes on from a file; what else is said goes before what it says."""
-    if args.images or args.job_file:
-        raise wrong(
-            "--checkpoint", "--checkpoint says what is learnt; leave --images, --config out"
-        )
+    for flag in _OF_DATA:
+        if getattr(args, flag):
+            said = "--" + _FLAGS.get(flag, flag).replace("_", "-")
+            raise wrong("--checkpoint", f"--checkpoint says what is learnt; leave {said} out")
     terminal.live(f"sending {args.checkpoint}")
     values, start, dataset = await archives.send(trainer, args.checkpoint)
     overriding = {path: getattr(args, flag) for flag, path in _OF_SPEC.items()}
     spec = _job_file.spec(JobFile(values), overriding, [])
+    spec.only_caches = only_caches
     spec.start.CopyFrom(start)
     spec.dataset.CopyFrom(dataset)
     return await trainer.train(spec)
@@ -163,10 +185,14 @@ async def _again(trainer: AsyncTrainer, args: Namespace, terminal: Terminal) -> 
 
 def _asked(args: Namespace) -> JobFile:
     """What the file says, and what flags say of data and epochs."""
-    if args.epochs and args.steps:
+    if args.epochs is not None and args.steps is not None:
         raise wrong("--epochs", "give --epochs or --steps, not both")
     file = _job_file.read(args.job_file) if args.job_file else JobFile()
-    epochs = None if args.steps else args.epochs or file.epochs
+    epochs = file.epochs if args.epochs is None else args.epochs
+    if args.steps is not None:
+        epochs = None
+    if args.epochs is not None:
+        file = _job_file.without_steps(file)
     if epochs is not None and epochs < 1:
         raise wrong("--epochs", f"{epochs} given, allowed is 1 or more")
     data = file.data or Data()

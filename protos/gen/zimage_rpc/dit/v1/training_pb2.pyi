@@ -144,6 +144,7 @@ class TrainingPlan(_message.Message):
     RECOMPUTE_FIELD_NUMBER: _builtins.int
     AVERAGE_DECAY_FIELD_NUMBER: _builtins.int
     SAVE_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Decides what is drawn by chance."""
     step_count: _builtins.int
@@ -174,6 +175,10 @@ class TrainingPlan(_message.Message):
     def save(self) -> Global___SavePlan:
         """How the adapter is written."""
 
+    @_builtins.property
+    def beside(self) -> Global___TrainingAdapter:
+        """An adapter that is active while training and absent afterwards, such as one that undoes the distillation of a Turbo model."""
+
     def __init__(
         self,
         *,
@@ -187,10 +192,11 @@ class TrainingPlan(_message.Message):
         recompute: Global___TrainingPlan.Recompute.ValueType = ...,
         average_decay: _builtins.float | None = ...,
         save: Global___SavePlan | None = ...,
+        beside: Global___TrainingAdapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "samples_at_once", b"samples_at_once", "save", b"save"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "samples_at_once", b"samples_at_once", "save", b"save"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__average_decay: _TypeAlias = _typing.Literal["average_decay"]  # noqa: Y015
     _WhichOneofArgType__average_decay: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay"]  # noqa: Y015
@@ -202,6 +208,36 @@ class TrainingPlan(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__samples_at_once) -> _WhichOneofReturnType__samples_at_once | None: ...
 
 Global___TrainingPlan: _TypeAlias = TrainingPlan  # noqa: Y015
+
+@_typing.final
+class TrainingAdapter(_message.Message):
+    """An adapter that training is done beside."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    scale: _builtins.float
+    """How strong it is. Unset means 1."""
+    @_builtins.property
+    def digest(self) -> _types_pb2.Digest:
+        """Its file; needed like what batches name."""
+
+    def __init__(
+        self,
+        *,
+        digest: _types_pb2.Digest | None = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "digest", b"digest", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "digest", b"digest", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___TrainingAdapter: _TypeAlias = TrainingAdapter  # noqa: Y015
 
 @_typing.final
 class SavePlan(_message.Message):
@@ -431,6 +467,12 @@ class OptimizerPlan(_message.Message):
         """Not given: AdamW."""
         NAME_ADAMW: OptimizerPlan._Name.ValueType  # 1
         """AdamW."""
+        NAME_ADAFACTOR: OptimizerPlan._Name.ValueType  # 2
+        """Adafactor: keeps next to nothing; rates are relative to the weights. Has no betas and no epsilon."""
+        NAME_PRODIGY: OptimizerPlan._Name.ValueType  # 3
+        """Prodigy: finds out how far to go; the rate scales that."""
+        NAME_ADAMW_8BIT: OptimizerPlan._Name.ValueType  # 4
+        """AdamW that keeps its averages in eight bits; on CUDA alone."""
 
     class Name(_Name, metaclass=_NameEnumTypeWrapper):
         """An optimiser."""
@@ -439,6 +481,12 @@ class OptimizerPlan(_message.Message):
     """Not given: AdamW."""
     NAME_ADAMW: OptimizerPlan.Name.ValueType  # 1
     """AdamW."""
+    NAME_ADAFACTOR: OptimizerPlan.Name.ValueType  # 2
+    """Adafactor: keeps next to nothing; rates are relative to the weights. Has no betas and no epsilon."""
+    NAME_PRODIGY: OptimizerPlan.Name.ValueType  # 3
+    """Prodigy: finds out how far to go; the rate scales that."""
+    NAME_ADAMW_8BIT: OptimizerPlan.Name.ValueType  # 4
+    """AdamW that keeps its averages in eight bits; on CUDA alone."""
 
     NAME_FIELD_NUMBER: _builtins.int
     BETA1_FIELD_NUMBER: _builtins.int
@@ -535,7 +583,7 @@ class LearningRatePlan(_message.Message):
     course: Global___LearningRatePlan.Course.ValueType
     """The course."""
     peak: _builtins.float
-    """The largest. Unset means 1e-4."""
+    """The largest. Unset means 1e-4; with Adafactor 1e-2, with Prodigy 1."""
     warmup_step_count: _builtins.int
     """Over how many steps it rises. Unset means 0."""
     least: _builtins.float
