@@ -99,23 +99,28 @@ def _fill(module: Any) -> None:
         one.requires_grad_("lora" in name)
 
 
-def ours(lengths: tuple[int, ...], recompute: str) -> None:
+def ours(recompute: str) -> Callable[[tuple[int, ...]], None]:
     """Our step, all samples at once."""
     groups = (LoraGroup(name, 0, count, LINEARS, RANK, RANK) for name, count in STACKS.items())
     plan = TrainingPlan(0, 10, tuple(groups), recompute=recompute)
-    examples = [
-        Example(
-            torch.empty(16, SIDE, SIDE),
-            torch.empty(n, CONFIG.cap_feat_dim, dtype=torch.bfloat16),
-            1 / len(lengths),
-        )
-        for n in lengths
-    ]
-    noised = [
-        Noised(torch.empty_like(one.latents_CHW), 0.5, torch.empty_like(one.latents_CHW))
-        for one in examples
-    ]
-    Training(fake_transformer(CPU), "sdpa", plan).go_back(noised, examples)
+    transformer = fake_transformer(CPU)
+
+    def step(lengths: tuple[int, ...]) -> None:
+        examples = [
+            Example(
+                torch.empty(16, SIDE, SIDE),
+                torch.empty(n, CONFIG.cap_feat_dim, dtype=torch.bfloat16),
+                1 / len(lengths),
+            )
+            for n in lengths
+        ]
+        noised = [
+            Noised(torch.empty_like(one.latents_CHW), 0.5, torch.empty_like(one.latents_CHW))
+            for one in examples
+        ]
+        Training(transformer, "sdpa", plan).go_back(noised, examples)
+
+    return step
 
 
 CASES: dict[str, Callable[[], Callable[[tuple[int, ...]], None]]] = {
@@ -123,8 +128,8 @@ CASES: dict[str, Callable[[], Callable[[tuple[int, ...]], None]]] = {
     "  the refiners kept": partial(theirs, refiners=False),
     "  attention by score matrices": partial(theirs, math=True),
     "  with nothing computed again": partial(theirs, recomputes=False),
-    "ours: packed, every block computed again": lambda: partial(ours, recompute="blocks"),
-    "  nothing computed again": lambda: partial(ours, recompute="nothing"),
+    "ours: packed, every block computed again": partial(ours, "blocks"),
+    "  nothing computed again": partial(ours, "nothing"),
 }
 
 

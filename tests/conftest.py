@@ -5,9 +5,14 @@ import signal
 from collections.abc import Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 IN_CI = bool(os.environ.get("CI"))
+
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are shared
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:
