@@ -109,6 +109,11 @@ def pause_seconds(failures: int) -> float:
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - so that jobs do not come in step
 
 
+def base_model(dit: DitDescription) -> str:
+    """The model of a DiT service, as people call it; empty while it is loaded."""
+    return f"{dit.model.name} ({dit.model.variant})" if dit.model else ""
+
+
 async def publish(desk: Desk, name: str, kept: Kept) -> None:
     """Lets everybody draw with a checkpoint by that name, at each DiT service that is there; raises
     what went wrong where none is."""
@@ -240,16 +245,21 @@ class Feeding:
             await self._desk.aside(lambda: self._desk.jobs.decide(self._job.id, spec))
 
     async def _free_dit(self) -> tuple[AsyncClient, DitDescription]:
-        """The first DiT service that is there."""
+        """The first DiT service that is there with the job's model."""
         error: ZImageError = _loading("the model")
+        wanted = self._spec.base_model
         for client in self._desk.dits:
             try:
                 described = await client.describe()
             except ZImageError as one:
                 error = one
                 continue
-            if described.ready:
+            there = base_model(described)
+            if described.ready and wanted in ("", there):
                 return client, described
+            if described.ready:
+                said = f"the DiT service has {there}, and the job learns on {wanted}"
+                error = Unavailable(said, reason="ANOTHER_MODEL")
         raise error
 
     async def _encode_all(self, encoder: EncoderDescription, dit: DitDescription) -> bool:

@@ -22,6 +22,7 @@ from tests.e2e.trainer import (
     show,
     three_services,
     training_with,
+    wait,
 )
 from zimage_client.cli.main import main as command
 
@@ -196,6 +197,22 @@ def test_a_job_that_goes_on_is_not_taken_away(
     # The trainer goes on behind one that was taken out of its line.
     after = ["train", "--replace", "--config", str(job), "--steps", "1", *services.at]
     assert len(learnt(after, capsys)[0]) == 1
+
+
+def test_a_job_waits_for_the_model_that_it_learns_on(
+    services: Services, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text('base_model = "another (base)"')
+    images = "--images", str(job.parent / "known")
+    asked = ["train", "--replace", "--config", str(other), *images, "--detach", *services.at]
+    assert command(asked) == 0
+    name = capsys.readouterr().out.strip()
+    waiting = wait(name, services.at, capsys, lambda shown: bool(shown["waits_for"]))
+    assert "has zimage-demo (turbo), and the job learns on another (base)" in str(
+        waiting["waits_for"]
+    )
+    assert command(["jobs", "cancel", name, *services.at]) == 0
 
 
 def test_a_mask_is_learnt_through(

@@ -2,7 +2,7 @@
 
 from operator import attrgetter
 
-from trainer_service.feeding import Desk
+from trainer_service.feeding import Desk, base_model
 from zimage_client import DitDescription
 from zimage_core import digests
 from zimage_core.errors import InvalidRequest, NotFound, Unavailable
@@ -50,6 +50,7 @@ async def decided(
             given = attrgetter(name)(spec)
             raise InvalidRequest.given(f"spec.{name}", given, allowed, "TRAINING_PLAN")
     spec.sides_px[:] = _sides(dit, spec)
+    spec.base_model = spec.base_model or base_model(dit)
     if not spec.replaces_adapter and not spec.only_caches:
         await _refuse_taken(desk, spec.name)
     digests.check(spec.dataset.sha256, "spec.dataset.sha256")

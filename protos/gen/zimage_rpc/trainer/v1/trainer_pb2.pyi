@@ -110,6 +110,7 @@ class TrainJobSpec(_message.Message):
     ONLY_CACHES_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     REPLACES_ADAPTER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that each checkpoint gets as an adapter, in the place of the one before; 1 to 128 letters, digits, '.', '_' and '-'."""
@@ -127,6 +128,8 @@ class TrainJobSpec(_message.Message):
     """When captions and pictures are encoded."""
     only_caches: _builtins.bool
     """Ends when all is encoded; nothing is learnt."""
+    base_model: _builtins.str
+    """The model that is learnt on, as DiT services name it. Unset means that of now; with another one the job waits."""
     replaces_adapter: _builtins.bool
     """Whether the adapter takes the place of one that has its name when the job is made; otherwise that is refused."""
     @_builtins.property
@@ -167,11 +170,12 @@ class TrainJobSpec(_message.Message):
         only_caches: _builtins.bool = ...,
         samples: Global___SamplePlan | None = ...,
         start: Global___TrainCheckpoint | None = ...,
+        base_model: _builtins.str = ...,
         replaces_adapter: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "samples", b"samples", "start", b"start", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
