@@ -50,7 +50,7 @@ class Caches:
         """The file of a caption's embedding. Encoded alone: in company its last bits would depend
         on whose."""
         if encoder.model is None:
-            raise _loading("the encoder")
+            raise loading("the encoder")
         model = encoder.model
         key = {
             "text": text,
@@ -72,7 +72,7 @@ class Caches:
         """The file of a picture's latents, cut to its size, with its mask where it has one. They
         are of the VAE of that DiT service."""
         if dit.limits is None:
-            raise _loading("the model")
+            raise loading("the model")
         example, multiple = look.example, dit.limits.side_multiple_px
         size = size_px(example.width_px, example.height_px, look.side_px, multiple)
         vae = _vae(dit)
@@ -160,7 +160,7 @@ class Caches:
 def _vae(dit: DitDescription) -> dict[str, object]:
     """All that decides what a picture's latents are."""
     if dit.model is None or dit.numeric_plan is None:
-        raise _loading("the model")
+        raise loading("the model")
     plan = dit.numeric_plan
     return {
         "weights": dit.model.vae_sha256,
@@ -184,5 +184,6 @@ def _file(tensors: Mapping[str, TensorData]) -> bytes:
     return struct.pack("<Q", len(header)) + header + b"".join(t.data for t in tensors.values())
 
 
-def _loading(what: str) -> Unavailable:
+def loading(what: str) -> Unavailable:
+    """The error of a service that is not ready yet."""
     return Unavailable(f"{what} is being loaded", reason="LOADING", retry_after=1.0)

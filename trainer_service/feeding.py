@@ -14,11 +14,17 @@ from functools import partial
 from itertools import islice
 from typing import Protocol, TypeVar
 
-from trainer_service.caches import REPLACED, Caches
+from trainer_service.caches import REPLACED, Caches, loading
 from trainer_service.jobs.jobs import Job, Jobs, Kept
 from trainer_service.keeping import CHECKPOINTS, SAMPLES, file_name
 from trainer_service.sampling import Sampler
-from zimage_client import AsyncClient, DitDescription, EncoderDescription, training
+from zimage_client import (
+    AsyncClient,
+    DitDescription,
+    EncoderDescription,
+    TrainStep,
+    training,
+)
 from zimage_core.digests import Named
 from zimage_core.errors import (
     DeadlineTooShort,
@@ -144,7 +150,7 @@ class Feeding:
         self._curriculum = Curriculum(examples, self._spec.training.seed, _habits(self._spec))
         self.caching: Caching | None = None
         """Where all is encoded first."""
-        self._learnt: list[training.Learnt] = []
+        self._learnt: list[TrainStep] = []
         self._keeping: list[asyncio.Task[None]] = []
         self._drawing: list[asyncio.Task[None]] = []
         self._guidance = 0.0
@@ -160,7 +166,7 @@ class Feeding:
         broke it."""
         encoder = await self._desk.client.describe_encoder()
         if not encoder.ready:
-            raise _loading("the encoder")
+            raise loading("the encoder")
         self._dit, dit = await self._free_dit()
         assert dit.limits is not None
         assert dit.model is not None
@@ -207,7 +213,7 @@ class Feeding:
             case training.Opened():
                 await self._decide(event.plan)
                 await self._listener.runs(self._job.id)
-            case training.Learnt():
+            case TrainStep():
                 await self._enter(event)
             case training.Checkpoint():  # kept while others are learnt, one after the other
                 await self._all_kept()
@@ -246,7 +252,7 @@ class Feeding:
 
     async def _free_dit(self) -> tuple[AsyncClient, DitDescription]:
         """The first DiT service that is there with the job's model."""
-        error: ZImageError = _loading("the model")
+        error: ZImageError = loading("the model")
         wanted = self._spec.base_model
         for client in self._desk.dits:
             try:
@@ -375,7 +381,7 @@ class Feeding:
             raise InvalidRequest(said, reason=error.reason, fields=error.fields) from error
         return training.Sample(latents, embedding, look.example.weight)
 
-    async def _enter(self, learnt: training.Learnt) -> None:
+    async def _enter(self, learnt: TrainStep) -> None:
         self._learnt.append(learnt)
         if time.monotonic() - self._entered >= _ENTERED_SECONDS:
             await self._flush()
@@ -447,10 +453,6 @@ class Feeding:
             file = folder / named.sha256
             await self._dit.get_blob(named.sha256, file)
             await self._desk.aside(lambda: blobs.adopt(file))
-
-
-def _loading(what: str) -> Unavailable:
-    return Unavailable(f"{what} is being loaded", reason="LOADING", retry_after=1.0)
 
 
 def _habits(spec: trainer_pb2.TrainJobSpec) -> Habits:

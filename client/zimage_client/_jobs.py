@@ -6,6 +6,7 @@ from datetime import datetime
 from zimage_core.digests import Named
 from zimage_core.errors import ZImageError
 from zimage_core.wire import names, status
+from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 
@@ -141,8 +142,8 @@ def checkpoint(message: trainer_pb2.TrainCheckpoint) -> TrainCheckpoint:
     )
 
 
-def step(message: trainer_pb2.TrainStep) -> TrainStep:
-    """A step."""
+def step(message: trainer_pb2.TrainStep | training_pb2.StepReport) -> TrainStep:
+    """A step, as the trainer or the DiT service tells it."""
     return TrainStep(
         step=message.step,
         loss=message.loss,

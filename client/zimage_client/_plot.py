@@ -2,23 +2,25 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 _WIDTH, _HEIGHT, _MARGIN = 900, 420, 60
 _LINES = 5
-SMOOTHING = 0.98
+_SMOOTHING = 0.98
 
 Point = tuple[int, float]
 
 
 def smoothed(losses: Iterable[float]) -> list[float]:
     """The running mean behind each of them; what is no number leaves it as it was."""
-    found: list[float] = []
-    mean = math.nan
-    for loss in losses:
-        if math.isfinite(loss):
-            mean = loss if math.isnan(mean) else SMOOTHING * mean + (1 - SMOOTHING) * loss
-        found.append(mean)
-    return found
+    return list(accumulate(losses, smoother, initial=math.nan))[1:]
+
+
+def smoother(mean: float, loss: float) -> float:
+    """The running mean behind one more; it begins as no number."""
+    if not math.isfinite(loss):
+        return mean
+    return loss if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * loss
 
 
 def svg(title: str, losses: Sequence[Point]) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 import grpc.aio
 
-from zimage_client import _reading
+from zimage_client import _jobs, _reading
 from zimage_client._calls import TypedErrors
 from zimage_client._channel import Metadata
 from zimage_client._events import NumericPlan
+from zimage_client._jobs import TrainStep
 from zimage_core.digests import Named
 from zimage_core.errors import Cancelled
 from zimage_core.files import chunks
@@ -60,19 +61,6 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class Learnt:
-    """What came of a step."""
-
-    step: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    skipped: bool
-    seconds: float
-    waited_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What is there behind so many steps, in the service's store."""
 
@@ -83,7 +71,7 @@ class Checkpoint:
     """Whether the service is about to stop, and waits until whoever hears of it asks for more."""
 
 
-Answer = Opened | Learnt | Checkpoint
+Answer = Opened | TrainStep | Checkpoint
 
 
 class Session:
@@ -140,7 +128,7 @@ class Session:
                 return None
             case "step":
                 self._credit.give_back()
-                return _learnt(response.step)
+                return _jobs.step(response.step)
             case "checkpoint":
                 if not response.checkpoint.leaving:
                     self._credit.give_back()
@@ -232,18 +220,6 @@ def _opened(message: training_pb2.TrainingOpened) -> Opened:
         step=message.step,
         parameter_count=message.parameter_count,
         numeric_plan=_reading.numeric_plan(message.numeric_plan),
-    )
-
-
-def _learnt(message: training_pb2.StepReport) -> Learnt:
-    return Learnt(
-        step=message.step,
-        loss=message.loss,
-        gradient_norm=message.gradient_norm,
-        learning_rate=message.learning_rate,
-        skipped=message.skipped,
-        seconds=message.duration.ToNanoseconds() / 1e9,
-        waited_seconds=message.waited.ToNanoseconds() / 1e9,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainer_service.jobs.jobs import CHANGED, CHECKPOINT, Jobs, Kept
-from zimage_client.training import Learnt
+from zimage_client import TrainStep
 from zimage_core.digests import Named
 from zimage_core.errors import InvalidRequest, InvalidSettings, NotFound
 from zimage_core.formats import dataset_file
@@ -20,8 +20,8 @@ def jobs(tmp_path: Path) -> Jobs:
     return Jobs(f"sqlite:///{tmp_path}/deeper/jobs.sqlite")
 
 
-def _learnt(step: int, loss: float = 0.5) -> Learnt:
-    return Learnt(step, loss, 1.0, 1e-4, False, 0.1, 0.0)
+def _learnt(step: int, loss: float = 0.5) -> TrainStep:
+    return TrainStep(step, loss, 1.0, 1e-4, False, 0.1, 0.0)
 
 
 def _kept(step: int) -> Kept:

@@ -11,7 +11,7 @@ import sqlalchemy as sql
 from sqlalchemy.engine import Connection, Engine, RowMapping
 
 from trainer_service.jobs.tables import CHECKPOINTS, EVENTS, JOBS, METADATA, SAMPLES, STEPS
-from zimage_client import training
+from zimage_client import TrainStep
 from zimage_core.digests import Named
 from zimage_core.errors import InvalidRequest, InvalidSettings, NotFound
 
@@ -183,7 +183,7 @@ class Jobs:
             _update(connection, job, session_epoch=epoch)
             return epoch
 
-    def add_steps(self, job: str, learnt: Sequence[training.Learnt]) -> None:
+    def add_steps(self, job: str, learnt: Sequence[TrainStep]) -> None:
         """Enters what came of steps; those that are learnt again replace what was said before."""
         if not learnt:
             return
@@ -247,7 +247,7 @@ class Jobs:
                 for row in connection.execute(wanted).mappings()
             ]
 
-    def steps(self, job: str, after: int, count: int) -> list[training.Learnt]:
+    def steps(self, job: str, after: int, count: int) -> list[TrainStep]:
         """What came of steps behind one, of so many at most."""
         wanted = (
             sql.select(STEPS)
@@ -340,7 +340,7 @@ def _enter(connection: Connection, job: str, now: float, kind: str, step: int = 
     connection.execute(EVENTS.insert().values(values))
 
 
-def _step(job: str, learnt: training.Learnt) -> dict[str, object]:
+def _step(job: str, learnt: TrainStep) -> dict[str, object]:
     return {
         "job": job,
         "step": learnt.step,
@@ -353,9 +353,9 @@ def _step(job: str, learnt: training.Learnt) -> dict[str, object]:
     }
 
 
-def _learnt(row: RowMapping) -> training.Learnt:
+def _learnt(row: RowMapping) -> TrainStep:
     nothing = float("nan")  # SQL knows none: it is kept as nothing
-    return training.Learnt(
+    return TrainStep(
         step=row["step"],
         loss=nothing if row["loss"] is None else row["loss"],
         gradient_norm=nothing if row["gradient_norm"] is None else row["gradient_norm"],

@@ -21,7 +21,7 @@ from trainer_service.jobs.jobs import (
 )
 from trainer_service.rpc.spec import decided, warnings
 from trainer_service.running import Runner
-from zimage_client import training
+from zimage_client import TrainStep, training
 from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
 from zimage_core.serving import access
 from zimage_core.store.blobs import check_name
@@ -205,7 +205,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def _samples(self, job: str, step: int) -> list[Sampled]:
         return await self._desk.aside(lambda: self._desk.jobs.samples(job, step))
 
-    async def _steps(self, job: str, after: int) -> list[training.Learnt]:
+    async def _steps(self, job: str, after: int) -> list[TrainStep]:
         return await self._desk.aside(lambda: self._desk.jobs.steps(job, after, _STEPS_AT_ONCE))
 
 
@@ -290,7 +290,7 @@ def _kind(heap: keeping.Heap) -> trainer_pb2.CacheKind:
     return trainer_pb2.CacheKind(kind=heap.kind, count=heap.count, size_bytes=heap.size_bytes)
 
 
-def _step(learnt: training.Learnt) -> trainer_pb2.WatchTrainJobResponse:
+def _step(learnt: TrainStep) -> trainer_pb2.WatchTrainJobResponse:
     message = trainer_pb2.WatchTrainJobResponse()
     message.event_time.GetCurrentTime()
     step = message.step

@@ -2,6 +2,7 @@
 
 from operator import attrgetter
 
+from trainer_service.caches import loading
 from trainer_service.feeding import Desk, base_model
 from zimage_client import DitDescription
 from zimage_core import digests
@@ -107,7 +108,7 @@ def warnings(dit: DitDescription, spec: trainer_pb2.TrainJobSpec) -> list[str]:
 
 def _sides(dit: DitDescription, spec: trainer_pb2.TrainJobSpec) -> list[int]:
     if dit.model is None or dit.limits is None:
-        raise Unavailable("the model is being loaded", reason="LOADING", retry_after=1.0)
+        raise loading("the model")
     sides = list(dict.fromkeys(spec.sides_px)) or [dit.model.default_side_px]
     if len(sides) > _MOST_SIDES:
         raise InvalidRequest.given(

@@ -15,7 +15,7 @@ from zimage_client import (
     TrainStep,
 )
 from zimage_client import _archives as archives
-from zimage_client._plot import SMOOTHING, svg
+from zimage_client._plot import smoother, svg
 from zimage_client.cli import output
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
@@ -161,16 +161,14 @@ class _Progress:
     """How a training goes, in a line."""
 
     def __init__(self) -> None:
-        self._smoothed: float | None = None
+        self._smoothed = math.nan
         self._waited = self._worked = 0.0
         self._last: TrainStep | None = None
 
     def enter(self, step: TrainStep) -> None:
         """One more is done."""
         self._last = step
-        if math.isfinite(step.loss):
-            before = step.loss if self._smoothed is None else self._smoothed
-            self._smoothed = SMOOTHING * before + (1 - SMOOTHING) * step.loss
+        self._smoothed = smoother(self._smoothed, step.loss)
         self._waited += step.waited_seconds
         self._worked += step.seconds
 
@@ -182,9 +180,8 @@ class _Progress:
         each = step.seconds + step.waited_seconds
         share = self._waited / max(self._waited + self._worked, 1e-9)
         left = each * (step_count - done)
-        smoothed = math.nan if self._smoothed is None else self._smoothed
         return (
-            f"step {done} of {step_count}  loss {step.loss:.4f} ({smoothed:.4f})  "
+            f"step {done} of {step_count}  loss {step.loss:.4f} ({self._smoothed:.4f})  "
             f"gradient {step.gradient_norm:.3g}  rate {step.learning_rate:.2e}  "
             f"{each:.2f} s  waited {share:.0%}  {_duration(left)} left"
         )
