@@ -48,10 +48,10 @@ check: ## all checks, without set-up
 	$(call layer,types,$(BIN)/mypy)
 	$(call layer,contracts,$(BIN)/lint-imports)
 	$(call layer,protos,$(MAKE) --no-print-directory proto-check)
-	$(call layer,unit,$(BIN)/pytest tests/unit)
+	$(call layer,unit,$(SIDE_BY_SIDE) tests/unit)
 	$(call layer,contract,$(BIN)/pytest tests/contract)
 	$(call layer,parity,$(MAKE) --no-print-directory parity)
-	$(call layer,device,$(BIN)/pytest tests/device)
+	$(call layer,device,$(SIDE_BY_SIDE) tests/device)
 	$(call layer,e2e,$(SIDE_BY_SIDE) tests/e2e)
 	$(call layer,fault,$(SIDE_BY_SIDE) tests/fault)
 	$(call layer,soak,$(BIN)/pytest tests/soak)
@@ -70,7 +70,7 @@ soak: ## everything at once for MINUTES=10: nothing grows
 	$(BIN)/pytest tests/soak -s --minutes $(or $(MINUTES),10)
 
 parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E5)
-	$(BIN)/pytest tests/parity $(PARITY)
+	$(SIDE_BY_SIDE) tests/parity $(PARITY)
 
 bench-encoder: ## C1: a prompt against diffusers' encode_prompt
 	$(BIN)/python -m bench.encoder

@@ -83,8 +83,8 @@ class OpenTraining:
     session: str
     """A name that no other training has or had."""
     plan: TrainingPlan
-    state: Path | None
-    """The file to go on from."""
+    state: tuple[Path, ...]
+    """The files to go on from; none for one that begins."""
     beside: Path | None
     """The file of the adapter that is active meanwhile."""
 
@@ -145,8 +145,8 @@ class Checkpoint:
     """Worker to front: a checkpoint's files, whole."""
 
     step: int
-    adapter: Path
-    state: Path
+    weights: Path
+    state: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +287,8 @@ class Model:
     compilation_reason: str
     vae_sha256: str
     """Over its weights and constants."""
+    is_learnt: bool
+    """Whether its weights are there for full trainings."""
     vae_tile_px: int
     """0 for what is usual."""
     preview_r_squared: float

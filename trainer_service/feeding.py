@@ -16,7 +16,13 @@ from typing import Protocol, TypeVar
 
 from trainer_service.caches import REPLACED, Caches, loading
 from trainer_service.jobs.jobs import Job, Jobs, Kept
-from trainer_service.keeping import CHECKPOINTS, SAMPLES, file_name
+from trainer_service.keeping import (
+    CHECKPOINTS,
+    SAMPLES,
+    checkpoint_files,
+    file_name,
+    forget_thinned,
+)
 from trainer_service.sampling import Sampler
 from zimage_client import (
     AsyncClient,
@@ -123,7 +129,7 @@ def base_model(dit: DitDescription) -> str:
 async def publish(desk: Desk, name: str, kept: Kept) -> None:
     """Lets everybody draw with a checkpoint by that name, at each DiT service that is there; raises
     what went wrong where none is."""
-    file = await desk.aside(lambda: desk.blobs.local(kept.adapter.sha256))
+    file = await desk.aside(lambda: desk.blobs.local(kept.weights.sha256))
     errors = []
     for client in desk.dits:
         try:
@@ -158,6 +164,8 @@ class Feeding:
         self._entered = time.monotonic()
         self._is_waiting = False
         self._awaited_step = _FIRST
+        self._is_shown = asyncio.Event()
+        """Whether the checkpoint before was drawn with, where the model itself is learnt."""
         self.shall_rest = asyncio.Event()
         """Whether it ends behind its next checkpoint, which comes soon then."""
 
@@ -185,7 +193,7 @@ class Feeding:
             job=self._job.id, session_epoch=epoch, plan=self._spec.training
         )
         if last:
-            opening.state.CopyFrom(training.digest(last.state))
+            opening.state.extend(map(training.digest, last.state))
         done = last.step if last else 0
         asked = self._asked(done, encoder, dit)
         session = self._dit.train_session(opening, asked, self._desk.blobs.local)
@@ -196,8 +204,8 @@ class Feeding:
                     if isinstance(event, training.Checkpoint):
                         done = event.step
             await self._all_kept()
-            if self._drawing and not self.shall_rest.is_set():
-                await asyncio.wait(self._drawing, timeout=_LONGEST_DRAWING_SECONDS)
+            if not self.shall_rest.is_set():
+                await self._all_drawn()
         except ZImageError:
             with suppress(ZImageError):
                 await self._all_kept()  # what was there before it broke stays
@@ -219,8 +227,15 @@ class Feeding:
                 await self._all_kept()
                 await self._flush()
                 self._keeping = [asyncio.create_task(self._keep(event))]
-                if event.leaving:
+                if event.leaving or self._spec.training.full:
                     await self._all_kept()
+                if self._spec.training.full:  # what is drawn with it is drawn before it changes
+                    await self._all_drawn()
+                    self._is_shown.set()
+
+    async def _all_drawn(self) -> None:
+        if self._drawing:
+            await asyncio.wait(self._drawing, timeout=_LONGEST_DRAWING_SECONDS)
 
     async def _all_kept(self) -> None:
         """Waits for the checkpoint before; raises what went wrong with it."""
@@ -231,17 +246,18 @@ class Feeding:
         """The latest checkpoint whose state is there; with none of its own, what it was to go on
         from."""
         for kept in reversed(self._job.checkpoints):
-            try:
-                self._desk.blobs.local(kept.state.sha256)
-            except NotFound:
-                continue
-            return kept
+            with suppress(NotFound):
+                if kept.state and all(self._sized(part.sha256) for part in kept.state):
+                    return kept
         if not self._spec.HasField("start"):
             return None
         start = self._spec.start
-        size = self._desk.blobs.local(start.state.sha256).stat().st_size
-        adapter = Named(start.adapter.sha256, start.adapter.size_bytes)
-        return Kept(start.step, adapter, Named(start.state.sha256, size), 0.0)
+        state = tuple(self._sized(part.sha256) for part in start.state)
+        return Kept(start.step, Named(start.weights.sha256, 0), state, 0.0)
+
+    def _sized(self, sha256: str) -> Named:
+        """A file of the store; raises NotFound."""
+        return Named(sha256, self._desk.blobs.local(sha256).stat().st_size)
 
     async def _decide(self, plan: training_pb2.TrainingPlan) -> None:
         """What was left open until the service decided it stays so, whatever a later one would."""
@@ -261,11 +277,14 @@ class Feeding:
                 error = one
                 continue
             there = base_model(described)
-            if described.ready and wanted in ("", there):
-                return client, described
-            if described.ready:
+            if described.ready and wanted not in ("", there):
                 said = f"the DiT service has {there}, and the job learns on {wanted}"
                 error = Unavailable(said, reason="ANOTHER_MODEL")
+            elif described.model and described.model.full_training != self._spec.training.full:
+                kind = "adapters" if self._spec.training.full else "the model itself, in full,"
+                error = Unavailable(f"the DiT service learns {kind} alone", reason="ANOTHER_KIND")
+            elif described.ready:
+                return client, described
         raise error
 
     async def _encode_all(self, encoder: EncoderDescription, dit: DitDescription) -> bool:
@@ -334,7 +353,10 @@ class Feeding:
                 await self._is_back()
                 is_last = following + 1 == count or self.shall_rest.is_set()
                 if is_last or (following + 1) % interval == 0:
+                    self._is_shown.clear()
                     yield training.TakeCheckpoint()
+                    if self._spec.training.full:
+                        await self._is_shown.wait()
                 if is_last:
                     return
         finally:
@@ -394,23 +416,30 @@ class Feeding:
 
     async def _keep(self, made: training.Checkpoint) -> None:
         """Its files are here, and stay, before anybody hears of it."""
-        blobs = self._desk.blobs
-        for kind, named in (("state", made.state), ("adapter", made.adapter)):
+        desk, job = self._desk, self._job.id
+        kept = Kept(made.step, made.weights, made.state, time.time())
+        for name, named in checkpoint_files(job, kept):
             await self._fetch_when_there_is_room(named)
-            name = file_name(self._job.id, made.step, kind)
-            await self._desk.aside(partial(blobs.point, CHECKPOINTS, name, named.sha256))
-        kept = Kept(made.step, made.adapter, made.state, time.time())
-        await self._desk.aside(lambda: self._desk.jobs.add_checkpoint(self._job.id, kept))
-        self._listener.ring(self._job.id)
+            await desk.aside(partial(desk.blobs.point, CHECKPOINTS, name, named.sha256))
+        await desk.aside(lambda: self._enter_checkpoint(kept))
+        self._listener.ring(job)
         self._drawing = [task for task in self._drawing if not task.done()]
         if len(self._drawing) < _MOST_DRAWING:
             self._drawing.append(asyncio.create_task(self._show(kept)))
+
+    def _enter_checkpoint(self, kept: Kept) -> None:
+        """And forgets what is not to be kept besides."""
+        jobs, spec = self._desk.jobs, self._spec
+        jobs.add_checkpoint(self._job.id, kept)
+        left = jobs.thin_out(self._job.id, spec.kept_checkpoint_count, spec.kept_state_count)
+        forget_thinned(self._desk.blobs, left)
 
     async def _show(self, kept: Kept) -> None:
         """Lets people draw with a checkpoint, and draws what was asked for, while others are
         learnt; without that it goes on, too."""
         try:
-            await publish(self._desk, self._spec.name, kept)
+            if not self._spec.training.full:
+                await publish(self._desk, self._spec.name, kept)
             if self._spec.samples.prompts:
                 await self._draw(kept)
         except Exception:  # noqa: BLE001 - whatever it is, what is learnt is worth more
@@ -421,7 +450,8 @@ class Feeding:
         sampler = Sampler(
             self._spec.samples, self._side_px, self._guidance, desk.blobs, desk.client
         )
-        drawn = await sampler.draw(self._dit, kept.adapter)
+        adapter = None if self._spec.training.full else kept.weights
+        drawn = await sampler.draw(self._dit, adapter)
         for number, one in enumerate(drawn):
             name = file_name(job, kept.step, number)
             await desk.aside(partial(desk.blobs.point, SAMPLES, name, one.picture.sha256))

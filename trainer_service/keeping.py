@@ -7,13 +7,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from trainer_service.caches import CAPTIONS, LATENTS
-from trainer_service.jobs.jobs import Jobs
+from trainer_service.jobs.jobs import Job, Jobs, Kept
+from zimage_core.digests import Named
 from zimage_core.errors import InvalidRequest, NotFound
 from zimage_core.formats import dataset_file
-from zimage_core.store.blobs import Blobs, Kept
+from zimage_core.store import blobs as stores
+from zimage_core.store.blobs import Blobs
 
 CHECKPOINTS, DATASETS, PICTURES, SAMPLES = "checkpoints", "datasets", "pictures", "samples"
 """Kinds of names beside those of caches."""
+BESIDE, START = "beside", "start"
+"""Parts of names in checkpoints that a job was given."""
 
 _CACHES = (CAPTIONS, LATENTS)
 _PAGE_SECONDS = 2.0
@@ -99,6 +103,22 @@ def forget_job(blobs: Blobs, job: str) -> None:
                 blobs.forget(kind, name)
 
 
+def forget_thinned(blobs: Blobs, job: Job) -> None:
+    """Takes away the names of what a job's checkpoints have no more."""
+    wanted = {name for kept in job.checkpoints for name, _ in checkpoint_files(job.id, kept)}
+    for name in blobs.names(CHECKPOINTS):
+        is_thinned = name not in wanted and not name.endswith((BESIDE, START))
+        if _job(name) == job.id and is_thinned:
+            blobs.forget(CHECKPOINTS, name)
+
+
+def checkpoint_files(job: str, kept: Kept) -> Iterator[tuple[str, Named]]:
+    """Those of a checkpoint, by the names that they have; what it is whole with comes last."""
+    for number, part in enumerate(kept.state):
+        yield file_name(job, kept.step, f"state{number}"), part
+    yield file_name(job, kept.step, "weights"), kept.weights
+
+
 def _pictures_of_datasets(blobs: Blobs, jobs: set[str]) -> Iterator[str]:
     for kept in blobs.kept(DATASETS):
         if kept.name in jobs:
@@ -114,7 +134,7 @@ def _is_whole(blobs: Blobs, kind: str, name: str) -> bool:
         return False
 
 
-def _heap(kind: str, kept: list[Kept]) -> Heap:
+def _heap(kind: str, kept: list[stores.Kept]) -> Heap:
     return Heap(kind, len(kept), sum(one.size_bytes for one in kept))
 
 

@@ -19,9 +19,11 @@ from trainer_service.jobs.jobs import (
     Job,
 )
 from trainer_service.keeping import (
+    BESIDE,
     CHECKPOINTS,
     DATASETS,
     PICTURES,
+    START,
     Heap,
     file_name,
     forget_job,
@@ -234,11 +236,12 @@ class Runner:
         dataset, blobs = spec.dataset.sha256, self._desk.blobs
         blobs.point(DATASETS, job.id, dataset)
         if spec.training.HasField("beside"):
-            name = file_name(job.id, 0, "beside")
+            name = file_name(job.id, 0, BESIDE)
             blobs.point(CHECKPOINTS, name, spec.training.beside.digest.sha256)
         if spec.HasField("start"):
-            name = file_name(job.id, spec.start.step, "start")
-            blobs.point(CHECKPOINTS, name, spec.start.state.sha256)
+            for number, part in enumerate(spec.start.state):
+                name = file_name(job.id, number, START)
+                blobs.point(CHECKPOINTS, name, part.sha256)
         with blobs.open(dataset) as file:
             examples = dataset_file.load(file.read())
         kept = set(blobs.names(PICTURES))
@@ -258,7 +261,7 @@ class Runner:
     async def _publish_last(self, job_id: str) -> None:
         job = await self._desk.aside(lambda: self._desk.jobs.read(job_id))
         spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
-        if not spec.only_caches:
+        if not spec.only_caches and not spec.training.full:
             await publish(self._desk, spec.name, job.checkpoints[-1])
 
     async def _fail(self, job: str, error: ZImageError) -> None:

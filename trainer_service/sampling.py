@@ -21,9 +21,9 @@ class Sampler:
     blobs: Blobs
     encoder: AsyncClient
 
-    async def draw(self, dit: AsyncClient, adapter: Named) -> list[Sampled]:
-        """A picture of each prompt, with an adapter that lies at that service; the same prompt is
-        drawn from the same noise each time."""
+    async def draw(self, dit: AsyncClient, adapter: Named | None) -> list[Sampled]:
+        """A picture of each prompt, with an adapter that lies at that service or with its model as
+        it is; the same prompt is drawn from the same noise each time."""
         found = []
         options = self._options(adapter)
         if options.get("guidance", self.usual_guidance):
@@ -37,13 +37,13 @@ class Sampler:
             found.append(Sampled(prompt, Named(sha256, len(data))))
         return found
 
-    def _options(self, adapter: Named) -> Options:
+    def _options(self, adapter: Named | None) -> Options:
         plan = self.plan
         options = Options(
             seed=plan.seed,
             width=self.side_px,
             height=self.side_px,
-            adapters={adapter.sha256: 1.0},
+            adapters={adapter.sha256: 1.0} if adapter else {},
             priority="background",
         )
         if plan.HasField("step_count"):

@@ -14,10 +14,10 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from zimage_core.errors import InvalidSettings
 from zimage_core.tls import Credentials, Tls
@@ -185,6 +185,11 @@ class DitSettings(ModelSettings):
         description="refuse weights that lose more than the file has, by a picture drawn at the "
         "first start: latents' cosine below 0.995, or PSNR below 30 dB",
     )
+    full_training: bool = Field(
+        False,
+        description="let full trainings, one at a time, learn the model's own weights, with which "
+        "pictures are drawn as they are by then; adapters are learnt at other services",
+    )
     max_weight_bytes: int | None = Field(
         None,
         gt=0,
@@ -227,6 +232,17 @@ class DitSettings(ModelSettings):
     store_keep_seconds: float = Field(
         7 * 86_400.0, gt=0, description="how long blobs without a name stay after their last use"
     )
+
+    @model_validator(mode="after")
+    def _learns_what_it_has(self) -> Self:
+        for other, value in (
+            ("fused_adapter", self.fused_adapter),
+            ("max_weight_bytes", self.max_weight_bytes),
+            ("weights", self.weights if self.weights not in ("auto", "full") else None),
+        ):
+            if self.full_training and value is not None:
+                raise ValueError(f"full_training learns the model's own weights, without {other}")
+        return self
 
     @property
     def store_at(self) -> tuple[str, Path]:

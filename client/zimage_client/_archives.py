@@ -8,8 +8,9 @@ from typing import Any
 
 from zimage_client._jobs import TrainCheckpoint, TrainJob, TrainStep
 from zimage_client._trainer import AsyncTrainer
+from zimage_core.errors import NotFound
 from zimage_core.formats import checkpoint_zip
-from zimage_core.formats.checkpoint_zip import ADAPTER, DATASET, STATE, Told
+from zimage_core.formats.checkpoint_zip import DATASET, WEIGHTS, Told, state_name
 from zimage_core.wire import plain
 from zimage_rpc.trainer.v1 import trainer_pb2
 from zimage_rpc.types.v1 import types_pb2
@@ -28,11 +29,13 @@ async def save(trainer: AsyncTrainer, job: TrainJob, kept: TrainCheckpoint, file
     config = plain.values(job.spec)
     for name in _NOT_KEPT:
         config.pop(name, None)
-    digests = {
-        ADAPTER: kept.adapter.sha256,
-        STATE: kept.state.sha256,
-        DATASET: job.spec.dataset.sha256,
-    }
+    if not kept.state:
+        raise NotFound(
+            f"of step {kept.step} the weights alone are kept; kept_state_count says of how many "
+            "checkpoints training can go on from"
+        )
+    digests = {WEIGHTS: kept.weights.sha256, DATASET: job.spec.dataset.sha256}
+    digests |= {state_name(number): part.sha256 for number, part in enumerate(kept.state)}
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         files = {name: Path(scratch) / name for name in digests}
         for name, sha256 in digests.items():
@@ -49,11 +52,11 @@ async def send(
     with tempfile.TemporaryDirectory() as scratch:
         told = await asyncio.to_thread(checkpoint_zip.read, file, Path(scratch))
         digests = {}
-        for name in (ADAPTER, STATE, DATASET):
+        for name in told.files:
             path = Path(scratch) / name
             sha256 = await trainer.put_blob(path)
             digests[name] = types_pb2.Digest(sha256=sha256, size_bytes=path.stat().st_size)
-    start = trainer_pb2.TrainCheckpoint(
-        step=told.step, adapter=digests[ADAPTER], state=digests[STATE]
-    )
-    return dict(told.config), start, digests[DATASET]
+    dataset, weights = digests.pop(DATASET), digests.pop(WEIGHTS)
+    state = [digests[state_name(number)] for number in range(len(digests))]
+    start = trainer_pb2.TrainCheckpoint(step=told.step, weights=weights, state=state)
+    return dict(told.config), start, dataset

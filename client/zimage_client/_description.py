@@ -38,6 +38,8 @@ class Model:
     """How much a linear map of its latents tells of a picture: previews need 0.5."""
     vae_sha256: str
     """Over the weights of its VAE: what latents belong to."""
+    full_training: bool
+    """Whether its weights are there to be learnt: pictures are drawn with what they are by now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ class TrainCheckpoint:
     """What there is of a job behind so many steps."""
 
     step: int
-    adapter: Named
-    """The adapter's file in the trainer's store."""
-    state: Named
-    """What training goes on from."""
+    weights: Named
+    """The file of what was learnt in the trainer's store: an adapter, or the transformer."""
+    state: tuple[Named, ...]
+    """What training goes on from, in parts; empty where it is not kept any more."""
     created: datetime
 
 
@@ -136,8 +136,8 @@ def checkpoint(message: trainer_pb2.TrainCheckpoint) -> TrainCheckpoint:
     """A checkpoint."""
     return TrainCheckpoint(
         step=message.step,
-        adapter=Named(message.adapter.sha256, message.adapter.size_bytes),
-        state=Named(message.state.sha256, message.state.size_bytes),
+        weights=Named(message.weights.sha256, message.weights.size_bytes),
+        state=tuple(Named(one.sha256, one.size_bytes) for one in message.state),
         created=message.create_time.ToDatetime(),
     )
 

@@ -258,6 +258,7 @@ def _model(message: dit_pb2.Model) -> Model:
         default_guidance=message.default_guidance_scale,
         preview_r_squared=message.preview_r_squared,
         vae_sha256=message.vae_sha256,
+        full_training=message.full_training,
     )
 
 

@@ -65,8 +65,8 @@ class Checkpoint:
     """What is there behind so many steps, in the service's store."""
 
     step: int
-    adapter: Named
-    state: Named
+    weights: Named
+    state: tuple[Named, ...]
     leaving: bool = False
     """Whether the service is about to stop, and waits until whoever hears of it asks for more."""
 
@@ -224,7 +224,12 @@ def _opened(message: training_pb2.TrainingOpened) -> Opened:
 
 
 def _checkpoint(message: training_pb2.CheckpointReady) -> Checkpoint:
-    return Checkpoint(message.step, _named(message.adapter), _named(message.state), message.leaving)
+    return Checkpoint(
+        message.step,
+        _named(message.weights),
+        tuple(map(_named, message.state)),
+        message.leaving,
+    )
 
 
 def _named(message: types_pb2.Digest) -> Named:

@@ -3,10 +3,11 @@ that nobody waits long behind."""
 
 import logging
 import math
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from dit_service.model.adapters import Use, Uses
 from dit_service.model.attention.backends import BACKENDS
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.training.training import Example, Training
-from zimage_core.errors import InvalidRequest, NotReady
+from zimage_core.errors import InvalidRequest, NotReady, Unavailable
 from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.limits import padded
 from zimage_core.planning.training import TrainingPlan
@@ -35,6 +36,11 @@ _SLOWEST_SECONDS_PER_FLOP = 1e-9
 _LEARNT_FROM = ("latents", "mask", "embeddings")
 _KEPT_BYTES = 4 << 30
 """Of samples in host memory: 3,000 of 1024x1024 pixels."""
+_PART_BYTES = 4 << 30
+"""Of a state, in a file of its own."""
+_LOOK_SECONDS = 0.02
+_TAKEN_SECONDS = 30.0
+"""Until the next try, while another learns the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Lesson:
 
 
 class Turn:
-    """Waits for the step before."""
+    """Waits for the step before, and for what is being written of it."""
 
     def __init__(self, course: "_Course", step: int) -> None:
         self._course = course
@@ -56,10 +62,13 @@ class Turn:
     @property
     def is_there(self) -> bool:
         """Whether it is behind this training, or never will be."""
-        return self._course.is_broken or self._course.training.step >= self._step
+        course = self._course
+        is_behind = course.training.step >= self._step and course.is_written.is_set()
+        return course.is_broken or is_behind
 
     def wait(self) -> None:
-        """It comes while others work."""
+        """Steps come while others work; files take their time."""
+        self._course.is_written.wait(_LOOK_SECONDS)
 
 
 Learning = Generator[Lesson | Turn, object, None]
@@ -76,9 +85,13 @@ class Trainings:
         announce: Announce,
         diary: Diary,
         room_bytes: float,
+        restore: Callable[[], None] | None = None,
     ) -> None:
-        """Together they take so much of the device besides the model at most."""
+        """Together they take so much of the device besides the model at most. Where the model
+        itself is learnt, by one at a time, it can be restored to what it was."""
         self._room_bytes = room_bytes
+        self._restore = restore
+        self._is_restored = True
         self._model = model
         self._backend = backend
         self._diary = diary
@@ -92,18 +105,20 @@ class Trainings:
         """Opens a training, and says how far it is, or closes it."""
         if isinstance(asked, messages.OpenTraining):
             yield self._open(asked)
-        elif course := self._courses.pop(asked.session, None):
-            course.is_broken = True  # for whoever still waits for its next step
+        elif asked.session in self._courses:
+            self._end(asked.session)
 
     def _open(self, asked: messages.OpenTraining) -> messages.TrainingOpened:
         """Begins a training, or goes on from its state."""
-        self._refuse_what_cannot_learn()
+        self._refuse_what_cannot_learn(asked.plan)
         job, _, _ = asked.session.rpartition("/")
         for session in [one for one in self._courses if one.rpartition("/")[0] == job]:
-            self._courses.pop(session).is_broken = True  # an earlier stretch; its call still ends
+            self._end(session)  # an earlier stretch; its call still ends
+        if asked.plan.full:
+            self._make_ready(is_new=not asked.state)
         learnt_bytes = self._taken(asked.plan, []).learnt
         self._refuse_too_much(learnt_bytes, "what it learns and what its optimiser keeps", "")
-        state, step = _read_state(asked.state) if asked.state else ({}, 0)
+        state, step = _read_state(asked.state)
         with torch.inference_mode(mode=False):
             beside = self._beside(asked)
             training = Training(self._model, self._backend, asked.plan, state, step, beside)
@@ -111,6 +126,23 @@ class Trainings:
         count = sum(weight.numel() for weight in training.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
         return messages.TrainingOpened(step, count)
+
+    def _end(self, session: str) -> None:
+        course = self._courses.pop(session)
+        course.is_broken = True  # for whoever still waits for its next step
+        course.training.close()
+
+    def _make_ready(self, *, is_new: bool) -> None:
+        """For whoever learns the model itself, from what it was or from a state."""
+        if self._courses:
+            raise Unavailable(
+                "another full training is open here",
+                reason="TRAINING_TAKEN",
+                retry_after=_TAKEN_SECONDS,
+            )
+        if is_new and not self._is_restored and self._restore:
+            self._restore()
+        self._is_restored = False
 
     def _beside(self, asked: messages.OpenTraining) -> Uses:
         if asked.beside is None:
@@ -136,18 +168,26 @@ class Trainings:
     def checkpoint(self, asked: messages.TakeCheckpoint) -> Callable[[], messages.Checkpoint]:
         """What writes the checkpoint that is there now, in its own time."""
         course = self._course(asked.session)
-        with torch.inference_mode(mode=False):
-            adapter = course.training.adapter_tensors(getattr(torch, course.plan.save_dtype))
-            state = course.training.state()
-        adapter = {name: tensor.cpu().contiguous() for name, tensor in adapter.items()}
-        step = course.training.step
+        step, state = course.training.step, course.training.state()
+        weights = course.training.file_tensors(getattr(torch, course.plan.save_dtype))
+        if course.plan.full:
+            course.is_written.clear()  # too much for a copy: the next step waits
+        else:
+            with torch.inference_mode(mode=False):
+                state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+                weights = iter([(name, tensor.cpu()) for name, tensor in weights])
 
         def write() -> messages.Checkpoint:
-            files = asked.folder / "adapter.safetensors", asked.folder / "state.safetensors"
-            about = {**asked.about, "format": "pt", "step": str(step)}
-            save_file(adapter, files[0], metadata=about)
-            save_file(state, files[1], metadata={"step": str(step)})
-            return messages.Checkpoint(step, *files)
+            try:
+                file = asked.folder / "weights.safetensors"
+                _save(weights, file, {**asked.about, "format": "pt", "step": str(step)})
+                parts = []
+                for number, part in enumerate(_parts(state)):
+                    parts.append(asked.folder / f"state-{number}.safetensors")
+                    _save(part.items(), parts[-1], {"step": str(step)})
+                return messages.Checkpoint(step, file, tuple(parts))
+            finally:
+                course.is_written.set()
 
         return write
 
@@ -248,9 +288,13 @@ class Trainings:
             )
         return self._courses[session]
 
-    def _refuse_what_cannot_learn(self) -> None:
-        """Kernels and weights that are for pictures alone."""
-        if BACKENDS[self._backend].is_lossy:
+    def _refuse_what_cannot_learn(self, plan: TrainingPlan) -> None:
+        """Kernels and weights that are for pictures alone, and those that are for one kind."""
+        if plan.full and self._restore is None:
+            what = "full training takes a service of its own, started with --full-training"
+        elif self._restore and not plan.full:
+            what = "it was started with --full-training, and learns no adapters"
+        elif BACKENDS[self._backend].is_lossy:
             what = f"attention_backend {self._backend} computes no gradients; sdpa does"
         elif self._model.dtype == torch.float16:
             what = "it computes in float16, in which gradients vanish; bfloat16 or float32 do"
@@ -272,9 +316,12 @@ class _Course:
     learnt_bytes: float
     is_broken: bool = False
     idle_since: float = math.inf
+    is_written: threading.Event = field(default_factory=threading.Event)
+    """Whether the weights may change."""
 
     def __post_init__(self) -> None:
         self.idle_since = time.monotonic()
+        self.is_written.set()
 
 
 class _Samples:
@@ -337,11 +384,31 @@ def _refuse_empty(mask_HW: Tensor) -> None:
         raise InvalidRequest.given("mask", given, allowed, "TRAIN_SAMPLE")
 
 
-def _read_state(file: Path) -> tuple[dict[str, Tensor], int]:
+def _save(tensors: Iterable[tuple[str, Tensor]], file: Path, about: dict[str, str]) -> None:
+    save_file({name: one.cpu().contiguous() for name, one in tensors}, file, metadata=about)
+
+
+def _parts(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Of one file each."""
+    part: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if part and _bytes(part) + tensor.nbytes > _PART_BYTES:
+            yield part
+            part = {}
+        part[name] = tensor
+    yield part
+
+
+def _read_state(files: Sequence[Path]) -> tuple[dict[str, Tensor], int]:
+    """Mapped rather than read."""
+    state: dict[str, Tensor] = {}
+    step = 0
     try:
-        with torch.inference_mode(mode=False), safe_open(file, framework="pt") as tensors:
-            step = int((tensors.metadata() or {})["step"])
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, step  # noqa: SIM118
+        for file in files:
+            with torch.inference_mode(mode=False), safe_open(file, framework="pt") as tensors:
+                step = int((tensors.metadata() or {})["step"])
+                state |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        return state, step
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InvalidRequest.given(
             "open.state", f"a file that is none ({error})", "a checkpoint's state", "TRAINING_STATE"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from dit_service.engine.schedule import Room, Schedule
 from dit_service.engine.training import Trainings
 from dit_service.model import loading
 from dit_service.model.config import TransformerConfig
+from dit_service.model.transformer import ZImageTransformer
 from dit_service.model.vae import LARGE_TILE_PX, Vae
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats.encoder_files import EncoderFiles
@@ -103,11 +105,18 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
         pixels_per_latent=vae.factor,
         thread_count=torch.get_num_threads() if device.type == "cpu" else 0,
         library_versions=devices.library_versions(),
+        is_learnt=settings.full_training,
     )
     is_host = device.type == "cpu"  # whose memory is not ours to plan, unless somebody says so
     room = settings.max_step_bytes or (math.inf if is_host else _room_bytes(settings, device))
-    trainings = Trainings(transformer, backend, port.announce, studio.diary, room)
+    restore = partial(_restore, port, settings, transformer) if settings.full_training else None
+    trainings = Trainings(transformer, backend, port.announce, studio.diary, room, restore)
     return _Loaded(device, studio, trainings, description)
+
+
+def _restore(port: Port, settings: DitSettings, transformer: ZImageTransformer) -> None:
+    port.announce("load", _LOADING_SECONDS)
+    loading.restore_transformer(transformer, settings.model)
 
 
 def _load_vae(settings: DitSettings, device: torch.device) -> Vae:

@@ -113,6 +113,15 @@ def load_transformer(
     return transformer.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def restore_transformer(transformer: ZImageTransformer, model: Path) -> None:
+    """Makes all weights of one that was loaded whole what they were then."""
+    _, _, tensors = _single_file(model) if model.is_file() else _folder(model)
+    weights = transformer.state_dict()
+    for name, read in tensors:
+        weights[name].copy_(read.full(transformer.device, transformer.dtype))
+
+
 def load_vae(
     model: Path,
     device: torch.device,

@@ -1,5 +1,5 @@
-"""Transformers in a single file, by the names that ComfyUI and the original release use: to the
-names of diffusers, and to the config that such a file lacks."""
+"""Transformers in a single file, by the names that ComfyUI and the original release use or by those
+of diffusers: to the names of diffusers, and to the config that such a file lacks."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,8 +39,8 @@ def read_config(path: Path, stored: Mapping[str, tuple[int, ...]]) -> Transforme
             raise InvalidModel.at(path, what, "WEIGHTS_UNKNOWN")
         shapes[_bare(name)] = shape
     try:
-        dim, patch_values = shapes["x_embedder.weight"]
-        head_dim = shapes["layers.0.attention.q_norm.weight"][0]
+        dim, patch_values = _either(shapes, "x_embedder.weight")
+        head_dim = _either(shapes, "layers.0.attention.q_norm.weight")[0]
         caption_width = shapes["cap_embedder.1.weight"][1]
     except (KeyError, ValueError, IndexError) as error:
         first = ", ".join(sorted(shapes)[:3])
@@ -73,9 +73,7 @@ def renamed(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
     name = _bare(name)
     if name in _UNUSED:
         return
-    for old, new in _RENAMED:
-        if name.startswith(old) or (old.startswith(".") and old in name):
-            name = name.replace(old, new, 1)
+    name = _of_diffusers(name)
     if _FUSED in name:
         if len(stored.values) % len(_SPLIT):
             what = f"the {len(stored.values)} rows of {name} are no queries, keys and values"
@@ -86,6 +84,18 @@ def renamed(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
         yield name, stored._replace(values=stored.values.reshape(1, -1))
     else:
         yield name, stored
+
+
+def _either(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    """By its name there or at diffusers'; raises KeyError with the former."""
+    return shapes.get(_of_diffusers(name)) or shapes[name]
+
+
+def _of_diffusers(name: str) -> str:
+    for old, new in _RENAMED:
+        if name.startswith(old) or (old.startswith(".") and old in name):
+            name = name.replace(old, new, 1)
+    return name
 
 
 def _bare(name: str) -> str:

@@ -43,6 +43,7 @@ def response(
             default_guidance_scale=resolver.variant.guidance,
             preview_r_squared=model.preview_r_squared,
             vae_sha256=model.vae_sha256,
+            full_training=model.is_learnt,
         )
     )
     for name, reason in model.attention_reasons.items():

@@ -228,13 +228,12 @@ class _Session:
     async def _open(self, opening: training_pb2.OpenTraining) -> None:
         model = self._worker.loaded(messages.Model)
         plan = plans.plan(opening.plan, model.shape, "open.plan")
-        state = beside = None
-        if opening.HasField("state"):
-            [(_, state)] = await self._arrivals.files([opening.state])
+        beside = None
+        state = [path for _, path in await self._arrivals.files(opening.state)]
         if plan.beside:
             [(_, beside)] = await self._arrivals.files([opening.plan.beside.digest])
         self._about = _about(plan, model)
-        opened = await self._one(messages.OpenTraining(self._name, plan, state, beside))
+        opened = await self._one(messages.OpenTraining(self._name, plan, tuple(state), beside))
         assert isinstance(opened, messages.TrainingOpened)
         self._next_step = opened.step
         self._opened.set()
@@ -281,12 +280,12 @@ class _Session:
         with self._blobs.making() as folder:
             taken = await self._one(messages.TakeCheckpoint(self._name, folder, self._about))
             assert isinstance(taken, messages.Checkpoint)
-            adapter, state = [await self._adopt(file) for file in (taken.adapter, taken.state)]
+            weights, *state = [await self._adopt(file) for file in (taken.weights, *taken.state)]
         self._tell(
             checkpoint=training_pb2.CheckpointReady(
                 step=taken.step,
-                adapter=_digest(*adapter),
-                state=_digest(*state),
+                weights=_digest(*weights),
+                state=[_digest(*part) for part in state],
                 leaving=leaving,
             )
         )
@@ -313,16 +312,17 @@ class _Session:
 
 
 def _about(plan: TrainingPlan, model: messages.Model) -> dict[str, str]:
-    """What an adapter's file says of itself. The strength is in its weights: as the file is, alpha
-    is the rank, whatever it was in the plan."""
-    rank = str(max(group.rank for group in plan.lora))
-    return {
+    """What the file of what was learnt says of itself. The strength of an adapter is in its
+    weights: as the file is, alpha is the rank, whatever it was in the plan."""
+    about = {
         "model_type": "zimage",
         "base_model": f"{model.name} ({model.variant})",
-        "lora_rank": rank,
-        "lora_alpha": rank,
         "training_plan": json.dumps(asdict(plan)),
     }
+    if plan.lora:
+        rank = str(max(group.rank for group in plan.lora))
+        about |= {"lora_rank": rank, "lora_alpha": rank}
+    return about
 
 
 def _digest(sha256: str, size_bytes: int) -> types_pb2.Digest:

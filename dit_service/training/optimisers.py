@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +23,18 @@ class Stepper:
     """An optimiser over named weights, with its state by their names."""
 
     def __init__(
-        self, settings: Optimizer, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
+        self,
+        settings: Optimizer,
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        *,
+        is_sparing: bool = False,
     ) -> None:
-        """With the state that it left; empty for one that begins. Raises NotReady for an optimiser
-        that does not run here."""
+        """With the state that it left; empty for one that begins. A sparing one takes no memory
+        for all weights at once. Raises NotReady for an optimiser that does not run here."""
         self._settings = settings
         self._weights = weights
-        self._optimizer = _MAKERS[settings.name](list(weights.values()), settings)
+        self._optimizer = _MAKERS[settings.name](list(weights.values()), settings, is_sparing)
         for name, tensor in state.items():
             weight, _, what = name.rpartition("/")
             if weight == _GROUP:
@@ -68,23 +74,27 @@ class Stepper:
         return of_weights | of_group
 
 
-def is_known(name: str, tensor: Tensor, weights: Mapping[str, Tensor], optimiser: str) -> bool:
-    """Whether a tensor may be part of such an optimiser's state for these weights."""
+def is_known(
+    name: str, tensor: Tensor, shapes: Mapping[str, Sequence[int]], optimiser: str
+) -> bool:
+    """Whether a tensor may be part of such an optimiser's state for weights of these shapes."""
     weight, _, what = name.rpartition("/")
     if weight == _GROUP:
         return what in _OF_GROUP.get(optimiser, ()) and tensor.ndim == 0
-    return weight in weights and tensor.numel() <= max(weights[weight].numel(), _LEAST_NUMEL)
+    return weight in shapes and tensor.numel() <= max(math.prod(shapes[weight]), _LEAST_NUMEL)
 
 
-def _adamw(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights, **_like_adam(settings))
+def _adamw(weights: Weights, settings: Optimizer, is_sparing: bool) -> torch.optim.Optimizer:
+    foreach = False if is_sparing else None
+    return torch.optim.AdamW(weights, **_like_adam(settings), foreach=foreach)
 
 
-def _adafactor(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(weights, weight_decay=settings.weight_decay)
+def _adafactor(weights: Weights, settings: Optimizer, is_sparing: bool) -> torch.optim.Optimizer:
+    foreach = False if is_sparing else None
+    return torch.optim.Adafactor(weights, weight_decay=settings.weight_decay, foreach=foreach)
 
 
-def _prodigy(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
+def _prodigy(weights: Weights, settings: Optimizer, _is_sparing: bool) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(io.StringIO()):  # it speaks
@@ -92,7 +102,7 @@ def _prodigy(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
     return made
 
 
-def _adamw_8bit(weights: Weights, settings: Optimizer) -> torch.optim.Optimizer:
+def _adamw_8bit(weights: Weights, settings: Optimizer, _is_sparing: bool) -> torch.optim.Optimizer:
     device = weights[0].device.type
     if device != "cuda":
         raise NotReady(
@@ -122,7 +132,7 @@ def _like_adam(settings: Optimizer) -> dict[str, Any]:
 
 _LEAST_NUMEL = 256
 """Of tables that come with small weights, too."""
-_MAKERS: Mapping[str, Callable[[Weights, Optimizer], torch.optim.Optimizer]] = {
+_MAKERS: Mapping[str, Callable[[Weights, Optimizer, bool], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
     "prodigy": _prodigy,

@@ -4,19 +4,22 @@ Everything that a step depends on is in the plan, in the state and in the batch:
 goes on from its state computes what it would have computed without the break.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dit_service.model.adapters import Use, Uses
+from dit_service.model.adapters import Uses
 from dit_service.model.blocks import run_block
 from dit_service.model.transformer import Call, Sample, ZImageTransformer
-from dit_service.training import flow, lora
+from dit_service.training import flow
 from dit_service.training.flow import Noised
+from dit_service.training.lora import Lora, halves
 from dit_service.training.optimisers import Stepper, is_known
+from dit_service.training.whole import Whole
 from zimage_core.errors import InvalidRequest
 from zimage_core.planning.training import TrainingPlan, targets
 
@@ -49,6 +52,27 @@ class Outcome:
     """False where the gradient was no finite number: nothing has changed then."""
 
 
+class Learnt(Protocol):
+    """What is learnt: an adapter, or the model itself."""
+
+    weights: dict[str, Tensor]
+    """In float32, with gradients."""
+
+    def uses(self) -> Uses:
+        """The adapters with which the model computes by the weights as they are."""
+
+    def has_moved(self) -> None:
+        """Hears that the weights are others."""
+
+    def file_tensors(
+        self, weights: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Such weights as the file has them that programs read."""
+
+    def close(self) -> None:
+        """Leaves the model to others."""
+
+
 class Training:
     """One, with the model that it shares with whoever samples."""
 
@@ -69,22 +93,22 @@ class Training:
         self._plan = plan
         self.step = step
         """How many are behind it."""
-        self._targets = targets(plan.lora, model.config)
         state = state or {}
-        fresh = lora.fresh(self._targets, plan.seed, model.device)
-        _check(state, fresh, plan.optimizer.name)
-        own = _within(state, _WEIGHTS) or fresh
-        self.weights = {  # in an order of their own: sums over them are of that order
-            name: own[name].to(model.device, copy=True).requires_grad_() for name in fresh
-        }
-        """What is learnt."""
+        self._learnt = _learnt(model, plan, state)
+        self.weights = self._learnt.weights
         self._average: dict[str, Tensor] = {}
         if plan.average_decay:
             average = _within(state, _AVERAGE) or self.weights
             self._average = {
                 name: one.detach().to(model.device, copy=True) for name, one in average.items()
             }
-        self._stepper = Stepper(plan.optimizer, self.weights, _within(state, _OPTIMIZER))
+        try:
+            self._stepper = Stepper(
+                plan.optimizer, self.weights, _within(state, _OPTIMIZER), is_sparing=plan.full
+            )
+        except BaseException:
+            self.close()
+            raise
         self._call = _CALLS[plan.recompute]
         self._loss = 0.0
         """Of the batch, as far as it is computed."""
@@ -101,8 +125,7 @@ class Training:
     @torch.enable_grad()
     def go_back(self, noised: Sequence[Noised], examples: Sequence[Example]) -> Tensor:
         """Forwards, and back along the gradient, for which nobody waits; their part of the loss."""
-        adapter = lora.adapter(self._targets, self.weights, self._model.dtype)
-        uses = (Use(adapter, 1.0), *self._beside)
+        uses = (*self._learnt.uses(), *self._beside)
         times_N = torch.tensor([one.time for one in noised], device=self._model.device)
         captions = self._model.encode_captions(
             [example.features_LF for example in examples], self._backend, uses, self._call
@@ -130,6 +153,7 @@ class Training:
         norm = self._stepper.step(rate)
         is_taken = norm is not None
         if is_taken:
+            self._learnt.has_moved()
             for name, average in self._average.items():
                 average.lerp_(self.weights[name].detach(), 1 - self._plan.average_decay)
         outcome = Outcome(self._loss, float("nan") if norm is None else norm, rate, is_taken)
@@ -137,24 +161,27 @@ class Training:
         self.step += 1
         return outcome
 
-    def adapter_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What was learnt, as the tensors of an adapter's file."""
-        learnt = self._average or self.weights
-        with torch.no_grad():
-            return lora.file_tensors(self._targets, learnt, dtype)
+    def file_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """What was learnt, as the tensors of the file that programs read."""
+        learnt = {name: one.detach() for name, one in (self._average or self.weights).items()}
+        return self._learnt.file_tensors(learnt, dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on beside the plan, as it is now."""
+        """All that the next step depends on beside the plan; the next step changes it."""
         parts = {
             _WEIGHTS: self.weights,
             _AVERAGE: self._average,
             _OPTIMIZER: self._stepper.state(),
         }
         return {
-            f"{part}{name}": tensor.detach().to("cpu", copy=True)
+            f"{part}{name}": tensor.detach()
             for part, tensors in parts.items()
             for name, tensor in tensors.items()
         }
+
+    def close(self) -> None:
+        """It is over."""
+        self._learnt.close()
 
 
 def _kept(_run: object, *given: object) -> Tensor:
@@ -170,18 +197,32 @@ _CALLS: Mapping[str, Call] = {"nothing": _kept, "blocks": _again}
 """By what is computed again. Compiled blocks, with which pictures are drawn, have no gradient."""
 
 
-def _check(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], optimiser: str) -> None:
+def _learnt(model: ZImageTransformer, plan: TrainingPlan, state: Mapping[str, Tensor]) -> Learnt:
+    """As it is without a state, or with the weights of one; raises InvalidRequest for a state of
+    another training."""
+    if plan.full:
+        wanted = {name: one.shape for name, one in model.named_parameters()}
+        _check(state, wanted, plan.optimizer.name)
+        return Whole(model, _within(state, _WEIGHTS))
+    changed = targets(plan.lora, model.config)
+    _check(state, halves(changed), plan.optimizer.name)
+    return Lora(changed, model, plan.seed, _within(state, _WEIGHTS))
+
+
+def _check(
+    state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], optimiser: str
+) -> None:
     """Raises InvalidRequest for a state that is not of such weights."""
     for name, tensor in state.items():
         part, _, rest = name.partition("/")
         if part == "optimizer":
-            is_right = is_known(rest, tensor, fresh, optimiser)
+            is_right = is_known(rest, tensor, shapes, optimiser)
         else:
-            is_right = rest in fresh and tensor.shape == fresh[rest].shape
+            is_right = rest in shapes and tuple(tensor.shape) == tuple(shapes[rest])
         if not is_right:
             given = f"one with {name[:200]}"
             raise InvalidRequest.given("open.state", given, "a state of its plan", "TRAINING_STATE")
-    missing = fresh.keys() - _within(state, _WEIGHTS).keys() if state else ()
+    missing = shapes.keys() - _within(state, _WEIGHTS).keys() if state else ()
     if missing:
         given = f"one without {min(missing)}"
         raise InvalidRequest.given("open.state", given, "a state of its plan", "TRAINING_STATE")

@@ -12,10 +12,23 @@ from dit_service.training.flow import Noised
 from dit_service.training.training import Example, Training
 from tests.device.full_size import CONFIG, fake_transformer
 from tests.device.test_memory import Peak
+from zimage_core.planning.flops import dit_parameter_count
 from zimage_core.planning.limits import padded
 from zimage_core.planning.linears import block_linears
-from zimage_core.planning.training import LoraGroup, TrainingPlan, parameter_count, targets
-from zimage_core.planning.training_memory import BLOCKS, NOTHING, Rows, fitting, training_bytes
+from zimage_core.planning.training import (
+    LoraGroup,
+    TrainingPlan,
+    parameter_count,
+    targets,
+)
+from zimage_core.planning.training_memory import (
+    BLOCKS,
+    NOTHING,
+    Rows,
+    fitting,
+    largest,
+    training_bytes,
+)
 
 CPU = torch.device("cpu")  # autograd does not run on fake tensors of a device that is not there
 LINEARS = tuple(block_linears(CONFIG))
@@ -30,6 +43,21 @@ LARGE, SMALL, MIXED = [(128, 128, 128)], [(64, 64, 20)], [(128, 128, 128), (96, 
 def fake_tensors() -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
+
+
+def _examples(samples: list[tuple[int, int, int]]) -> list[Example]:
+    width = CONFIG.cap_feat_dim
+    return [
+        Example(torch.empty(16, *size), torch.empty(length, width, dtype=torch.bfloat16), 1.0)
+        for *size, length in samples
+    ]
+
+
+def _noised(examples: list[Example]) -> list[Noised]:
+    return [
+        Noised(torch.empty_like(one.latents_CHW), 0.5, torch.empty_like(one.latents_CHW))
+        for one in examples
+    ]
 
 
 @pytest.mark.parametrize("recompute", [BLOCKS, NOTHING])
@@ -49,23 +77,35 @@ def test_a_training_step_takes_what_is_planned_for_it(
 ) -> None:
     plan = TrainingPlan(0, 10, groups, recompute=recompute)
     transformer = fake_transformer(CPU)
-    width = CONFIG.cap_feat_dim
-    examples = [
-        Example(torch.empty(16, *size), torch.empty(length, width, dtype=torch.bfloat16), 1.0)
-        for *size, length in samples
-    ]
-    noised = [
-        Noised(torch.empty_like(one.latents_CHW), 0.5, torch.empty_like(one.latents_CHW))
-        for one in examples
-    ]
+    examples = _examples(samples)
     with Peak() as peak:
-        Training(transformer, "sdpa", plan).go_back(noised, examples)
+        Training(transformer, "sdpa", plan).go_back(_noised(examples), examples)
     rows = [Rows(padded(high * wide // 4), padded(length)) for high, wide, length in samples]
     planned = training_bytes(CONFIG, plan, rows, 2)
     moments = 8 * parameter_count(targets(groups, CONFIG))  # come with the first step
     assert peak.bytes == pytest.approx(planned.all - moments, rel=0.1)
     way = peak.bytes - planned.weights - planned.learnt + moments
     assert way == pytest.approx(planned.step, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("samples", "recompute", "at_once"),
+    [(LARGE * 2, BLOCKS, 1), (SMALL, NOTHING, 1), (MIXED, BLOCKS, 2)],
+)
+def test_a_full_step_takes_what_is_planned_for_it(
+    samples: list[tuple[int, int, int]], recompute: str, at_once: int
+) -> None:
+    plan = TrainingPlan(0, 10, full=True, recompute=recompute, samples_at_once=at_once)
+    transformer = fake_transformer(CPU)
+    examples = _examples(samples)
+    with Peak() as peak:
+        training = Training(transformer, "sdpa", plan)
+        for first in range(0, len(examples), at_once):
+            training.go_back(_noised(examples)[first : first + at_once], examples[first:][:at_once])
+    rows = [Rows(padded(high * wide // 4), padded(length)) for high, wide, length in samples]
+    planned = largest(CONFIG, plan, rows, 2)
+    moments = 8 * dit_parameter_count(CONFIG)
+    assert peak.bytes == pytest.approx(planned.all - moments, rel=0.1)
 
 
 def test_the_fastest_way_that_fits_is_found() -> None:

@@ -212,8 +212,10 @@ def test_a_file_of_a_checkpoint_is_gone_on_from(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    where = services.at
-    assert command(_asked(pictures, services, *LONGER, "--name", "filed", "--detach")) == 0
+    where, all_states = services.at, tmp_path / "job.toml"
+    all_states.write_text("kept_state_count = 6")
+    more = "--config", str(all_states), "--name", "filed", "--detach"
+    assert command(_asked(pictures, services, *LONGER, *more)) == 0
     job, file = capsys.readouterr().out.strip(), tmp_path / "filed.zip"
     wait(job, where, capsys, lambda shown: 12 in shown["checkpoints"])  # type: ignore[operator]
     assert command(["jobs", "cancel", job, *where]) == 0

@@ -11,7 +11,6 @@ from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
-from dit_service.model.adapters import Use
 from dit_service.model.loading import load_transformer
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.sampling.euler import text_to_image
@@ -77,7 +76,7 @@ def _batch(model: ZImageTransformer, number: int = 0) -> list[Example]:
 
 def _used(model: ZImageTransformer) -> dict[str, Tensor]:
     """A state in which the second halves are no zeros: gradients reach the first."""
-    weights = lora.fresh(targets(PLAN.lora, model.config), PLAN.seed, CPU)
+    weights = lora.fresh(targets(PLAN.lora, model.config), PLAN.seed)
     generator = torch.Generator().manual_seed(1)
     for name, weight in weights.items():
         if name.endswith(lora.UP):
@@ -200,14 +199,15 @@ def test_going_on_from_a_state_changes_no_bit(model: ZImageTransformer, optimize
     for name, tensor in second.state().items():
         assert torch.equal(tensor, state.pop(name)), name
     assert not state
-    for name, tensor in whole.adapter_tensors(torch.float32).items():
-        assert torch.equal(tensor, second.adapter_tensors(torch.float32)[name])
+    written = dict(second.file_tensors(torch.float32))
+    for name, tensor in whole.file_tensors(torch.float32):
+        assert torch.equal(tensor, written[name])
 
 
 def test_what_is_beside_counts_and_is_not_learnt(model: ZImageTransformer) -> None:
     state, changed = _used(model), targets(PLAN.lora, model.config)
     weights = {name.removeprefix("weights/"): tensor for name, tensor in state.items()}
-    beside = (Use(lora.adapter(changed, weights, model.dtype), 1.0),)
+    beside = lora.Lora(changed, model, PLAN.seed, weights).uses()
     own = Training(model, "sdpa", PLAN, state)
     other = Training(model, "sdpa", PLAN, beside=beside)  # whose own weights change nothing yet
     plain = Training(model, "sdpa", PLAN)
@@ -217,7 +217,10 @@ def test_what_is_beside_counts_and_is_not_learnt(model: ZImageTransformer) -> No
         losses.append(training.take_step().loss)
     assert abs(losses[1] - losses[0]) <= TOLERANCE * losses[0]
     assert abs(losses[2] - losses[0]) > TOLERANCE * losses[0]
-    assert other.adapter_tensors(torch.float32).keys() == own.adapter_tensors(torch.float32).keys()
+    assert (
+        dict(other.file_tensors(torch.float32)).keys()
+        == dict(own.file_tensors(torch.float32)).keys()
+    )
     assert other.state().keys() == own.state().keys()
 
 
@@ -284,7 +287,7 @@ def test_sigmas_are_drawn_as_asked(noise: Noise, least: float, most: float) -> N
 
 def test_a_gradient_that_is_no_number_moves_nothing(model: ZImageTransformer) -> None:
     training = Training(model, "sdpa", PLAN)
-    before = training.state()
+    before = {name: tensor.clone() for name, tensor in training.state().items()}
     broken = replace(_batch(model)[0], latents_CHW=torch.full((16, 8, 8), float("nan")))
     training.learn([broken], 0)
     outcome = training.take_step()

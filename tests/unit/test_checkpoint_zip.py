@@ -8,13 +8,19 @@ import pytest
 
 from zimage_core.errors import InvalidRequest
 from zimage_core.formats import checkpoint_zip
-from zimage_core.formats.checkpoint_zip import ADAPTER, DATASET, STATE, Told
+from zimage_core.formats.checkpoint_zip import DATASET, WEIGHTS, Told, state_name
 from zimage_core.wire import plain
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 TOLD = Told(12, {"name": "glorp", "training": {"seed": 3}}, {0: 0.5, 1: 0.25})
-FILES = {ADAPTER: b"adapter", STATE: b"state" * 1000, DATASET: b"{}"}
+STATE = state_name(0)
+FILES = {
+    WEIGHTS: b"adapter",
+    STATE: b"state" * 1000,
+    state_name(1): b"more",
+    DATASET: b"{}",
+}
 
 
 @pytest.fixture
@@ -56,6 +62,7 @@ def test_what_was_written_is_read(archive: Path, prefix: str, tmp_path: Path) ->
     ("change", "said"),
     [
         ({STATE: None}, "it has no optimizer.safetensors"),
+        ({"optimizer.3.safetensors": b""}, "it has no optimizer.2.safetensors"),
         ({"config.json": b"["}, "config.json is no JSON object"),
         ({"iterator.json": b'{"num_iterations": -1}'}, "has no num_iterations"),
         ({"iterator.json": b'{"num_iterations": true}'}, "has no num_iterations"),

@@ -54,6 +54,28 @@ LORA = """
 """
 
 
+FULL = """{
+  "model": "z-image",
+  "mode": "full",
+  "seed": 42,
+  "training_loop": {
+    "num_epochs": 5,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 4
+  },
+  "optimizer": {
+    "name": "AdamW",
+    "learning_rate": 1e-5
+  },
+  "full_finetune": {
+    "train_transformer": true,
+    "train_vae": false,
+    "train_text_encoder": false
+  }
+}
+"""
+
+
 def _file(folder: Path, text: str, name: str = "job.toml") -> Path:
     path = folder / name
     path.write_text(text)
@@ -188,17 +210,30 @@ def test_mflux_examples_are_read_as_they_are(tmp_path: Path) -> None:
     assert source.pictures == (("img1.jpg", "description 1"), ("img2.jpg", "description 2"))
 
 
+def test_mflux_s_full_example_is_read_as_it_is(tmp_path: Path) -> None:
+    job = _job_file.read(_file(tmp_path, FULL, "full_config.json"))
+    assert job.data is None  # which is said with --images
+    spec = _job_file.spec(job, {}, [Example("0" * 64, 1, 64, 64, "a.png", "x")] * 20)
+    training = spec.training
+    assert training.full
+    assert not training.HasField("lora")
+    assert (spec.batch_size, training.samples_at_once) == (32, 8)
+    assert training.step_count == 4  # five epochs of twenty by 32
+    assert training.learning_rate.peak == 1e-5
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"full_finetune": {"train_vae": True}}, "full_finetune.train_vae: true given.*VAE stays"),
         ({"full_finetune": {"train_text_encoder": True}}, "train_text_encoder.*encoder service"),
-        ({"mode": "full"}, "mode: full given, allowed is lora"),
+        ({"mode": "full"}, "lora_layers: some given, allowed is none with mode full"),
+        ({"full_finetune": {"train_transformer": False}}, "train_transformer: false given"),
         ({"model": "flux"}, "model: flux given"),
         ({"training_lop": {}}, "training_lop: .* nearest training_loop"),
         ({"optimizer": {"name": "Lion"}}, "optimizer.name: Lion given, allowed is AdamW, Adam"),
         ({"early_stopping": {"enabled": True}}, "early_stopping.enabled: True given"),
-        ({"save": {"keep_last_n_checkpoints": 3}}, "save.keep_last_n_checkpoints: 3 given"),
+        ({"save": {"keep_last_n_checkpoints": "3"}}, "checkpoints: 3 given, allowed is a whole"),
         ({"training_loop": {"num_epochs": "x"}}, "num_epochs: x given, allowed is a whole number"),
         ({"examples": {"images": 3}}, "examples.images: 3 given, allowed is a list"),
         ({"examples": {"images": [{"mask": "x"}]}}, r"examples.images\[0\].mask"),

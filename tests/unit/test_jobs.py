@@ -25,7 +25,7 @@ def _learnt(step: int, loss: float = 0.5) -> TrainStep:
 
 
 def _kept(step: int) -> Kept:
-    return Kept(step, Named("a" * 64, 1), Named("b" * 64, 2), float(step))
+    return Kept(step, Named("a" * 64, 1), (Named("b" * 64, 2),), float(step))
 
 
 def test_the_same_request_makes_no_second_job(jobs: Jobs) -> None:
@@ -70,6 +70,17 @@ def test_what_happens_is_numbered_and_kept(tmp_path: Path) -> None:
     assert after.happened(job, 3) == happened[3:]
     assert after.read(job).waits_for == "the encoder"
     assert after.read(job).checkpoints == (_kept(3),)
+
+
+def test_checkpoints_are_thinned_out(jobs: Jobs) -> None:
+    job = jobs.create("me", "r1", b"", b"").id
+    for step in (3, 6, 9, 12):
+        jobs.add_checkpoint(job, _kept(step))
+    left = jobs.thin_out(job, 3, 2)
+    assert [(one.step, len(one.state)) for one in left.checkpoints] == [(6, 0), (9, 1), (12, 1)]
+    told = [one.step for one in jobs.happened(job, 0) if one.kind == CHECKPOINT]
+    assert told == [6, 9, 12]
+    assert jobs.thin_out(job, 0, 1).checkpoints[0] == left.checkpoints[0]
 
 
 def test_what_is_learnt_again_replaces_what_was_said(jobs: Jobs) -> None:

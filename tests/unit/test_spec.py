@@ -41,6 +41,7 @@ TURBO = messages.Model(
     streamed_block_count=0,
     preview_r_squared=0.9,
     vae_sha256="",
+    is_learnt=False,
     latent_channels=16,
     pixels_per_latent=8,
     thread_count=2,

@@ -49,8 +49,9 @@ class Kept:
     """A checkpoint."""
 
     step: int
-    adapter: Named
-    state: Named
+    weights: Named
+    state: tuple[Named, ...]
+    """What training goes on from, in parts; empty once it is thinned out."""
     time: float
 
 
@@ -197,14 +198,29 @@ class Jobs:
         """Enters a checkpoint whose files are there."""
         values = {
             "job": job, "step": kept.step, "time": kept.time,
-            "adapter_sha256": kept.adapter.sha256, "adapter_bytes": kept.adapter.size_bytes,
-            "state_sha256": kept.state.sha256, "state_bytes": kept.state.size_bytes,
+            "weights_sha256": kept.weights.sha256, "weights_bytes": kept.weights.size_bytes,
+            "state": [[part.sha256, part.size_bytes] for part in kept.state],
         }  # fmt: skip
         with self._engine.begin() as connection:
             same = sql.and_(CHECKPOINTS.c.job == job, CHECKPOINTS.c.step == kept.step)
             connection.execute(CHECKPOINTS.delete().where(same))
             connection.execute(CHECKPOINTS.insert().values(values))
             _enter(connection, job, kept.time, CHECKPOINT, kept.step)
+
+    def thin_out(self, job: str, checkpoint_count: int, state_count: int) -> Job:
+        """Keeps so many checkpoints, the latest, 0 for all, and of so many of them all that
+        training goes on from."""
+        with self._engine.begin() as connection:
+            kept = [one.step for one in _read(connection, job).checkpoints]
+            dropped = kept[:-checkpoint_count] if checkpoint_count else []
+            stateless = [step for step in kept[:-state_count] if step not in dropped]
+            for table in (CHECKPOINTS, EVENTS):
+                of_job = sql.and_(table.c.job == job, table.c.step.in_(dropped))
+                is_its = [table.c.kind == CHECKPOINT] if table is EVENTS else []
+                connection.execute(table.delete().where(of_job, *is_its))
+            of_job = sql.and_(CHECKPOINTS.c.job == job, CHECKPOINTS.c.step.in_(stateless))
+            connection.execute(CHECKPOINTS.update().where(of_job).values(state=[]))
+            return _read(connection, job)
 
     def add_samples(self, job: str, step: int, drawn: Sequence[Sampled]) -> None:
         """Enters pictures of a checkpoint, whose files are there."""
@@ -306,8 +322,8 @@ def _job(connection: Connection, row: RowMapping) -> Job:
     kept = tuple(
         Kept(
             one["step"],
-            Named(one["adapter_sha256"], one["adapter_bytes"]),
-            Named(one["state_sha256"], one["state_bytes"]),
+            Named(one["weights_sha256"], one["weights_bytes"]),
+            tuple(Named(*part) for part in one["state"]),
             one["time"],
         )
         for one in connection.execute(wanted).mappings()

@@ -1,6 +1,8 @@
 """What the trainer remembers of jobs, as tables."""
 
 from sqlalchemy import (
+    JSON,
+    BigInteger,
     Boolean,
     Column,
     Double,
@@ -72,9 +74,8 @@ CHECKPOINTS = Table(
     METADATA,
     Column("job", ForeignKey("jobs.id"), primary_key=True),
     Column("step", Integer, primary_key=True),
-    Column("adapter_sha256", String, nullable=False),
-    Column("adapter_bytes", Integer, nullable=False),
-    Column("state_sha256", String, nullable=False),
-    Column("state_bytes", Integer, nullable=False),
+    Column("weights_sha256", String, nullable=False),
+    Column("weights_bytes", BigInteger, nullable=False),
+    Column("state", JSON, nullable=False),  # digest and bytes of each part
     Column("time", Double, nullable=False),
 )

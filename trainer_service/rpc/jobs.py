@@ -131,8 +131,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 after = one.sequence
                 if one.kind == DRAWN:
                     yield _samples(one, await self._samples(job.id, one.step))
-                else:
-                    yield _event(one, job)
+                elif event := _event(one, job):
+                    yield event
             if before.state in ENDED or first.only_past:
                 return
             if self._runner.is_leaving:
@@ -244,20 +244,22 @@ def _message(job: Job) -> trainer_pb2.TrainJob:
 def _checkpoint(kept: Kept) -> trainer_pb2.TrainCheckpoint:
     message = trainer_pb2.TrainCheckpoint(
         step=kept.step,
-        adapter=training.digest(kept.adapter),
-        state=training.digest(kept.state),
+        weights=training.digest(kept.weights),
+        state=map(training.digest, kept.state),
     )
     message.create_time.FromNanoseconds(round(kept.time * 1e9))
     return message
 
 
-def _event(happened: Happened, job: Job) -> trainer_pb2.WatchTrainJobResponse:
-    """What happened, with the job as it is by now."""
+def _event(happened: Happened, job: Job) -> trainer_pb2.WatchTrainJobResponse | None:
+    """What happened, with the job as it is by now; None for a checkpoint that is kept no more."""
     message = trainer_pb2.WatchTrainJobResponse(sequence=happened.sequence)
     message.event_time.FromNanoseconds(round(happened.time * 1e9))
     if happened.kind == CHECKPOINT:
-        [kept] = [one for one in job.checkpoints if one.step == happened.step]
-        message.checkpoint.CopyFrom(_checkpoint(kept))
+        kept = [one for one in job.checkpoints if one.step == happened.step]
+        if not kept:
+            return None
+        message.checkpoint.CopyFrom(_checkpoint(kept[0]))
     else:
         message.job.CopyFrom(_message(job))
     return message

@@ -20,6 +20,7 @@ _LONGEST_EPOCH = 10_000_000
 _MOST_SIDES = 16
 _MOST_SAMPLES = 16
 _USUAL_INTERVAL = 250
+_USUAL_STATES = 2
 _LARGEST_DATASET_BYTES = 1 << 30
 _NAMED_IN_ERRORS = 5
 
@@ -37,6 +38,7 @@ async def decided(
     spec.checkpoint_interval_steps = _count(
         spec, "checkpoint_interval_steps", _USUAL_INTERVAL, 1 << 30
     )
+    spec.kept_state_count = _count(spec, "kept_state_count", _USUAL_STATES, 1 << 30)
     spec.caption_dropout = asked.caption_dropout  # set from here on
     spec.captions = spec.captions or trainer_pb2.TrainJobSpec.CAPTIONS_STREAM
     is_encoded_first = spec.only_caches or spec.captions == spec.CAPTIONS_ALL_FIRST
@@ -45,6 +47,7 @@ async def decided(
         ("caption_dropout", 0 <= spec.caption_dropout <= 1, "0 to 1"),
         ("fixed_tag_count", spec.fixed_tag_count >= 0, "0 or more"),
         ("samples.prompts", len(spec.samples.prompts) <= _MOST_SAMPLES, f"{_MOST_SAMPLES} at most"),
+        ("kept_checkpoint_count", spec.kept_checkpoint_count >= 0, "0 or more"),
         ("training.step_count", 1 <= spec.training.step_count <= most_steps, f"1 to {most_steps}"),
     ):
         if not is_allowed:
@@ -52,7 +55,7 @@ async def decided(
             raise InvalidRequest.given(f"spec.{name}", given, allowed, "TRAINING_PLAN")
     spec.sides_px[:] = _sides(dit, spec)
     spec.base_model = spec.base_model or base_model(dit)
-    if not spec.replaces_adapter and not spec.only_caches:
+    if not spec.replaces_adapter and not spec.only_caches and not spec.training.full:
         await _refuse_taken(desk, spec.name)
     digests.check(spec.dataset.sha256, "spec.dataset.sha256")
     await desk.aside(lambda: _refuse_missing(desk, spec.dataset.sha256))
@@ -70,10 +73,12 @@ def _check_start(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> None:
     if not 0 <= spec.start.step < spec.training.step_count:
         allowed = f"less than the {spec.training.step_count} of the plan"
         raise InvalidRequest.given("spec.start.step", spec.start.step, allowed, "TRAINING_PLAN")
-    for name in ("adapter", "state"):
-        sha256 = getattr(spec.start, name).sha256
-        digests.check(sha256, f"spec.start.{name}.sha256")
-        desk.blobs.local(sha256)
+    if not spec.start.state:
+        allowed = "what training goes on from"
+        raise InvalidRequest.given("spec.start.state", "none", allowed, "TRAINING_PLAN")
+    for index, part in enumerate(spec.start.state):
+        digests.check(part.sha256, f"spec.start.state[{index}].sha256")
+        desk.blobs.local(part.sha256)
 
 
 async def _refuse_taken(desk: Desk, name: str) -> None:

@@ -41,15 +41,13 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     given.one_of("model", _MODELS, "z-image")
     is_full = given.one_of("mode", ("lora", "full"), "lora") == "full"
     _refuse_parts(given.table("full_finetune"))
-    if is_full:
-        raise _refusal("mode", "full", "lora: the weights themselves are not trained yet")
     given.take("guidance", 0.0)  # of the pictures that it would draw meanwhile
     loop, save = given.table("training_loop"), given.table("save")
     at_once = loop.take("batch_size", 1)
     training = {
         "seed": given.take("seed", 0),
         "samples_at_once": at_once,
-        "lora": {"groups": _groups(given.table("lora_layers"), is_given="lora_layers" in values)},
+        **_learnt(given, is_full=is_full, has_layers="lora_layers" in values),
         "noise": {"distribution": "schedule", "step_count": given.take("steps", _USUAL_STEPS)},
         **_optimizer(given.table("optimizer")),
     }
@@ -69,15 +67,24 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
         found["checkpoint_interval_steps"] = interval
     if output := save.take("output_path", ""):
         found["name"] = Path(output).name
-    save.only("keep_last_n_checkpoints", 0)
+    found["kept_checkpoint_count"] = save.take("keep_last_n_checkpoints", 0)
     given.table("early_stopping").only("enabled", False)
     for rest in (loop, save, average, given):
         rest.refuse_unknown()
     return found
 
 
+def _learnt(given: "_Table", *, is_full: bool, has_layers: bool) -> dict[str, Any]:
+    if is_full and has_layers:
+        raise _refusal("lora_layers", "some", "none with mode full")
+    if is_full:
+        return {"full": True}
+    return {"lora": {"groups": _groups(given.table("lora_layers"), is_given=has_layers)}}
+
+
 def _refuse_parts(full: "_Table") -> None:
-    full.take("train_transformer", True)
+    if not full.take("train_transformer", True):
+        raise _refusal("full_finetune.train_transformer", "false", "true: it is what learns")
     full.take("gradient_checkpointing", True)
     for part, instead in (
         ("train_vae", "the VAE stays as it is"),

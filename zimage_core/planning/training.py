@@ -109,7 +109,9 @@ class TrainingPlan:
 
     seed: int
     step_count: int
-    lora: tuple[LoraGroup, ...]
+    lora: tuple[LoraGroup, ...] = ()
+    full: bool = False
+    """Whether the model's own weights are learnt, in the place of an adapter."""
     noise: Noise = Noise()
     optimizer: Optimizer = Optimizer()
     learning_rate: LearningRate = LearningRate()
@@ -123,7 +125,7 @@ class TrainingPlan:
     """The file of an adapter that is active while training, and absent afterwards."""
     beside_scale: float = 1.0
     save_dtype: str = "bfloat16"
-    """The element type of the adapter's file."""
+    """The element type of the file of what was learnt."""
 
 
 def targets(groups: tuple[LoraGroup, ...], shape: DitShape) -> dict[str, Target]:

@@ -69,17 +69,18 @@ def training_bytes(
     accumulates: bool = False,
 ) -> TrainingBytes:
     """With these samples at once; `accumulates` where a batch has more of them."""
-    changed = targets(plan.lora, shape)
-    count = parameter_count(changed)
-    copies = count * element_bytes if element_bytes < _LEARNT_BYTES else 0
+    in_model = dit_parameter_count(shape)
+    count = in_model if plan.full else parameter_count(targets(plan.lora, shape))
+    is_narrower = element_bytes < _LEARNT_BYTES
+    copies = count * element_bytes if is_narrower and not plan.full else 0
+    is_apart = is_narrower or not plan.full
+    of_each = _LEARNT_BYTES * (is_apart + (plan.average_decay > 0))
     gradients = _GRADIENT_BYTES * count
     way = _way(shape, plan, samples) * shape.dim * element_bytes
-    way = way + gradients if accumulates else max(way, gradients)
-    of_each = _LEARNT_BYTES * (2 if plan.average_decay else 1) + _KEPT_BYTES[plan.optimizer.name]
     return TrainingBytes(
-        weights=dit_parameter_count(shape) * element_bytes,
-        learnt=count * of_each,
-        step=copies + way,
+        weights=in_model * element_bytes,
+        learnt=count * (of_each + _KEPT_BYTES[plan.optimizer.name]),
+        step=copies + (way + gradients if accumulates else max(way, gradients)),
     )
 
 
@@ -133,6 +134,8 @@ def _way(shape: DitShape, plan: TrainingPlan, samples: Sequence[Rows]) -> float:
 def _blocks_with_gradients(shape: DitShape, plan: TrainingPlan) -> dict[str, int]:
     """Of each stack the blocks from the first on that learns: those before take no gradient. What
     comes before the layers reaches all of them."""
+    if plan.full:
+        return block_counts(shape)
     first = {
         stack: min((one.first_block for one in plan.lora if one.stack == stack), default=count)
         for stack, count in block_counts(shape).items()
@@ -147,4 +150,6 @@ def _blocks_with_gradients(shape: DitShape, plan: TrainingPlan) -> dict[str, int
 def _inside(plan: TrainingPlan, stack: str) -> float:
     """Of one block."""
     learning = {linear for one in plan.lora if one.stack == stack for linear in one.linears}
-    return _KEPT + sum(rows for linears, rows in _INPUTS.items() if learning & set(linears))
+    return _KEPT + sum(
+        rows for linears, rows in _INPUTS.items() if plan.full or learning & set(linears)
+    )

@@ -43,6 +43,9 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
     """The plan for a model of this shape; raises InvalidRequest with the path of what is wrong,
     which begins with that of the message."""
     given = _Section(message, field)
+    for other in ("lora", "beside"):
+        if message.full and message.HasField(other):
+            raise given.refusal(other, "one beside full", "either of both")
     optimizer = _optimizer(given.within("optimizer"))
     beside, file = given.within("beside"), None
     if message.HasField("beside"):
@@ -52,7 +55,8 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
     return TrainingPlan(
         seed=message.seed,
         step_count=given.count("step_count", None, 1, _MOST_STEPS),
-        lora=_lora(given.within("lora"), shape),
+        lora=() if message.full else _lora(given.within("lora"), shape),
+        full=message.full,
         noise=_noise(given.within("noise")),
         optimizer=optimizer,
         learning_rate=_learning_rate(given.within("learning_rate"), optimizer),
@@ -72,13 +76,15 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
     if file := decided.beside:
         digest = types_pb2.Digest(sha256=file.sha256, size_bytes=file.size_bytes)
         beside = training_pb2.TrainingAdapter(digest=digest, scale=decided.beside_scale)
+    lora = training_pb2.LoraPlan(
+        groups=[training_pb2.LoraGroup(**asdict(group)) for group in decided.lora]
+    )
     return training_pb2.TrainingPlan(
         beside=beside,
+        full=decided.full,
         seed=decided.seed,
         step_count=decided.step_count,
-        lora=training_pb2.LoraPlan(
-            groups=[training_pb2.LoraGroup(**asdict(group)) for group in decided.lora]
-        ),
+        lora=None if decided.full else lora,
         noise=training_pb2.NoisePlan(
             **asdict(noise) | {"distribution": DISTRIBUTIONS[noise.distribution]}
         ),

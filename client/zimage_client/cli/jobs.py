@@ -38,7 +38,7 @@ def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
         ("resume", "let one go on from its last checkpoint"),
         ("cancel", "end one for good; its checkpoints stay"),
         ("delete", "take away one that has ended, with its checkpoints"),
-        ("export", "write a checkpoint's adapter to a file"),
+        ("export", "write what was learnt to a file"),
     ):
         of_action = actions.add_parser(
             action, help=purpose, description=purpose, allow_abbrev=False
@@ -96,7 +96,7 @@ async def _show_one(client: AsyncTrainer, args: Namespace, terminal: Terminal) -
     _show(job, args, terminal)
     if not args.json:
         for kept in job.checkpoints:
-            terminal.result(f"  step {kept.step}: adapter {kept.adapter.sha256}")
+            terminal.result(f"  step {kept.step}: {kept.weights.sha256}")
 
 
 async def _delete(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> None:
@@ -225,7 +225,7 @@ async def _export(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> 
     if args.zip:
         await archives.save(client, job, found[-1], args.output)
     else:
-        await client.get_blob(found[-1].adapter.sha256, args.output)
+        await client.get_blob(found[-1].weights.sha256, args.output)
     terminal.result(f"{args.output}  behind step {found[-1].step}")
 
 

@@ -21,6 +21,7 @@ from zimage_core.planning.training_memory import (
 )
 from zimage_core.settings import ClientSettings
 from zimage_core.wire import training as plans
+from zimage_core.wire.names import OPTIMIZERS
 from zimage_rpc.dit.v1 import training_pb2
 
 _BATCHES = (1, 2, 4, 8)
@@ -39,6 +40,10 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--side", type=int, default=1024, metavar="PX", help="default: 1024")
     parser.add_argument("--rank", type=int, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--full", action="store_true", help="of learning the transformer itself")
+    parser.add_argument(
+        "--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw"
+    )
     parser.add_argument(
         "--tokens", type=int, default=128, metavar="N", help="of a caption; default: 128"
     )
@@ -52,11 +57,12 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     """Arithmetic alone; needs no service and no card."""
     if args.vram is None or not 0 < args.vram < _MOST_GIB:
         raise wrong("--vram", "give the card's memory in GiB, such as --vram 24")
-    plan, sample = _plan(args.rank), _sample(args.side, args.tokens)
+    plan, sample = _plan(args), _sample(args.side, args.tokens)
+    learnt = "all of the transformer" if args.full else f"a LoRA of rank {args.rank}"
     room = args.vram * 2**30 - _RESERVED_BYTES
     if not args.json:
         terminal.result(
-            f"a LoRA of rank {args.rank} at {args.side}x{args.side}, {args.dtype}, "
+            f"{learnt} at {args.side}x{args.side}, {args.optimizer}, {args.dtype}, "
             f"{args.vram:g} GiB of which {_told(_RESERVED_BYTES)} are for CUDA and a screen\n"
             f"{'batch':>5} {'recompute':>10} {'at once':>8} {'weights':>9} {'learnt':>9} "
             f"{'step':>9} {'all':>9}   fits"
@@ -105,9 +111,13 @@ def _tell(  # noqa: PLR0913 - a row has these columns
     )
 
 
-def _plan(rank: int) -> TrainingPlan:
+def _plan(args: Namespace) -> TrainingPlan:
+    lora = training_pb2.LoraPlan(groups=[training_pb2.LoraGroup(rank=args.rank)])
     message = training_pb2.TrainingPlan(
-        step_count=1, lora=training_pb2.LoraPlan(groups=[training_pb2.LoraGroup(rank=rank)])
+        step_count=1,
+        lora=None if args.full else lora,
+        full=args.full,
+        optimizer=training_pb2.OptimizerPlan(name=OPTIMIZERS[args.optimizer]),
     )
     try:
         return plans.plan(message, DIT_SHAPE, "plan")

@@ -22,6 +22,8 @@ _LEAST_SIDE_PX = 64
 _OF_SPEC = {
     "name": "name",
     "rank": "training.lora.groups[].rank",
+    "full": "training.full",
+    "keep": "kept_checkpoint_count",
     "steps": "training.step_count",
     "batch_size": "batch_size",
     "learning_rate": "training.learning_rate.peak",
@@ -114,6 +116,12 @@ def add_job_flags(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="a LoRA that is active while training alone, such as one that undoes a distillation",
     )
+    how.add_argument(
+        "--full",
+        action="store_true",
+        default=None,
+        help="learn the transformer itself, at a DiT service of its own",
+    )
     how.add_argument("--rank", type=int, metavar="N", help="default: 16")
     how.add_argument("--steps", type=int, metavar="N", help=f"default: {_job_file.USUAL_STEPS}")
     how.add_argument("--epochs", type=int, metavar="N", help="in the place of --steps")
@@ -123,6 +131,7 @@ def add_job_flags(parser: ArgumentParser) -> None:
     how.add_argument(
         "--checkpoint-interval", type=int, metavar="STEPS", help="between checkpoints; default: 250"
     )
+    how.add_argument("--keep", type=int, metavar="N", help="the last N checkpoints; default: all")
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int | None:

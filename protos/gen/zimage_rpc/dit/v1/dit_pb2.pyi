@@ -1335,6 +1335,7 @@ class Model(_message.Message):
     DEFAULT_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     PREVIEW_R_SQUARED_FIELD_NUMBER: _builtins.int
     VAE_SHA256_FIELD_NUMBER: _builtins.int
+    FULL_TRAINING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The folder's name."""
     variant: Global___Model.Variant.ValueType
@@ -1355,6 +1356,10 @@ class Model(_message.Message):
     """
     vae_sha256: _builtins.str
     """SHA-256 over the weights and constants of its VAE: which latents are its own."""
+    full_training: _builtins.bool
+    """Whether its weights are there to be learnt, by one full training at a time: pictures are then drawn with what they
+    are by now.
+    """
     @_builtins.property
     def encoder_identity(self) -> _types_pb2.EncoderIdentity:
         """The encoder whose embeddings this model takes; unset when none is pinned."""
@@ -1372,10 +1377,11 @@ class Model(_message.Message):
         default_guidance_scale: _builtins.float = ...,
         preview_r_squared: _builtins.float = ...,
         vae_sha256: _builtins.str = ...,
+        full_training: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encoder_identity", b"encoder_identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption_width", b"caption_width", "default_guidance_scale", b"default_guidance_scale", "default_side_px", b"default_side_px", "default_step_count", b"default_step_count", "encoder_identity", b"encoder_identity", "name", b"name", "preview_r_squared", b"preview_r_squared", "shift", b"shift", "vae_sha256", b"vae_sha256", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption_width", b"caption_width", "default_guidance_scale", b"default_guidance_scale", "default_side_px", b"default_side_px", "default_step_count", b"default_step_count", "encoder_identity", b"encoder_identity", "full_training", b"full_training", "name", b"name", "preview_r_squared", b"preview_r_squared", "shift", b"shift", "vae_sha256", b"vae_sha256", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -86,8 +86,8 @@ class OpenTraining(_message.Message):
         """What is trained, and how. A stretch that goes on has the plan of the one before."""
 
     @_builtins.property
-    def state(self) -> _types_pb2.Digest:
-        """The state to go on from, as a checkpoint named it; needed like what batches name. Unset begins."""
+    def state(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Digest]:
+        """The parts of the state to go on from, as a checkpoint named them; needed like what batches name. Unset begins."""
 
     def __init__(
         self,
@@ -95,9 +95,9 @@ class OpenTraining(_message.Message):
         job: _builtins.str = ...,
         session_epoch: _builtins.int = ...,
         plan: Global___TrainingPlan | None = ...,
-        state: _types_pb2.Digest | None = ...,
+        state: _abc.Iterable[_types_pb2.Digest] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -145,6 +145,7 @@ class TrainingPlan(_message.Message):
     AVERAGE_DECAY_FIELD_NUMBER: _builtins.int
     SAVE_FIELD_NUMBER: _builtins.int
     BESIDE_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Decides what is drawn by chance."""
     step_count: _builtins.int
@@ -155,9 +156,11 @@ class TrainingPlan(_message.Message):
     """What is computed again."""
     average_decay: _builtins.float
     """Keeps a moving average of the weights with this decay, below 1, which is what checkpoints hold then. Unset or 0: none."""
+    full: _builtins.bool
+    """Learns the transformer's own weights in the place of an adapter. A service learns either full trainings alone or none."""
     @_builtins.property
     def lora(self) -> Global___LoraPlan:
-        """The adapter that is learnt."""
+        """The adapter that is learnt; unset with full."""
 
     @_builtins.property
     def noise(self) -> Global___NoisePlan:
@@ -193,10 +196,11 @@ class TrainingPlan(_message.Message):
         average_decay: _builtins.float | None = ...,
         save: Global___SavePlan | None = ...,
         beside: Global___TrainingAdapter | None = ...,
+        full: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "samples_at_once", b"samples_at_once", "save", b"save"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "full", b"full", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__average_decay: _TypeAlias = _typing.Literal["average_decay"]  # noqa: Y015
     _WhichOneofArgType__average_decay: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay"]  # noqa: Y015
@@ -241,7 +245,7 @@ Global___TrainingAdapter: _TypeAlias = TrainingAdapter  # noqa: Y015
 
 @_typing.final
 class SavePlan(_message.Message):
-    """How an adapter is written."""
+    """How what was learnt is written."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -851,7 +855,7 @@ class CheckpointReady(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
-    ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     step: _builtins.int
@@ -861,24 +865,24 @@ class CheckpointReady(_message.Message):
     half-closes, then ends the call with UNAVAILABLE, reason STOPPING.
     """
     @_builtins.property
-    def adapter(self) -> _types_pb2.Digest:
-        """The adapter, a file that programs read."""
+    def weights(self) -> _types_pb2.Digest:
+        """What was learnt, a file that programs read: an adapter, or the transformer."""
 
     @_builtins.property
-    def state(self) -> _types_pb2.Digest:
-        """What a training goes on from."""
+    def state(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Digest]:
+        """What a training goes on from, in parts."""
 
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
-        adapter: _types_pb2.Digest | None = ...,
-        state: _types_pb2.Digest | None = ...,
+        weights: _types_pb2.Digest | None = ...,
+        state: _abc.Iterable[_types_pb2.Digest] | None = ...,
         leaving: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "leaving", b"leaving", "state", b"state", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaving", b"leaving", "state", b"state", "step", b"step", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

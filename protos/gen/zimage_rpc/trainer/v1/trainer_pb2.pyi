@@ -112,8 +112,12 @@ class TrainJobSpec(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     REPLACES_ADAPTER_FIELD_NUMBER: _builtins.int
+    KEPT_CHECKPOINT_COUNT_FIELD_NUMBER: _builtins.int
+    KEPT_STATE_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name that each checkpoint gets as an adapter, in the place of the one before; 1 to 128 letters, digits, '.', '_' and '-'."""
+    """The name that each checkpoint gets as an adapter, in the place of the one before; 1 to 128 letters, digits, '.', '_'
+    and '-'. What full training learns is no adapter: there it is the job's name alone.
+    """
     batch_size: _builtins.int
     """How many samples a step learns from, 1 to 256. Unset means 1."""
     caption_dropout: _builtins.float
@@ -132,6 +136,10 @@ class TrainJobSpec(_message.Message):
     """The model that is learnt on, as DiT services name it. Unset means that of now; with another one the job waits."""
     replaces_adapter: _builtins.bool
     """Whether the adapter takes the place of one that has its name when the job is made; otherwise that is refused."""
+    kept_checkpoint_count: _builtins.int
+    """How many checkpoints are kept, the latest. Unset or 0: all."""
+    kept_state_count: _builtins.int
+    """Of how many of them all that training goes on from is kept, the latest. Unset means 2."""
     @_builtins.property
     def dataset(self) -> _types_pb2.Digest:
         """The samples: the digest of a dataset file, JSON lines of pictures by their digests, and captions."""
@@ -172,10 +180,12 @@ class TrainJobSpec(_message.Message):
         start: Global___TrainCheckpoint | None = ...,
         base_model: _builtins.str = ...,
         replaces_adapter: _builtins.bool = ...,
+        kept_checkpoint_count: _builtins.int = ...,
+        kept_state_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "samples", b"samples", "start", b"start", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "kept_state_count", b"kept_state_count", "samples", b"samples", "start", b"start", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "kept_checkpoint_count", b"kept_checkpoint_count", "kept_state_count", b"kept_state_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -183,12 +193,16 @@ class TrainJobSpec(_message.Message):
     _WhichOneofArgType__caption_dropout: _TypeAlias = _typing.Literal["_caption_dropout", b"_caption_dropout"]  # noqa: Y015
     _WhichOneofReturnType__checkpoint_interval_steps: _TypeAlias = _typing.Literal["checkpoint_interval_steps"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_interval_steps: _TypeAlias = _typing.Literal["_checkpoint_interval_steps", b"_checkpoint_interval_steps"]  # noqa: Y015
+    _WhichOneofReturnType__kept_state_count: _TypeAlias = _typing.Literal["kept_state_count"]  # noqa: Y015
+    _WhichOneofArgType__kept_state_count: _TypeAlias = _typing.Literal["_kept_state_count", b"_kept_state_count"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__caption_dropout) -> _WhichOneofReturnType__caption_dropout | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_interval_steps) -> _WhichOneofReturnType__checkpoint_interval_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_state_count) -> _WhichOneofReturnType__kept_state_count | None: ...
 
 Global___TrainJobSpec: _TypeAlias = TrainJobSpec  # noqa: Y015
 
@@ -345,18 +359,18 @@ class TrainCheckpoint(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
-    ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """How many steps."""
     @_builtins.property
-    def adapter(self) -> _types_pb2.Digest:
-        """The adapter, a file in the service's store."""
+    def weights(self) -> _types_pb2.Digest:
+        """What was learnt, a file in the service's store: an adapter, or the transformer."""
 
     @_builtins.property
-    def state(self) -> _types_pb2.Digest:
-        """What training goes on from, a file in the service's store."""
+    def state(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Digest]:
+        """What training goes on from, files in the service's store; unset where it is not kept any more."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -366,13 +380,13 @@ class TrainCheckpoint(_message.Message):
         self,
         *,
         step: _builtins.int = ...,
-        adapter: _types_pb2.Digest | None = ...,
-        state: _types_pb2.Digest | None = ...,
+        weights: _types_pb2.Digest | None = ...,
+        state: _abc.Iterable[_types_pb2.Digest] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "create_time", b"create_time", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "create_time", b"create_time", "state", b"state", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "state", b"state", "step", b"step", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
