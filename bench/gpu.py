@@ -33,13 +33,13 @@ from dit_service.engine.generate import Predicted, Studio
 from dit_service.engine.packing import Asked
 from dit_service.model.attention.backend import Place
 from dit_service.model.config import TransformerConfig
-from dit_service.model.narrow import FORMS, FULL, obstacle
+from dit_service.model.narrow import FORMS, obstacle
 from dit_service.model.transformer import Sample, ZImageTransformer
 from dit_service.model.vae import Vae
 from zimage_core.pictures import files
 from zimage_core.planning import schedule
 from zimage_core.planning.flops import dit_step_flops
-from zimage_core.planning.memory import turn_count, turning_blocks, weight_bytes
+from zimage_core.planning.memory import FULL, turn_count, turning_blocks, weight_bytes
 from zimage_core.tensors import TensorData
 
 TOKENS, STEPS, SHIFT = 128, 8, 3.0
@@ -233,7 +233,7 @@ def weights(bench: Bench) -> Iterator[dict[str, Any]]:
             "peak_gb": _peak_gb(bench),
         }
         del model
-    size = weight_bytes(bench.config, bench.dtype.itemsize, is_narrow=False)
+    size = weight_bytes(bench.config, bench.dtype.itemsize)
     for share in (0.75, 0.5, 0.0):
         count = turn_count(size, size.least + share * (size.all - size.least))
         model = bench.transformer()

@@ -44,7 +44,7 @@ def _loaded(way: str, folder: Path) -> object:
     form, room = way, float("inf")
     if way == "streamed":
         config, _ = read_config(folder)
-        form, room = "full", weight_bytes(config, 2, is_narrow=False).least
+        form, room = "full", weight_bytes(config, 2).least
     device = torch.device("cpu")
     return load_transformer(folder, device, torch.bfloat16, Residence(form, room))
 

@@ -130,6 +130,26 @@ class Learnt:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Front to worker: samples that a training looks at and does not learn; answered by one
+    Evaluated."""
+
+    session: str
+    first: int
+    """The place of the first of them."""
+    samples: "tuple[TrainSample, ...]"
+    share: Share
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Worker to front: what was lost on them."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class TakeCheckpoint:
     """Front to worker: what is there of a training shall be written into a folder; answered by one
     Checkpoint."""

@@ -5,11 +5,11 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -41,7 +41,7 @@ from zimage_core.errors import (
     ZImageError,
 )
 from zimage_core.formats.dataset_file import Example
-from zimage_core.planning.curriculum import Curriculum, Habits, Look, size_px
+from zimage_core.planning.curriculum import Curriculum, Habits, Look, held_out, is_enough, size_px
 from zimage_core.store.blobs import Blobs
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
@@ -52,10 +52,12 @@ _PREPARED_AHEAD = 8
 """Steps whose samples are being prepared while others are learnt."""
 _ENCODED_AT_ONCE = 16
 """Samples, where all are encoded first; how many services work on at once the caches decide."""
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 5.0
 STORE_FULL = "STORE_FULL"
 _PASSING = ("QUEUE_FULL", "RATE_LIMITED", STORE_FULL)
 """Of what is too much now, what may not be later."""
+_LOOKED_AT_ONCE = 16
+"""Samples that are not learnt."""
 _FIRST = -1
 """The step before all, which what is encoded first is for."""
 _MOST_DRAWING = 4
@@ -82,6 +84,8 @@ class Desk:
     """Of each DiT service alone: what a session made lies there."""
     caches: Caches
     threads: ThreadPoolExecutor
+    learning: Counter[AsyncClient] = field(default_factory=Counter)
+    """How many jobs learn at each DiT service."""
 
     async def aside(self, work: Callable[[], T]) -> T:
         """What waits for disks."""
@@ -153,7 +157,13 @@ class Feeding:
         self._side_px = 0
         """Of pictures that are drawn with checkpoints."""
         self._spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
-        self._curriculum = Curriculum(examples, self._spec.training.seed, _habits(self._spec))
+        seed, share = self._spec.training.seed, self._spec.validation.share
+        learnt, held = held_out(examples, seed, share)
+        self._curriculum = Curriculum(learnt, seed, _habits(self._spec))
+        self._held = [Look(one, one.caption, self._spec.sides_px[0], False) for one in held]
+        """What is looked at and not learnt."""
+        self._lost: dict[int, training.Evaluated] = {}
+        """On that, behind the latest step that had it looked at, by the places of pieces."""
         self.caching: Caching | None = None
         """Where all is encoded first."""
         self._learnt: list[TrainStep] = []
@@ -164,6 +174,11 @@ class Feeding:
         self._entered = time.monotonic()
         self._is_waiting = False
         self._awaited_step = _FIRST
+        self._has_begun = asyncio.Event()
+        self._begun_step = 0
+        """Behind how many steps the service goes on."""
+        self._kept_step = 0
+        """Behind how many the last checkpoint was."""
         self._is_shown = asyncio.Event()
         """Whether the checkpoint before was drawn with, where the model itself is learnt."""
         self.shall_rest = asyncio.Event()
@@ -185,7 +200,13 @@ class Feeding:
             await self._listener.runs(self._job.id)
             if not await self._encode_all(encoder, dit):
                 return False
-        return spec.only_caches or await self._learn(epoch, encoder, dit)
+        if spec.only_caches or self._is_enough:
+            return True
+        self._desk.learning[self._dit] += 1
+        try:
+            return await self._learn(epoch, encoder, dit)
+        finally:
+            self._desk.learning[self._dit] -= 1
 
     async def _learn(self, epoch: int, encoder: EncoderDescription, dit: DitDescription) -> bool:
         last = await self._desk.aside(self._last_whole)
@@ -194,15 +215,17 @@ class Feeding:
         )
         if last:
             opening.state.extend(map(training.digest, last.state))
-        done = last.step if last else 0
-        asked = self._asked(done, encoder, dit)
+        if self._job.step:
+            opening.known_step_count = self._job.step
+        self._kept_step = last.step if last else 0
+        asked = self._asked(encoder, dit)
         session = self._dit.train_session(opening, asked, self._desk.blobs.local)
         try:
             async with aclosing(session) as events:
                 async for event in events:
                     await self._hear(event)
                     if isinstance(event, training.Checkpoint):
-                        done = event.step
+                        self._kept_step = event.step
             await self._all_kept()
             if not self.shall_rest.is_set():
                 await self._all_drawn()
@@ -214,24 +237,38 @@ class Feeding:
             for task in (*self._keeping, *self._drawing):
                 task.cancel()
             await asyncio.shield(self._flush())
-        return done == self._spec.training.step_count
+        return self._kept_step == self._spec.training.step_count or self._is_enough
+
+    @property
+    def _is_enough(self) -> bool:
+        """Whether it has got no better for too long."""
+        plan = self._spec.validation
+        losses = [one.validation_loss for one in self._job.checkpoints]
+        return is_enough([one for one in losses if one is not None], plan.patience, plan.least_gain)
 
     async def _hear(self, event: training.Answer) -> None:
         match event:
             case training.Opened():
+                self._begun_step = event.step
+                self._has_begun.set()
                 await self._decide(event.plan)
                 await self._listener.runs(self._job.id)
             case TrainStep():
                 await self._enter(event)
+            case training.Evaluated():
+                self._lost = {
+                    first: one for first, one in self._lost.items() if one.step == event.step
+                } | {event.first: event}
             case training.Checkpoint():  # kept while others are learnt, one after the other
                 await self._all_kept()
                 await self._flush()
                 self._keeping = [asyncio.create_task(self._keep(event))]
-                if event.leaving or self._spec.training.full:
+                full, patience = self._spec.training.full, self._spec.validation.patience
+                if event.leaving or full or patience:
                     await self._all_kept()
-                if self._spec.training.full:  # what is drawn with it is drawn before it changes
+                if full:  # what is drawn with it is drawn before it changes
                     await self._all_drawn()
-                    self._is_shown.set()
+                self._is_shown.set()
 
     async def _all_drawn(self) -> None:
         if self._drawing:
@@ -267,10 +304,11 @@ class Feeding:
             await self._desk.aside(lambda: self._desk.jobs.decide(self._job.id, spec))
 
     async def _free_dit(self) -> tuple[AsyncClient, DitDescription]:
-        """The first DiT service that is there with the job's model."""
+        """A DiT service that is there with the job's model: the first of those with the fewest
+        jobs."""
         error: ZImageError = loading("the model")
         wanted = self._spec.base_model
-        for client in self._desk.dits:
+        for client in sorted(self._desk.dits, key=lambda one: self._desk.learning[one]):
             try:
                 described = await client.describe()
             except ZImageError as one:
@@ -290,7 +328,8 @@ class Feeding:
     async def _encode_all(self, encoder: EncoderDescription, dit: DitDescription) -> bool:
         """Until everything that will be learnt is kept, or rest is due; whether everything is."""
         step_count = self._spec.training.step_count
-        looks = await self._desk.aside(lambda: list(self._curriculum.until(step_count)))
+        learnt = await self._desk.aside(lambda: list(self._curriculum.until(step_count)))
+        looks = [*self._held, *learnt]
         self.caching = Caching(0, len(looks))
 
         async def encode(look: Look) -> None:
@@ -334,35 +373,72 @@ class Feeding:
             await self._listener.runs(self._job.id)
 
     async def _asked(
-        self, step: int, encoder: EncoderDescription, dit: DitDescription
-    ) -> AsyncGenerator[training.Batch | training.TakeCheckpoint, None]:
-        """What is left, with samples prepared ahead; checkpoints where they are due."""
-        count, interval = self._spec.training.step_count, self._spec.checkpoint_interval_steps
+        self, encoder: EncoderDescription, dit: DitDescription
+    ) -> AsyncGenerator[training.Asked, None]:
+        """What is left, and checkpoints where they are due."""
+        await self._has_begun.wait()
+        done = self._begun_step
+        if done > self._kept_step and self._is_due(done):  # the request for it got lost
+            async for one in self._checkpoint(encoder, dit):
+                yield one
+        async with aclosing(self._batches(encoder, dit)) as batches:
+            async for batch in batches:
+                yield batch
+                done = batch.step + 1
+                if self._is_due(done) or self.shall_rest.is_set():
+                    async for one in self._checkpoint(encoder, dit):
+                        yield one
+                if self.shall_rest.is_set() or self._is_enough:
+                    return
+        if done > self._kept_step and not self._is_due(done):  # rest was due
+            yield training.TakeCheckpoint()
+
+    def _is_due(self, step: int) -> bool:
+        """Whether there is a checkpoint behind so many steps."""
+        is_last = step == self._spec.training.step_count
+        return is_last or step % self._spec.checkpoint_interval_steps == 0
+
+    async def _batches(
+        self, encoder: EncoderDescription, dit: DitDescription
+    ) -> AsyncGenerator[training.Batch, None]:
+        """Those that are left, prepared ahead, until rest is due."""
+        count = self._spec.training.step_count
         ahead: deque[asyncio.Task[training.Batch]] = deque()
         try:
-            for following in range(step, count):
+            for following in range(self._begun_step, count):
                 while len(ahead) < min(_PREPARED_AHEAD, count - following):
                     preparing = self._prepared(following + len(ahead), encoder, dit)
                     ahead.append(asyncio.create_task(preparing))
                 self._awaited_step = following
                 if not await self._done_of({ahead[0]}):
-                    if following > step:
-                        yield training.TakeCheckpoint()
                     return
                 yield await ahead.popleft()
                 await self._is_back()
-                is_last = following + 1 == count or self.shall_rest.is_set()
-                if is_last or (following + 1) % interval == 0:
-                    self._is_shown.clear()
-                    yield training.TakeCheckpoint()
-                    if self._spec.training.full:
-                        await self._is_shown.wait()
-                if is_last:
-                    return
         finally:
             for task in ahead:
                 task.cancel()
             await asyncio.gather(*ahead, return_exceptions=True)
+
+    async def _checkpoint(
+        self, encoder: EncoderDescription, dit: DitDescription
+    ) -> AsyncGenerator[training.Asked, None]:
+        """One, and before it what tells how good it is. Waits for it where the next step depends on
+        what is seen there."""
+        self._is_shown.clear()
+        async for piece in self._looked_at(encoder, dit):
+            yield piece
+        yield training.TakeCheckpoint()
+        if self._spec.training.full or self._spec.validation.patience:
+            await self._is_shown.wait()
+
+    async def _looked_at(
+        self, encoder: EncoderDescription, dit: DitDescription
+    ) -> AsyncGenerator[training.Evaluate, None]:
+        """All that is not learnt, in pieces."""
+        for first in range(0, len(self._held), _LOOKED_AT_ONCE):
+            looks = self._held[first : first + _LOOKED_AT_ONCE]
+            samples = [self._sample(look, encoder, dit) for look in looks]
+            yield training.Evaluate(first, await asyncio.gather(*samples))
 
     async def _prepared(
         self, step: int, encoder: EncoderDescription, dit: DitDescription
@@ -417,7 +493,7 @@ class Feeding:
     async def _keep(self, made: training.Checkpoint) -> None:
         """Its files are here, and stay, before anybody hears of it."""
         desk, job = self._desk, self._job.id
-        kept = Kept(made.step, made.weights, made.state, time.time())
+        kept = Kept(made.step, made.weights, made.state, time.time(), self._validation(made.step))
         for name, named in checkpoint_files(job, kept):
             await self._fetch_when_there_is_room(named)
             await desk.aside(partial(desk.blobs.point, CHECKPOINTS, name, named.sha256))
@@ -427,12 +503,20 @@ class Feeding:
         if len(self._drawing) < _MOST_DRAWING:
             self._drawing.append(asyncio.create_task(self._show(kept)))
 
+    def _validation(self, step: int) -> float | None:
+        """The mean loss of all that was looked at behind a step."""
+        lost = [one for one in self._lost.values() if one.step == step]
+        count = sum(one.count for one in lost)
+        if count != len(self._held) or not count:
+            return None
+        return sum(one.loss * one.count for one in lost) / count
+
     def _enter_checkpoint(self, kept: Kept) -> None:
         """And forgets what is not to be kept besides."""
         jobs, spec = self._desk.jobs, self._spec
         jobs.add_checkpoint(self._job.id, kept)
-        left = jobs.thin_out(self._job.id, spec.kept_checkpoint_count, spec.kept_state_count)
-        forget_thinned(self._desk.blobs, left)
+        self._job = jobs.thin_out(self._job.id, spec.kept_checkpoint_count, spec.kept_state_count)
+        forget_thinned(self._desk.blobs, self._job)
 
     async def _show(self, kept: Kept) -> None:
         """Lets people draw with a checkpoint, and draws what was asked for, while others are

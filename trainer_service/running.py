@@ -46,10 +46,13 @@ _OPEN_AGAIN = ("TRAINING_NOT_OPEN", "TRAINING_ORDER", "SESSION_REPLACED")
 
 
 class Runner:
-    """All jobs of a trainer, one after the other."""
+    """All jobs of a trainer, so many at once."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, at_once: int) -> None:
         self._desk = desk
+        self._free = asyncio.Semaphore(at_once)
+        self._again: set[str] = set()
+        """Those that came while they had their turn."""
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._feeding: dict[str, Feeding] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -66,20 +69,32 @@ class Runner:
         for job in await self._desk.aside(self._desk.jobs.unfinished):
             self._queue.put_nowait(job)
         on_ready(True)
-        while True:
-            job = await self._queue.get()
-            if self.is_leaving:
-                continue
-            self._running[job] = asyncio.create_task(self._see_through(job))
-            try:
-                await asyncio.wait([self._running[job]])
-            finally:
-                task = self._running.pop(job)
+        try:
+            while True:
+                await self._free.acquire()
+                job = await self._queue.get()
+                if self.is_leaving or job in self._running:
+                    self._again.add(job)
+                    self._free.release()
+                    continue
+                self._running[job] = asyncio.create_task(self._turn(job))
+        finally:
+            for task in self._running.values():
                 task.cancel()
-            if not task.cancelled() and (fault := task.exception()):
-                _log.error("job %s broke the trainer's own part", job, exc_info=fault)
-                with suppress(NotFound):  # it was deleted meanwhile
-                    await self._fail(job, InternalError("internal error; the log knows more"))
+
+    async def _turn(self, job: str) -> None:
+        try:
+            await self._see_through(job)
+        except Exception as fault:  # noqa: BLE001 - the others go on
+            _log.error("job %s broke the trainer's own part", job, exc_info=fault)
+            with suppress(NotFound):  # it was deleted meanwhile
+                await self._fail(job, InternalError("internal error; the log knows more"))
+        finally:
+            del self._running[job]
+            self._free.release()
+            if job in self._again:
+                self._again.discard(job)
+                self._submit(job)
 
     async def leave(self) -> None:
         """Lets the job at hand take a checkpoint, to go on from at the next start."""
@@ -262,7 +277,7 @@ class Runner:
         job = await self._desk.aside(lambda: self._desk.jobs.read(job_id))
         spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
         if not spec.only_caches and not spec.training.full:
-            await publish(self._desk, spec.name, job.checkpoints[-1])
+            await publish(self._desk, spec.name, job.best)
 
     async def _fail(self, job: str, error: ZImageError) -> None:
         failure = status.to_failure(error).SerializeToString()

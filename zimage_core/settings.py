@@ -174,16 +174,24 @@ class DitSettings(ModelSettings):
     fused_adapter_scale: float = Field(
         1.0, allow_inf_nan=False, description="how strong it is, 1 as it was trained"
     )
-    weights: Literal["auto", "full", "int8", "fp8", "fp8_matmul", "fastest"] = Field(
+    weights: Literal["auto", "full", "int8", "fp8", "fp8_matmul", "nf4", "fastest"] = Field(
         "auto",
         description="form of the transformer's large weights on the device: full, as the compute "
-        "type; int8 or fp8, a byte each; fp8_matmul, multiplied as they are (NVIDIA from compute "
-        "capability 8.9 on); fastest, fp8_matmul where it is; auto: as the file has them",
+        "type; int8 or fp8, a byte each; nf4, half of one; fp8_matmul, multiplied as they are "
+        "(NVIDIA from compute capability 8.9 on); fastest, fp8_matmul where it is; auto: as the "
+        "file has them",
     )
     weights_gate: bool = Field(
         True,
         description="refuse weights that lose more than the file has, by a picture drawn at the "
         "first start: latents' cosine below 0.995, or PSNR below 30 dB",
+    )
+    training_weight: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how much of the device's time a project's trainings get while others want it, "
+        "too: background pictures have 1, normal ones 4, interactive ones 16",
     )
     full_training: bool = Field(
         False,
@@ -275,6 +283,12 @@ class TrainerSettings(ServiceSettings):
     token_file: Path | None = Field(None, description="file with the token for both services")
     tls_ca: Path | None = Field(
         None, description="authorities of their certificates; unset: no TLS towards them"
+    )
+    jobs_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="jobs that learn at the same time; those of one DiT service share its device; "
+        "unset: one for each DiT service",
     )
     database: str = Field(
         "", description="URL of the database of jobs; unset: SQLite in a folder of this user"

@@ -273,7 +273,7 @@ class AsyncClient:
     def train_session(
         self,
         opening: training_pb2.OpenTraining,
-        asked: AsyncGenerator[training.Batch | training.TakeCheckpoint, None],
+        asked: AsyncGenerator[training.Asked, None],
         file: Callable[[str], Path],
     ) -> AsyncGenerator[training.Answer, None]:
         """Trains on the DiT service, as long as nothing breaks: who feeds it opens it again. For

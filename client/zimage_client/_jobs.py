@@ -1,5 +1,6 @@
 """Jobs of a trainer service, as users see them."""
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -20,6 +21,8 @@ class TrainCheckpoint:
     state: tuple[Named, ...]
     """What training goes on from, in parts; empty where it is not kept any more."""
     created: datetime
+    validation_loss: float | None = None
+    """On pictures that are kept from learning, where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,16 @@ class TrainJob:
     checkpoints: tuple[TrainCheckpoint, ...]
     spec: trainer_pb2.TrainJobSpec
     """What was asked, everything decided."""
+
+    @property
+    def best(self) -> TrainCheckpoint | None:
+        """The checkpoint that loses the least on what is kept from learning, or the latest where
+        nothing is; it has the job's name in the end. None before the first."""
+        return min(
+            reversed(self.checkpoints),
+            key=lambda one: math.inf if one.validation_loss is None else one.validation_loss,
+            default=None,
+        )
 
     @property
     def has_ended(self) -> bool:
@@ -139,6 +152,7 @@ def checkpoint(message: trainer_pb2.TrainCheckpoint) -> TrainCheckpoint:
         weights=Named(message.weights.sha256, message.weights.size_bytes),
         state=tuple(Named(one.sha256, one.size_bytes) for one in message.state),
         created=message.create_time.ToDatetime(),
+        validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
     )
 
 

@@ -45,6 +45,15 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluate:
+    """What is looked at and not learnt, with what was learnt from the batches before."""
+
+    first: int
+    """The place of the first among all that are looked at."""
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True, slots=True)
 class TakeCheckpoint:
     """What is there behind the batches before."""
 
@@ -71,7 +80,20 @@ class Checkpoint:
     """Whether the service is about to stop, and waits until whoever hears of it asks for more."""
 
 
-Answer = Opened | TrainStep | Checkpoint
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What was lost on samples that are not learnt."""
+
+    step: int
+    """How many are behind it."""
+    first: int
+    count: int
+    loss: float
+    """Their mean."""
+
+
+Asked = Batch | Evaluate | TakeCheckpoint
+Answer = Opened | TrainStep | Evaluated | Checkpoint
 
 
 class Session:
@@ -80,7 +102,7 @@ class Session:
     def __init__(
         self,
         opening: training_pb2.OpenTraining,
-        asked: AsyncGenerator[Batch | TakeCheckpoint, None],
+        asked: AsyncGenerator[Asked, None],
         file: Callable[[str], Path],
     ) -> None:
         """`asked` is read as the service gets on; `file` says where what was named lies."""
@@ -129,6 +151,10 @@ class Session:
             case "step":
                 self._credit.give_back()
                 return _jobs.step(response.step)
+            case "evaluation":
+                self._credit.give_back()
+                said = response.evaluation
+                return Evaluated(said.step, said.first_index, said.sample_count, said.loss)
             case "checkpoint":
                 if not response.checkpoint.leaving:
                     self._credit.give_back()
@@ -198,15 +224,23 @@ class _Credit:
             await self._changed.wait()
 
 
-def _message(asked: Batch | TakeCheckpoint) -> _Request:
-    if isinstance(asked, TakeCheckpoint):
-        return _Request(checkpoint=training_pb2.TakeCheckpoint())
-    batch = training_pb2.TrainBatch(step=asked.step)
-    for sample in asked.samples:
-        batch.samples.add(
-            latents=digest(sample.latents), caption=digest(sample.caption), weight=sample.weight
-        )
-    return _Request(batch=batch)
+def _message(asked: Asked) -> _Request:
+    match asked:
+        case TakeCheckpoint():
+            return _Request(checkpoint=training_pb2.TakeCheckpoint())
+        case Evaluate():
+            samples = map(_sample, asked.samples)
+            evaluate = training_pb2.EvaluateBatch(first_index=asked.first, samples=samples)
+            return _Request(evaluate=evaluate)
+        case Batch():
+            samples = map(_sample, asked.samples)
+            return _Request(batch=training_pb2.TrainBatch(step=asked.step, samples=samples))
+
+
+def _sample(sample: Sample) -> training_pb2.TrainSample:
+    return training_pb2.TrainSample(
+        latents=digest(sample.latents), caption=digest(sample.caption), weight=sample.weight
+    )
 
 
 def digest(named: Named) -> types_pb2.Digest:

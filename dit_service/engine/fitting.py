@@ -16,7 +16,6 @@ from dit_service.engine.trial import try_out
 from dit_service.model import loading
 from dit_service.model.attention.backend import Place
 from dit_service.model.fusing import Fusion
-from dit_service.model.narrow import FULL
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.model.vae import Vae
 from zimage_core.planning.flops import DitShape
@@ -57,7 +56,7 @@ class Fitting:
         backend, fusion = attending.backend, self._fusion(config)
 
         def try_form(form: str) -> Trial:
-            wanted = weight_bytes(config, self.dtype.itemsize, is_narrow=form != FULL)
+            wanted = weight_bytes(config, self.dtype.itemsize, form)
             transformer, _ = self._load(form, backend, fusion, wanted.least)
             self._announce("try weights")
             return try_out(transformer, vae, backend, shift)

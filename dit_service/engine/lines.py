@@ -41,7 +41,7 @@ class Waiting(Generic[T]):
 class _Line(Generic[T]):
     """Those of one share."""
 
-    def __init__(self, weight: int, served: float) -> None:
+    def __init__(self, weight: float, served: float) -> None:
         self.weight = weight
         self.waiting: list[Waiting[T]] = []
         self.served = served

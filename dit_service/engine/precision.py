@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from dit_service.engine.notes import Notes
 from dit_service.model.attention.backend import Place
-from dit_service.model.narrow import AS_STORED, FORMS, FULL, MULTIPLIED, obstacle
+from dit_service.model.narrow import AS_STORED, FORMS, MULTIPLIED, obstacle
 from zimage_core.errors import InvalidSettings
+from zimage_core.planning.memory import FULL
 from zimage_core.serving.child import is_sticky
 
 _log = logging.getLogger(__name__)

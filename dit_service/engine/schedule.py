@@ -89,6 +89,9 @@ class Schedule:
             case messages.Learn() as asked:
                 work = self._trainings.learn(asked, partial(self._port.emit, submitted.call))
                 self._go_on(_Live(submitted, asked.share, True, work), None)
+            case messages.Evaluate() as asked:
+                work = self._trainings.evaluate(asked, partial(self._port.emit, submitted.call))
+                self._go_on(_Live(submitted, asked.share, True, work), None)
             case messages.OpenTraining() | messages.CloseTraining() as asked:
                 with self._port.answering(submitted):
                     for answer in self._trainings.turn_to(asked):

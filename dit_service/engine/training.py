@@ -22,11 +22,13 @@ from dit_service.engine.pace import Announce, Pace
 from dit_service.model.adapter_loading import load_adapter
 from dit_service.model.adapters import Use, Uses
 from dit_service.model.attention.backends import BACKENDS
+from dit_service.model.narrow import MULTIPLIED
 from dit_service.model.transformer import ZImageTransformer
-from dit_service.training.training import Example, Training
+from dit_service.training.training import LEVELS, Example, Training
 from zimage_core.errors import InvalidRequest, NotReady, Unavailable
 from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.limits import padded
+from zimage_core.planning.memory import FULL
 from zimage_core.planning.training import TrainingPlan
 from zimage_core.planning.training_memory import FORWARDS, Rows, TrainingBytes, training_bytes
 
@@ -117,7 +119,9 @@ class Trainings:
         if asked.plan.full:
             self._make_ready(is_new=not asked.state)
         learnt_bytes = self._taken(asked.plan, []).learnt
-        self._refuse_too_much(learnt_bytes, "what it learns and what its optimiser keeps", "")
+        largest_step = max((one.step_bytes for one in self._courses.values()), default=0.0)
+        what = "what it learns and what its optimiser keeps"
+        self._refuse_too_much(learnt_bytes, what, "", beside=largest_step)
         state, step = _read_state(asked.state)
         with torch.inference_mode(mode=False):
             beside = self._beside(asked)
@@ -165,6 +169,19 @@ class Trainings:
             course.is_broken = True  # half a gradient is none
             raise
 
+    def evaluate(self, asked: messages.Evaluate, emit: Callable[[object], None]) -> "Learning":
+        """Samples that are looked at, one after the other; emits what was lost on them."""
+        course = self._course(asked.session)
+        losses = []
+        for number, sample in enumerate(asked.samples):
+            example = self._example(sample, 1.0)
+            flops = LEVELS * self._forward_flops(example)
+            taken = self._taken(course.plan, []).step
+            yield Lesson(Load(flops, taken), (len(asked.samples) - number) * flops)
+            with torch.inference_mode(mode=False), self._pace.working(flops):
+                losses.append(course.training.loss_of(example, asked.first + number))
+        emit(messages.Evaluated(course.training.step, sum(losses) / len(losses)))
+
     def checkpoint(self, asked: messages.TakeCheckpoint) -> Callable[[], messages.Checkpoint]:
         """What writes the checkpoint that is there now, in its own time."""
         course = self._course(asked.session)
@@ -205,7 +222,9 @@ class Trainings:
             accumulates = len(examples) > at_once
             taken = self._taken(plan, examples[first:end], accumulates=accumulates).step
             what = f"{len(examples[first:end])} samples at once, recompute {plan.recompute}"
-            self._refuse_too_much(taken, what, "; fewer samples_at_once, or recompute blocks")
+            instead = "; fewer samples_at_once, or recompute blocks"
+            self._refuse_too_much(taken, what, instead, own=course.learnt_bytes)
+            course.step_bytes = max(course.step_bytes, taken)
             yield Lesson(Load(sum(flops[first:end]), taken), flops_left=sum(flops[first:]))
             seconds += self._learn_from(course, examples[first:end], first, sum(flops[first:end]))
         with torch.inference_mode(mode=False):
@@ -260,24 +279,38 @@ class Trainings:
         size = self._model.dtype.itemsize
         return training_bytes(self._model.config, plan, rows, size, accumulates=accumulates)
 
-    def _refuse_too_much(self, wanted_bytes: float, what: str, instead: str) -> None:
-        room = self._room_bytes - sum(one.learnt_bytes for one in self._courses.values())
-        if wanted_bytes > room:
-            raise NotReady(
-                f"{what}: that takes {wanted_bytes / 2**30:.1f} GiB of the device, and there is "
-                f"room for {max(0, room) / 2**30:.1f}{instead}",
-                reason="TRAINING_MEMORY",
-                fields={"given": f"{wanted_bytes:.0f}", "allowed": f"{max(0, room):.0f}"},
+    def _refuse_too_much(
+        self, wanted_bytes: float, what: str, instead: str, own: float = 0.0, beside: float = 0.0
+    ) -> None:
+        """Beside what is a training's own already, and beside what steps of others take. Raises
+        NotReady for what never fits, Unavailable for what others leave no room for."""
+        alone = self._room_bytes - own
+        left = self._room_bytes - sum(one.learnt_bytes for one in self._courses.values()) - beside
+        if wanted_bytes <= left:
+            return
+        said = f"{what}: that takes {wanted_bytes / 2**30:.1f} GiB of the device, and "
+        if wanted_bytes <= alone:
+            raise Unavailable(
+                f"{said}other trainings leave {max(0, left) / 2**30:.1f}",
+                reason="TRAINING_TAKEN",
+                retry_after=_TAKEN_SECONDS,
             )
+        raise NotReady(
+            f"{said}there is room for {max(0, alone) / 2**30:.1f}{instead}",
+            reason="TRAINING_MEMORY",
+            fields={"given": f"{wanted_bytes:.0f}", "allowed": f"{max(0, alone):.0f}"},
+        )
 
     def _tokens(self, example: Example) -> int:
         _, height, width = example.latents_CHW.shape
         return int(height * width // self._model.config.patch_size**2)
 
     def _flops(self, plan: TrainingPlan, example: Example) -> float:
+        return FORWARDS[plan.recompute] * self._forward_flops(example)
+
+    def _forward_flops(self, example: Example) -> float:
         rows = padded(len(example.features_LF))
-        forward = dit_step_flops(self._model.config, [(self._tokens(example), rows)])
-        return float(FORWARDS[plan.recompute] * forward)
+        return float(dit_step_flops(self._model.config, [(self._tokens(example), rows)]))
 
     def _course(self, session: str) -> "_Course":
         if session not in self._courses:
@@ -298,8 +331,10 @@ class Trainings:
             what = f"attention_backend {self._backend} computes no gradients; sdpa does"
         elif self._model.dtype == torch.float16:
             what = "it computes in float16, in which gradients vanish; bfloat16 or float32 do"
-        elif self._model.weights != "full":
-            what = f"weights {self._model.weights} are for pictures; training needs full"
+        elif self._model.weights == MULTIPLIED or (plan.full and self._model.weights != FULL):
+            what = f"weights {self._model.weights} are for pictures; full ones learn" + (
+                "" if plan.full else ", and int8, fp8 and nf4 ones carry adapters"
+            )
         elif self._model.streamed_block_count:
             what = "blocks that take turns on the device (max_weight_bytes) do not train"
         else:
@@ -314,6 +349,8 @@ class _Course:
     training: Training
     plan: TrainingPlan
     learnt_bytes: float
+    step_bytes: float = 0.0
+    """Of its largest piece of a step by now."""
     is_broken: bool = False
     idle_since: float = math.inf
     is_written: threading.Event = field(default_factory=threading.Event)

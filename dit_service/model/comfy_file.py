@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dit_service.model.narrow import FULL
 from dit_service.model.stored import Contents, Stored
 from zimage_core.errors import InvalidModel
 from zimage_core.formats.weights import Weight, read_whole
+from zimage_core.planning.memory import FULL
 
 _PLAIN = {"F32", "BF16", "F16"}
 _NARROW = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8"}

@@ -8,9 +8,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from dit_service.model.narrow import FULL
 from dit_service.model.stored import Contents, Stored
 from zimage_core.errors import InvalidModel
+from zimage_core.planning.memory import FULL
 
 MAGIC = b"GGUF"
 _PLAIN = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}

@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_service.model import single_file, vae_file
 from dit_service.model.config import TransformerConfig
 from dit_service.model.fusing import Fusion
-from dit_service.model.narrow import AS_STORED, FULL, SCALE
+from dit_service.model.narrow import AS_STORED, SCALE, full_shape
 from dit_service.model.stored import Stored
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.model.vae import Vae
@@ -25,6 +25,7 @@ from zimage_core.formats import weights
 from zimage_core.formats.json_object import read_json_object
 from zimage_core.planning import memory
 from zimage_core.planning.linears import block_linears
+from zimage_core.planning.memory import FULL
 
 _WEIGHTS = "diffusion_pytorch_model"
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -194,8 +195,7 @@ def _turning_blocks(
     transformer: ZImageTransformer, dtype: torch.dtype, room_bytes: float
 ) -> list[str]:
     """Which blocks take turns on the device."""
-    is_narrow = transformer.weights != FULL
-    wanted = memory.weight_bytes(transformer.config, dtype.itemsize, is_narrow=is_narrow)
+    wanted = memory.weight_bytes(transformer.config, dtype.itemsize, transformer.weights)
     try:
         count = memory.turn_count(wanted, room_bytes)
     except ValueError as error:
@@ -211,8 +211,8 @@ def _check_tensor(name: str, weight: Tensor, wanted: Mapping[str, Tensor], folde
     if name not in wanted or name.endswith(f".{SCALE}"):
         what = f"the weight {name} belongs to another model"
         raise InvalidModel.at(folder, what, "WEIGHTS_UNKNOWN")
-    shape = wanted[name].shape
-    if weight.shape != shape:
+    shape = full_shape(wanted[name])
+    if tuple(weight.shape) != shape:
         what = f"the weight {name} is {list(weight.shape)}, by its config {list(shape)}"
         raise InvalidModel.at(folder, what, "WEIGHTS_MISSHAPEN")
 

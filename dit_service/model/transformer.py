@@ -19,13 +19,14 @@ from dit_service.model.blocks import Block, RMSNorm, run_block
 from dit_service.model.config import TransformerConfig
 from dit_service.model.final_layer import FinalLayer
 from dit_service.model.layout import Layout, SampleShape, build_layout, caption_segments
-from dit_service.model.narrow import FULL, make_narrow
+from dit_service.model.narrow import make_narrow
 from dit_service.model.rope import RopeTables
 from dit_service.model.streaming import Streaming
 from dit_service.model.time_embedder import TimeEmbedder
 from dit_service.model.tokens import image_rows, join, pad_samples, patchify, unpatchify
 from zimage_core.planning.limits import padded
 from zimage_core.planning.linears import block_linears
+from zimage_core.planning.memory import FULL
 
 Call = Callable[..., Tensor]
 """How a block is run: called with what runs it, and with what that takes."""

@@ -39,7 +39,7 @@ def service(settings: DitSettings) -> Service:
             worker, settings, Conditioner(settings, encoder), keeper, Adapters(blobs)
         )
         dit_pb2_grpc.add_DitServiceServicer_to_server(servicer, server)
-        trainings.append(TrainingServicer(worker, blobs))
+        trainings.append(TrainingServicer(worker, blobs, settings.training_weight))
         training_pb2_grpc.add_TrainingServiceServicer_to_server(trainings[-1], server)
         blob_pb2_grpc.add_BlobServiceServicer_to_server(keeper, server)
         return worker.supervise

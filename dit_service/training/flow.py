@@ -3,7 +3,9 @@
 Sigma is the share of noise; the model is told the time, 1 - sigma, and predicts data minus noise.
 """
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -26,9 +28,12 @@ class Noised:
 def noised(latents_CHW: Tensor, noise: Noise, seed: int, *place: int) -> Noised:
     """The sample with the noise of its place, such as its step and its number there."""
     sigma = _sigma(noise, generator(seed, "sigma", *place))
-    drawn_CHW = torch.randn(latents_CHW.shape, generator=generator(seed, "noise", *place))
-    drawn_CHW = drawn_CHW.to(latents_CHW.device)
-    return Noised(torch.lerp(latents_CHW, drawn_CHW, sigma), 1 - sigma, latents_CHW - drawn_CHW)
+    return _mixed(latents_CHW, sigma, generator(seed, "noise", *place))
+
+
+def placed(latents_CHW: Tensor, noise: Noise, quantile: float, seed: int, *place: int) -> Noised:
+    """The sample with as much noise as that share of what is drawn has less of."""
+    return _mixed(latents_CHW, _sigma_at(noise, quantile), generator(seed, "held out", *place))
 
 
 def loss(velocity_CHW: Tensor, wanted_CHW: Tensor, mask_HW: Tensor | None = None) -> Tensor:
@@ -38,6 +43,26 @@ def loss(velocity_CHW: Tensor, wanted_CHW: Tensor, mask_HW: Tensor | None = None
     if mask_HW is None:
         return squares_CHW.mean()
     return (squares_CHW.mean(0) * mask_HW).sum() / mask_HW.sum()
+
+
+def _mixed(latents_CHW: Tensor, sigma: float, own: torch.Generator) -> Noised:
+    drawn_CHW = torch.randn(latents_CHW.shape, generator=own).to(latents_CHW.device)
+    return Noised(torch.lerp(latents_CHW, drawn_CHW, sigma), 1 - sigma, latents_CHW - drawn_CHW)
+
+
+def _sigma_at(noise: Noise, quantile: float) -> float:
+    if noise.distribution == "schedule":
+        levels = sorted(sigmas(OFFICIAL, noise.step_count, noise.shift)[:-1])
+        return levels[int(quantile * len(levels))]
+    drawn = quantile
+    if noise.distribution == "logit_normal":
+        normal = noise.mean + noise.deviation * NormalDist().inv_cdf(quantile)
+        drawn = 1 / (1 + math.exp(-normal))
+    return _shifted(drawn, noise.shift)
+
+
+def _shifted(drawn: float, shift: float) -> float:
+    return shift * drawn / (1 + (shift - 1) * drawn)
 
 
 def _sigma(noise: Noise, own: torch.Generator) -> float:
@@ -50,4 +75,4 @@ def _sigma(noise: Noise, own: torch.Generator) -> float:
         drawn = float(torch.sigmoid(noise.mean + noise.deviation * normal))
     else:
         drawn = float(torch.rand((), generator=own))
-    return noise.shift * drawn / (1 + (noise.shift - 1) * drawn)
+    return _shifted(drawn, noise.shift)

@@ -39,11 +39,11 @@ class Lora:
         }
         """The halves by their names, such as "layers.0.attention.to_q.lora_A.weight"."""
 
-    def uses(self) -> Uses:
-        """The weights as the model takes adapters: gradients reach them through it."""
+    def uses(self, weights: Mapping[str, Tensor]) -> Uses:
+        """Such weights as the model takes adapters: gradients reach them through it."""
         parts: defaultdict[str, dict[str, Change]] = defaultdict(dict)
         for linear, target in self._targets.items():
-            down_RI, up_OR = _halves(linear, self.weights)
+            down_RI, up_OR = _halves(linear, weights)
             part, name = place_of(linear)
             change = Change(down_RI.to(self._dtype), up_OR.to(self._dtype), target.strength)
             parts[part][name] = change

@@ -25,6 +25,8 @@ from zimage_core.planning.training import TrainingPlan, targets
 
 _WEIGHTS, _AVERAGE, _OPTIMIZER = "weights/", "average/", "optimizer/"
 """Where the tensors of a state belong, by the beginnings of their names."""
+LEVELS = 4
+"""Of noise, at which examples are looked at that are not learnt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +60,8 @@ class Learnt(Protocol):
     weights: dict[str, Tensor]
     """In float32, with gradients."""
 
-    def uses(self) -> Uses:
-        """The adapters with which the model computes by the weights as they are."""
+    def uses(self, weights: Mapping[str, Tensor]) -> Uses:
+        """The adapters with which the model computes by such weights."""
 
     def has_moved(self) -> None:
         """Hears that the weights are others."""
@@ -125,7 +127,33 @@ class Training:
     @torch.enable_grad()
     def go_back(self, noised: Sequence[Noised], examples: Sequence[Example]) -> Tensor:
         """Forwards, and back along the gradient, for which nobody waits; their part of the loss."""
-        uses = (*self._learnt.uses(), *self._beside)
+        uses = (*self._learnt.uses(self.weights), *self._beside)
+        losses = self._losses(noised, examples, uses)
+        loss = torch.stack(
+            [example.share * one for example, one in zip(examples, losses, strict=True)]
+        ).sum()
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def loss_of(self, example: Example, place: int) -> float:
+        """What is lost on an example that is not learnt, with what checkpoints hold: at fixed
+        noise, evenly from little to much."""
+        noised = [
+            flow.placed(
+                example.latents_CHW, self._plan.noise, (level + 0.5) / LEVELS, self._plan.seed,
+                place, level,
+            )
+            for level in range(LEVELS)
+        ]  # fmt: skip
+        uses = self._learnt.uses(self._average or self.weights)
+        losses = [float(self._losses([one], [example], uses)[0]) for one in noised]
+        return sum(losses) / LEVELS
+
+    def _losses(
+        self, noised: Sequence[Noised], examples: Sequence[Example], uses: Uses
+    ) -> list[Tensor]:
+        """Of each, in one forward."""
         times_N = torch.tensor([one.time for one in noised], device=self._model.device)
         captions = self._model.encode_captions(
             [example.features_LF for example in examples], self._backend, uses, self._call
@@ -139,13 +167,10 @@ class Training:
         shapes = [self._model.shape_of(one.latents_CHW, one.caption) for one in samples]
         layout = self._model.layout(shapes)
         velocities = self._model(samples, layout, self._backend, self._call)
-        losses = [
-            example.share * flow.loss(velocity, one.velocity_CHW, example.mask_HW)
+        return [
+            flow.loss(velocity, one.velocity_CHW, example.mask_HW)
             for velocity, one, example in zip(velocities, noised, examples, strict=True)
         ]
-        loss = torch.stack(losses).sum()
-        loss.backward()
-        return loss.detach()
 
     def take_step(self) -> Outcome:
         """Goes where the gradient says."""

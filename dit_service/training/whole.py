@@ -34,8 +34,8 @@ class Whole:
                 self.weights[name].copy_(one)
         self.has_moved()
 
-    def uses(self) -> Uses:
-        """Nothing is beside the model."""
+    def uses(self, _weights: Mapping[str, Tensor]) -> Uses:
+        """Nothing is beside the model, which has its own as they are."""
         return ()
 
     @torch.no_grad()

@@ -233,6 +233,28 @@ def test_a_file_of_a_checkpoint_is_gone_on_from(
     assert "no checkpoint that can be gone on from" in capsys.readouterr().err
 
 
+def test_jobs_that_share_a_device_learn_what_each_learns_alone(
+    services: Services,
+    pictures: Path,
+    expected: Losses,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = "--jobs-at-once", "2"
+    with training_with(services.encoder.address, services.dit.address, tmp_path, more) as trainer:
+        asked = _asked(pictures, replace(services, trainer=trainer), *LONGER, "--detach")
+        jobs = []
+        for name in ("one", "other"):
+            assert command([*asked, "--name", name]) == 0
+            jobs.append(capsys.readouterr().out.strip())
+        for job in jobs:
+            wait(job, at(trainer), capsys, lambda shown: 1 <= int(str(shown["step"])) < 24)
+        with Client(services.dit.address) as client:  # whom neither keeps waiting for long
+            client.generate(PROMPT, **WISH, priority="interactive")
+        for job in jobs:
+            assert _watched(job, at(trainer), capsys) == expected
+
+
 def test_a_job_can_be_ended(
     services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

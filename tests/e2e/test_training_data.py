@@ -1,5 +1,6 @@
 """What trainings learn from: files of jobs, masks, crops, and what is kept of all that."""
 
+import hashlib
 import json
 import random
 import time
@@ -24,6 +25,7 @@ from tests.e2e.trainer import (
     training_with,
     wait,
 )
+from zimage_client import Client
 from zimage_client.cli.main import main as command
 
 pytestmark = pytest.mark.timeout(300)
@@ -232,6 +234,38 @@ def test_a_mask_is_learnt_through(
     whole, _ = learnt([*plain, *services.at], capsys)
     masked, _ = learnt([*plain, *masks, *services.at], capsys)
     assert all(one != other for one, other in zip(whole, masked, strict=True))
+
+
+def test_what_gets_no_better_ends_early_and_is_told(
+    services: Services, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = "--images", str(job.parent / "new"), "--name", "early", "--checkpoint-interval", "2"
+    held = "--validation", "0.3", "--patience", "2", "--replace"
+    still = "--learning-rate", "1e-12"
+    asked = ["train", *images, *held, *still, "--steps", "50", *services.at, "--json"]
+    assert command([*asked, "--keep", "2"]) == 3  # too few to tell
+    assert "kept_checkpoint_count: 2 given" in capsys.readouterr().out
+    assert command([*asked, "--keep", "3"]) == 0
+    *told, ended = lines(capsys.readouterr().out)
+    losses = [one["validation_loss"] for one in told if "validation_loss" in one]
+    assert (ended["state"], ended["step"], ended["checkpoints"]) == ("completed", 6, [2, 4, 6])
+    assert len(losses) == 3
+    assert max(losses) - min(losses) < 1e-6  # type: ignore[type-var,operator]
+
+    moving = ["train", *images, *held, "--learning-rate", "0.02", "--steps", "8", *services.at]
+    assert command([*moving, "--json"]) == 0
+    *told, ended = lines(capsys.readouterr().out)
+    losses = {one["step"]: one["validation_loss"] for one in told if "validation_loss" in one}
+    assert len(set(losses.values())) == len(losses)
+    assert ended["best"] == min(losses, key=losses.__getitem__)
+    files = [tmp_path / "best", tmp_path / "of that step"]
+    for file, more in zip(files, ([], ["--step", str(ended["best"])]), strict=True):
+        export = "jobs", "export", str(ended["id"]), "-o", str(file), *more, *services.at
+        assert command([*export]) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with Client(services.dit.address) as client:
+        named = client.get_adapter("early")
+    assert named.sha256 == hashlib.sha256(files[0].read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("path", LORAS, ids=lambda path: path.stem)

@@ -207,7 +207,7 @@ def test_going_on_from_a_state_changes_no_bit(model: ZImageTransformer, optimize
 def test_what_is_beside_counts_and_is_not_learnt(model: ZImageTransformer) -> None:
     state, changed = _used(model), targets(PLAN.lora, model.config)
     weights = {name.removeprefix("weights/"): tensor for name, tensor in state.items()}
-    beside = lora.Lora(changed, model, PLAN.seed, weights).uses()
+    beside = lora.Lora(changed, model, PLAN.seed, weights).uses(weights)
     own = Training(model, "sdpa", PLAN, state)
     other = Training(model, "sdpa", PLAN, beside=beside)  # whose own weights change nothing yet
     plain = Training(model, "sdpa", PLAN)
@@ -241,6 +241,41 @@ def test_a_mask_counts_what_it_marks_by_its_weights() -> None:
     assert torch.isclose(found, expected)
     everywhere = flow.loss(wanted_CHW + missing_CHW, wanted_CHW, torch.ones(6, 4))
     assert torch.isclose(everywhere, flow.loss(wanted_CHW + missing_CHW, wanted_CHW))
+
+
+def test_what_is_looked_at_is_what_would_be_lost_with_the_average(
+    model: ZImageTransformer,
+) -> None:
+    training = Training(model, "sdpa", PLAN, _used(model))
+    _learn(training, _batch(model), 2)
+    training.take_step()
+    before = {name: tensor.clone() for name, tensor in training.state().items()}
+    example = _batch(model, 7)[0]
+    lost = training.loss_of(example, 3)
+    assert lost == training.loss_of(example, 3)
+    assert lost != training.loss_of(example, 4)  # its noise is that of its place
+    for name, tensor in training.state().items():
+        assert torch.equal(tensor, before[name])
+    average = {
+        name.replace("average/", "weights/"): tensor
+        for name, tensor in before.items()
+        if name.startswith("average/")
+    }
+    other = Training(model, "sdpa", replace(PLAN, average_decay=0.0), average)
+    assert other.loss_of(example, 3) == lost
+
+
+@pytest.mark.parametrize(
+    "noise", [Noise(), Noise("logit_normal", shift=3.0), Noise("schedule", shift=3.0)]
+)
+def test_fixed_amounts_of_noise_lie_among_those_that_are_learnt(noise: Noise) -> None:
+    latents_CHW = torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(0))
+    learnt = sorted(flow.noised(latents_CHW, noise, 1, n).time for n in range(2000))
+    for level in range(4):
+        quantile = (level + 0.5) / 4
+        placed = flow.placed(latents_CHW, noise, quantile, 1, 0)
+        rank = sum(1 - time < 1 - placed.time for time in learnt) / len(learnt)
+        assert abs(rank - quantile) < 0.05
 
 
 def test_weights_scale_what_a_sample_says(model: ZImageTransformer) -> None:

@@ -13,7 +13,7 @@ from zimage_core.planning.memory import weight_bytes
 from zimage_core.settings import DitSettings, EncoderSettings
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "cards.toml"
-WEIGHTS = weight_bytes(DIT_SHAPE, 2, is_narrow=False)
+WEIGHTS = weight_bytes(DIT_SHAPE, 2)
 GIB = 2**30
 
 

@@ -6,7 +6,14 @@ from collections import Counter
 import pytest
 
 from zimage_core.formats.dataset_file import Example
-from zimage_core.planning.curriculum import Curriculum, Habits, Look, size_px
+from zimage_core.planning.curriculum import (
+    Curriculum,
+    Habits,
+    Look,
+    held_out,
+    is_enough,
+    size_px,
+)
 
 
 def _examples(count: int, **more: object) -> list[Example]:
@@ -108,3 +115,39 @@ def test_no_size_is_larger_than_asked_or_off_the_grid() -> None:
             cut = size_px(width, height, 768, 16)
             assert all(side % 16 == 0 for side in cut)
             assert 0.9 * 768**2 <= cut[0] * cut[1] <= 768**2
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [(20, 0.1, 2), (3, 0.01, 1), (2, 0.5, 1)])
+def test_pictures_are_held_out_with_all_that_is_said_of_them(
+    count: int, share: float, held: int
+) -> None:
+    examples = [*_examples(count), *_examples(count)]  # each has two captions
+    learnt, kept = held_out(examples, 3, share)
+    assert len({one.sha256 for one in kept}) == held
+    assert len(kept) == 2 * held
+    assert not {one.sha256 for one in kept} & {one.sha256 for one in learnt}
+    assert len(learnt) + len(kept) == len(examples)
+    assert (learnt, kept) == held_out(examples, 3, share)
+
+
+def test_another_seed_holds_out_others_and_no_share_none() -> None:
+    examples = _examples(40)
+    assert held_out(examples, 1, 0.2) != held_out(examples, 2, 0.2)
+    assert held_out(examples, 1, 0.0) == (examples, [])
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "gain", "enough"),
+    [
+        ([3.0, 2.0, 1.0], 0, 0.0, False),
+        ([1.0, 1.0], 2, 0.0, False),
+        ([1.0, 1.0, 1.0], 2, 0.0, True),
+        ([1.0, 1.1, 0.9], 2, 0.0, False),
+        ([1.0, 1.1, 0.9], 2, 0.2, True),
+        ([1.0, 0.9, 0.95, 0.92], 2, 0.0, True),
+    ],
+)
+def test_it_is_enough_once_nothing_gets_better(
+    losses: list[float], patience: int, gain: float, enough: bool
+) -> None:
+    assert is_enough(losses, patience, gain) == enough

@@ -58,7 +58,7 @@ def test_it_adds_what_it_adds_beside_the_weights(model_folder: Path, lora: Path)
 def test_it_takes_turns_and_becomes_narrow_with_the_weights(model_folder: Path, lora: Path) -> None:
     config, _ = read_config(model_folder)
     fusion = Fusion.read(lora, SCALE, config, CPU)
-    least = weight_bytes(config, 4, is_narrow=False).least
+    least = weight_bytes(config, 4).least
     exact = _velocity(load_transformer(model_folder, CPU, FLOAT, fusion=fusion))
     streamed = load_transformer(model_folder, CPU, FLOAT, Residence("full", least), fusion)
     assert torch.equal(_velocity(streamed), exact)

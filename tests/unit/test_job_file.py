@@ -232,7 +232,7 @@ def test_mflux_s_full_example_is_read_as_it_is(tmp_path: Path) -> None:
         ({"model": "flux"}, "model: flux given"),
         ({"training_lop": {}}, "training_lop: .* nearest training_loop"),
         ({"optimizer": {"name": "Lion"}}, "optimizer.name: Lion given, allowed is AdamW, Adam"),
-        ({"early_stopping": {"enabled": True}}, "early_stopping.enabled: True given"),
+        ({"early_stopping": {"enabled": 1}}, "early_stopping.enabled: 1 given, allowed is true"),
         ({"save": {"keep_last_n_checkpoints": "3"}}, "checkpoints: 3 given, allowed is a whole"),
         ({"training_loop": {"num_epochs": "x"}}, "num_epochs: x given, allowed is a whole number"),
         ({"examples": {"images": 3}}, "examples.images: 3 given, allowed is a list"),

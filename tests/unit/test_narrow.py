@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from dit_service.engine.notes import Notes
 from dit_service.engine.precision import Forms, Precision, Trial
 from dit_service.model.attention.backend import Place
-from dit_service.model.narrow import NARROW, NarrowLinear, narrowed, obstacle
+from dit_service.model.narrow import LEVELS, NARROW, NarrowLinear, narrowed, obstacle, widened
 from zimage_core.errors import InvalidSettings
 
 CPU = Place.of(torch.device("cpu"), torch.bfloat16, 32)
-ERROR = {"int8": 0.01, "fp8": 0.03, "fp8_matmul": 0.045}
+ERROR = {"int8": 0.01, "fp8": 0.03, "fp8_matmul": 0.045, "nf4": 0.1}
 """Of the length of the outputs, for random values."""
 
 
@@ -37,6 +37,29 @@ def test_outputs_are_near_those_of_full_weights(form: str, dtype: torch.dtype) -
     assert error_O.mean() <= ERROR[form]
     assert error_O.max() <= 2 * ERROR[form], "large rows cost small ones nothing"
     assert ours_TO.shape == exact_TO.shape
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8", "nf4"])
+def test_gradients_are_those_of_what_the_weights_stand_for(form: str) -> None:
+    narrow, x_TI = _linear(form, _drawn(96, 64)), _drawn(33, 64).requires_grad_()
+    narrow(x_TI).square().sum().backward()
+    wide_OI = widened(narrow.weight, narrow.scale_O1, torch.float32)
+    other_TI = x_TI.detach().clone().requires_grad_()
+    (other_TI @ wide_OI.T).square().sum().backward()
+    assert torch.equal(narrow(x_TI), (x_TI @ wide_OI.T))
+    assert torch.allclose(x_TI.grad, other_TI.grad, rtol=1e-5, atol=1e-4)
+    kept = narrow(x_TI).grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert sum(one.nbytes for one in kept) < wide_OI.nbytes / 3
+
+
+def test_levels_are_kept_as_they_are() -> None:
+    scales_O1 = torch.logspace(-2, 2, 5).unsqueeze(1)
+    values_OI = torch.tensor(LEVELS).repeat(5, 8) * scales_O1
+    weight_OI, scale_OG = narrowed(values_OI, torch.uint8)
+    assert weight_OI.nbytes == values_OI.numel() // 2
+    assert torch.allclose(widened(weight_OI, scale_OG, torch.float32), values_OI)
+    assert (LEVELS[0], LEVELS[7], LEVELS[15]) == (-1.0, 0.0, 1.0)
+    assert abs(LEVELS[8] - 0.0795803) < 1e-5  # as published
 
 
 def test_one_large_token_costs_the_others_nothing() -> None:

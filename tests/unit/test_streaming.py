@@ -44,7 +44,7 @@ def _bytes_on_device(model: ZImageTransformer) -> int:
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_pictures_are_the_same_in_less_memory(model_folder: Path, form: str, share: float) -> None:
     whole = load_transformer(model_folder, CPU, torch.float32, Residence(form))
-    wanted = weight_bytes(whole.config, 4, is_narrow=form != "full")
+    wanted = weight_bytes(whole.config, 4, form)
     assert _bytes_on_device(whole) == wanted.all
     room = wanted.least + share * (wanted.all - wanted.least)
     streamed = load_transformer(model_folder, CPU, torch.float32, Residence(form, room))
@@ -64,9 +64,9 @@ def test_too_little_room_is_refused_with_what_is_needed(model_folder: Path) -> N
         load_transformer(model_folder, CPU, torch.float32, Residence("full", 1000))
 
 
-@pytest.mark.parametrize("is_narrow", [False, True])
-def test_what_takes_turns_fits_at_every_size_and_no_more_than_has_to(is_narrow: bool) -> None:
-    wanted = weight_bytes(CONFIG, 2, is_narrow=is_narrow)
+@pytest.mark.parametrize("form", ["full", "int8", "nf4"])
+def test_what_takes_turns_fits_at_every_size_and_no_more_than_has_to(form: str) -> None:
+    wanted = weight_bytes(CONFIG, 2, form)
     assert turn_count(wanted, wanted.all) == 0
     for share in range(100):
         room = wanted.least + (wanted.all - 1 - wanted.least) * share / 99

@@ -1,6 +1,7 @@
 """Jobs that nothing makes forget: each change is one transaction, and what happened is kept in the
 order in which it did."""
 
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -43,6 +44,15 @@ class Job:
     checkpoints: tuple["Kept", ...] = ()
     """The latest last."""
 
+    @property
+    def best(self) -> "Kept":
+        """The checkpoint that loses the least on what is kept from learning; the latest where
+        nothing is."""
+        return min(
+            reversed(self.checkpoints),
+            key=lambda one: math.inf if one.validation_loss is None else one.validation_loss,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -53,6 +63,8 @@ class Kept:
     state: tuple[Named, ...]
     """What training goes on from, in parts; empty once it is thinned out."""
     time: float
+    validation_loss: float | None = None
+    """On pictures that are kept from learning, where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +212,7 @@ class Jobs:
             "job": job, "step": kept.step, "time": kept.time,
             "weights_sha256": kept.weights.sha256, "weights_bytes": kept.weights.size_bytes,
             "state": [[part.sha256, part.size_bytes] for part in kept.state],
+            "validation_loss": kept.validation_loss,
         }  # fmt: skip
         with self._engine.begin() as connection:
             same = sql.and_(CHECKPOINTS.c.job == job, CHECKPOINTS.c.step == kept.step)
@@ -208,11 +221,13 @@ class Jobs:
             _enter(connection, job, kept.time, CHECKPOINT, kept.step)
 
     def thin_out(self, job: str, checkpoint_count: int, state_count: int) -> Job:
-        """Keeps so many checkpoints, the latest, 0 for all, and of so many of them all that
-        training goes on from."""
+        """Keeps so many checkpoints, the latest and the best, 0 for all, and of so many of them all
+        that training goes on from."""
         with self._engine.begin() as connection:
-            kept = [one.step for one in _read(connection, job).checkpoints]
-            dropped = kept[:-checkpoint_count] if checkpoint_count else []
+            now = _read(connection, job)
+            kept = [one.step for one in now.checkpoints]
+            old = kept[:-checkpoint_count] if checkpoint_count else []
+            dropped = [step for step in old if step != now.best.step]
             stateless = [step for step in kept[:-state_count] if step not in dropped]
             for table in (CHECKPOINTS, EVENTS):
                 of_job = sql.and_(table.c.job == job, table.c.step.in_(dropped))
@@ -325,6 +340,7 @@ def _job(connection: Connection, row: RowMapping) -> Job:
             Named(one["weights_sha256"], one["weights_bytes"]),
             tuple(Named(*part) for part in one["state"]),
             one["time"],
+            one["validation_loss"],
         )
         for one in connection.execute(wanted).mappings()
     )

@@ -78,4 +78,5 @@ CHECKPOINTS = Table(
     Column("weights_bytes", BigInteger, nullable=False),
     Column("state", JSON, nullable=False),  # digest and bytes of each part
     Column("time", Double, nullable=False),
+    Column("validation_loss", Double),
 )

@@ -246,6 +246,7 @@ def _checkpoint(kept: Kept) -> trainer_pb2.TrainCheckpoint:
         step=kept.step,
         weights=training.digest(kept.weights),
         state=map(training.digest, kept.state),
+        validation_loss=kept.validation_loss,
     )
     message.create_time.FromNanoseconds(round(kept.time * 1e9))
     return message

@@ -31,7 +31,7 @@ def service(settings: TrainerSettings) -> Service:
     jobs = Jobs(settings.database_url)
     desk = Desk(jobs, blobs, client, dits, Caches(blobs, client, threads), threads)
 
-    runner = Runner(desk)
+    runner = Runner(desk, settings.jobs_at_once or len(dits))
 
     def register(server: grpc.aio.Server, on_ready: OnReady) -> Beside:
         trainer_pb2_grpc.add_TrainerServiceServicer_to_server(TrainerServicer(desk, runner), server)

@@ -1,5 +1,6 @@
 """What a job is asked to be, decided and checked before it is one."""
 
+import math
 from operator import attrgetter
 
 from trainer_service.caches import loading
@@ -21,6 +22,7 @@ _MOST_SIDES = 16
 _MOST_SAMPLES = 16
 _USUAL_INTERVAL = 250
 _USUAL_STATES = 2
+_LARGEST_SHARE = 0.5
 _LARGEST_DATASET_BYTES = 1 << 30
 _NAMED_IN_ERRORS = 5
 
@@ -47,7 +49,10 @@ async def decided(
         ("caption_dropout", 0 <= spec.caption_dropout <= 1, "0 to 1"),
         ("fixed_tag_count", spec.fixed_tag_count >= 0, "0 or more"),
         ("samples.prompts", len(spec.samples.prompts) <= _MOST_SAMPLES, f"{_MOST_SAMPLES} at most"),
-        ("kept_checkpoint_count", spec.kept_checkpoint_count >= 0, "0 or more"),
+        ("validation.share", _is_share_right(spec), "above 0, 0.5 at most"),
+        ("validation.patience", spec.validation.patience >= 0, "0 or more"),
+        ("validation.least_gain", 0 <= spec.validation.least_gain < math.inf, "0 or more"),
+        ("kept_checkpoint_count", _is_enough_kept(spec), "0, or more than validation.patience"),
         ("training.step_count", 1 <= spec.training.step_count <= most_steps, f"1 to {most_steps}"),
     ):
         if not is_allowed:
@@ -58,7 +63,7 @@ async def decided(
     if not spec.replaces_adapter and not spec.only_caches and not spec.training.full:
         await _refuse_taken(desk, spec.name)
     digests.check(spec.dataset.sha256, "spec.dataset.sha256")
-    await desk.aside(lambda: _refuse_missing(desk, spec.dataset.sha256))
+    await desk.aside(lambda: _refuse_missing(desk, spec))
     if spec.HasField("start"):
         await desk.aside(lambda: _check_start(desk, spec))
     if spec.training.HasField("beside"):
@@ -67,6 +72,15 @@ async def decided(
         file = await desk.aside(lambda: desk.blobs.local(beside.sha256))
         beside.size_bytes = file.stat().st_size
     return spec
+
+
+def _is_share_right(spec: trainer_pb2.TrainJobSpec) -> bool:
+    return not spec.HasField("validation") or 0 < spec.validation.share <= _LARGEST_SHARE
+
+
+def _is_enough_kept(spec: trainer_pb2.TrainJobSpec) -> bool:
+    kept = spec.kept_checkpoint_count
+    return kept == 0 or kept > spec.validation.patience
 
 
 def _check_start(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> None:
@@ -135,8 +149,9 @@ def _count(spec: trainer_pb2.TrainJobSpec, name: str, usual: int, most: int) -> 
     return value
 
 
-def _refuse_missing(desk: Desk, dataset: str) -> None:
+def _refuse_missing(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> None:
     """Reads the dataset and looks for its pictures."""
+    dataset = spec.dataset.sha256
     size = desk.blobs.find(dataset).stored_bytes
     if size > _LARGEST_DATASET_BYTES:
         given, allowed = f"{size} bytes", f"{_LARGEST_DATASET_BYTES} at most"
@@ -145,6 +160,9 @@ def _refuse_missing(desk: Desk, dataset: str) -> None:
         examples = dataset_file.load(file.read())
     if (length := epoch_length(examples)) > _LONGEST_EPOCH:
         given, allowed = f"an epoch of {length}", f"{_LONGEST_EPOCH} at most"
+        raise InvalidRequest.given("spec.dataset", given, allowed, "DATASET")
+    if spec.HasField("validation") and len({one.sha256 for one in examples}) == 1:
+        given, allowed = "one picture, with validation", "two pictures or more"
         raise InvalidRequest.given("spec.dataset", given, allowed, "DATASET")
     names = {sha256: one.name for one in examples for sha256 in one.files}
     missing = [sha256 for sha256 in names if not desk.blobs.find(sha256).complete]

@@ -28,6 +28,8 @@ _LINEARS = (
 _MODULATION = "adaLN_modulation.0"
 _USUAL_RANK = 32
 _USUAL_STEPS = 50
+_HELD_OUT = 0.1
+"""Of the pictures, by which to tell whether it gets better."""
 
 
 def is_one(values: Mapping[str, Any]) -> bool:
@@ -68,8 +70,13 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     if output := save.take("output_path", ""):
         found["name"] = Path(output).name
     found["kept_checkpoint_count"] = save.take("keep_last_n_checkpoints", 0)
-    given.table("early_stopping").only("enabled", False)
-    for rest in (loop, save, average, given):
+    stopping = given.table("early_stopping")
+    patience, gain = stopping.take("patience", 5), stopping.take("min_delta", 0.0)
+    if stopping.take("enabled", False):
+        found["validation"] = {
+            "share": _HELD_OUT, "patience": patience, "least_gain": gain,
+        }  # fmt: skip
+    for rest in (loop, save, average, stopping, given):
         rest.refuse_unknown()
     return found
 

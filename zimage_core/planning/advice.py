@@ -42,7 +42,7 @@ def advise(card_bytes: float, side_px: int) -> Advice:
         f"a step {_told(step)}, adapters up to {_told(_ADAPTER_BYTES)}, "
         f"{_told(_RESERVED_BYTES)} for CUDA and a screen"
     )
-    weights = weight_bytes(DIT_SHAPE, _ELEMENT_BYTES, is_narrow=False)
+    weights = weight_bytes(DIT_SHAPE, _ELEMENT_BYTES)
     whole_px = side_px if side_px <= _WHOLE_PX else _LARGE_TILE_PX
     room = card_bytes - besides - _vae_bytes(whole_px)
     if weights.all <= room:

@@ -106,6 +106,31 @@ class Curriculum:
         return hashlib.sha256("/".join(map(str, (self._seed, *what))).encode()).digest()
 
 
+def held_out(
+    examples: Sequence[Example], seed: int, share: float
+) -> tuple[list[Example], list[Example]]:
+    """What is learnt, and what is kept from that: about such a share of the pictures, one at least
+    of several; all examples of a picture are on one side."""
+    pictures = sorted({example.sha256 for example in examples}, key=lambda one: _draw(seed, one))
+    count = min(max(1, round(share * len(pictures))), len(pictures) - 1) if share else 0
+    kept = set(pictures[:count])
+    return (
+        [example for example in examples if example.sha256 not in kept],
+        [example for example in examples if example.sha256 in kept],
+    )
+
+
+def _draw(seed: int, sha256: str) -> bytes:
+    return hashlib.sha256(f"{seed}/held out/{sha256}".encode()).digest()
+
+
+def is_enough(losses: Sequence[float], patience: int, least_gain: float) -> bool:
+    """Whether the last so many lost no less than the best before them."""
+    if not patience or len(losses) <= patience:
+        return False
+    return min(losses[-patience:]) >= min(losses[:-patience]) - least_gain
+
+
 def epoch_length(examples: Sequence[Example]) -> int:
     """How many samples an epoch has."""
     return sum(example.repeats for example in examples)

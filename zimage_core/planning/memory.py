@@ -33,12 +33,23 @@ class WeightBytes:
         return self.lasting + self.block * (BUFFERS + odd)
 
 
-def weight_bytes(shape: DitShape, element_bytes: int, *, is_narrow: bool) -> WeightBytes:
-    """`is_narrow` where the large linears take a byte for each number."""
+FULL = "full"
+FOUR_BITS = "nf4"
+GROUP = 64
+"""Numbers of four bits that have a scale together."""
+
+
+def weight_bytes(shape: DitShape, element_bytes: int, form: str = FULL) -> WeightBytes:
+    """With the large linears in such a form: a byte for each number, or half of one."""
     outputs_of = block_linears(shape).values()
     values = sum(outputs * inputs for outputs, inputs in outputs_of)
-    scales = 4 * sum(outputs for outputs, _ in outputs_of)
-    block = values + scales if is_narrow else values * element_bytes
+    rows = sum(outputs for outputs, _ in outputs_of)
+    if form == FULL:
+        block = values * element_bytes
+    elif form == FOUR_BITS:
+        block = values // 2 + 4 * values // GROUP
+    else:
+        block = values + 4 * rows
     all_blocks = shape.n_layers + 2 * shape.n_refiner_layers
     rest = (dit_parameter_count(shape) - values * all_blocks) * element_bytes
     return WeightBytes(

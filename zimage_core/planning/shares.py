@@ -15,11 +15,13 @@ class Share:
 
     project: str = DEFAULT_PROJECT
     priority: str = NORMAL
+    own_weight: float = 0.0
+    """In the place of that of its priority."""
 
     @property
-    def weight(self) -> int:
+    def weight(self) -> float:
         """How much of the time this line gets, next to the weights of other lines."""
-        return WEIGHTS[self.priority]
+        return self.own_weight or WEIGHTS[self.priority]
 
 
 COMMON = Share()

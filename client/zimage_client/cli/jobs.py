@@ -57,7 +57,9 @@ def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
             of_action.add_argument("--overwrite", action="store_true", help="replace a file")
         if action == "export":
             of_action.add_argument("-o", "--output", type=Path, metavar="FILE", help="required")
-            of_action.add_argument("--step", type=int, metavar="N", help="default: the last")
+            of_action.add_argument(
+                "--step", type=int, metavar="N", help="default: the best, or the last"
+            )
             of_action.add_argument("--overwrite", action="store_true", help="replace a file")
             of_action.add_argument(
                 "--zip",
@@ -96,7 +98,8 @@ async def _show_one(client: AsyncTrainer, args: Namespace, terminal: Terminal) -
     _show(job, args, terminal)
     if not args.json:
         for kept in job.checkpoints:
-            terminal.result(f"  step {kept.step}: {kept.weights.sha256}")
+            is_best = kept == job.best and kept.validation_loss is not None
+            terminal.result(f"  {_kept(kept)}: {kept.weights.sha256}{'  the best' * is_best}")
 
 
 async def _delete(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> None:
@@ -135,7 +138,7 @@ async def watch(client: AsyncTrainer, job_id: str, args: Namespace, terminal: Te
                 case TrainSamples():
                     await _save(client, job_id, event, args, terminal)
                 case TrainCheckpoint():
-                    terminal.note(f"checkpoint behind step {event.step}")
+                    _tell_kept(event, args, terminal)
     last = await client.get(job_id)
     _show(last, args, terminal)
     return 0 if last.state == "completed" else _FAILED
@@ -199,10 +202,23 @@ async def _logs(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> No
                     losses.append((event.step, event.loss))
                     terminal.result(json.dumps(_step(event)) if args.json else _told(event))
                 case TrainCheckpoint() if not args.json:
-                    terminal.result(f"checkpoint behind step {event.step}")
+                    terminal.result(_kept(event))
     if args.plot:
         write_whole(args.plot, svg(f"{job.name}: loss", losses).encode())
         terminal.note(f"{args.plot}: the losses, and their running mean")
+
+
+def _tell_kept(checkpoint: TrainCheckpoint, args: Namespace, terminal: Terminal) -> None:
+    if args.json and checkpoint.validation_loss is not None:
+        told = {"step": checkpoint.step, "validation_loss": checkpoint.validation_loss}
+        terminal.result(json.dumps(told))
+    terminal.note(_kept(checkpoint))
+
+
+def _kept(checkpoint: TrainCheckpoint) -> str:
+    loss = checkpoint.validation_loss
+    more = "" if loss is None else f", loss {loss:.4f} on what is not learnt"
+    return f"checkpoint behind step {checkpoint.step}{more}"
 
 
 def _told(step: TrainStep) -> str:
@@ -218,15 +234,17 @@ async def _export(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> 
         raise wrong("--output", "give the file to write, -o FILE")
     output.check(args.output, overwrite=args.overwrite)
     job = await client.get(args.job)
-    found = [kept for kept in job.checkpoints if args.step in (None, kept.step)]
-    if not found:
+    found = job.checkpoints[-1] if args.zip and job.checkpoints else job.best
+    if args.step is not None:
+        found = next((kept for kept in job.checkpoints if kept.step == args.step), None)
+    if found is None:
         there = ", ".join(str(kept.step) for kept in job.checkpoints) or "none yet"
         raise NotFound(f"job {job.id} has no such checkpoint; there is {there}")
     if args.zip:
-        await archives.save(client, job, found[-1], args.output)
+        await archives.save(client, job, found, args.output)
     else:
-        await client.get_blob(found[-1].weights.sha256, args.output)
-    terminal.result(f"{args.output}  behind step {found[-1].step}")
+        await client.get_blob(found.weights.sha256, args.output)
+    terminal.result(f"{args.output}  behind step {found.step}")
 
 
 _ACTIONS = {
@@ -245,6 +263,7 @@ def _show(job: TrainJob, args: Namespace, terminal: Terminal) -> None:
             "id": job.id, "name": job.name, "state": job.state, "waits_for": job.waits_for,
             "failure": failure, "step": job.step, "step_count": job.step_count,
             "checkpoints": [kept.step for kept in job.checkpoints],
+            "best": job.best.step if job.best else None,
         }  # fmt: skip
         terminal.result(json.dumps(told))
         return

@@ -24,6 +24,8 @@ _OF_SPEC = {
     "rank": "training.lora.groups[].rank",
     "full": "training.full",
     "keep": "kept_checkpoint_count",
+    "validation": "validation.share",
+    "patience": "validation.patience",
     "steps": "training.step_count",
     "batch_size": "batch_size",
     "learning_rate": "training.learning_rate.peak",
@@ -130,6 +132,18 @@ def add_job_flags(parser: ArgumentParser) -> None:
     how.add_argument("--seed", type=int, metavar="N", help="default: 0")
     how.add_argument(
         "--checkpoint-interval", type=int, metavar="STEPS", help="between checkpoints; default: 250"
+    )
+    how.add_argument(
+        "--validation",
+        type=float,
+        metavar="SHARE",
+        help="keep such a share of the pictures from learning, to tell how good checkpoints are",
+    )
+    how.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="end behind N checkpoints in a row that are no better on those",
     )
     how.add_argument("--keep", type=int, metavar="N", help="the last N checkpoints; default: all")
 

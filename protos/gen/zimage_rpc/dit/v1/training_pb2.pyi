@@ -33,6 +33,7 @@ class TrainSessionRequest(_message.Message):
     BATCH_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    EVALUATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenTraining:
         """Which training this is; the first message, and only that."""
@@ -49,6 +50,10 @@ class TrainSessionRequest(_message.Message):
     def chunk(self) -> _dit_pb2.BlobChunk:
         """A piece of what the service needs."""
 
+    @_builtins.property
+    def evaluate(self) -> Global___EvaluateBatch:
+        """Asks what is lost on samples that are not learnt."""
+
     def __init__(
         self,
         *,
@@ -56,12 +61,13 @@ class TrainSessionRequest(_message.Message):
         batch: Global___TrainBatch | None = ...,
         checkpoint: Global___TakeCheckpoint | None = ...,
         chunk: _dit_pb2.BlobChunk | None = ...,
+        evaluate: Global___EvaluateBatch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "chunk", b"chunk", "open", b"open", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "chunk", b"chunk", "evaluate", b"evaluate", "open", b"open", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "chunk", b"chunk", "open", b"open", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "chunk", b"chunk", "evaluate", b"evaluate", "open", b"open", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["open", "batch", "checkpoint", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["open", "batch", "checkpoint", "chunk", "evaluate"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -77,10 +83,16 @@ class OpenTraining(_message.Message):
     SESSION_EPOCH_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    KNOWN_STEP_COUNT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job it belongs to, by a name that nobody else uses; 1 to 128 letters, digits, '.', '_' and '-'."""
     session_epoch: _builtins.int
     """Counts the stretches of a job: a service that knows a later one of it refuses this."""
+    known_step_count: _builtins.int
+    """How many steps the client has heard of. A service that still has the stretch before, whose call broke off within the
+    last ten minutes, then goes on where that is, and tells what the client has not heard of before it says opened.
+    Unset goes on from `state` in any case.
+    """
     @_builtins.property
     def plan(self) -> Global___TrainingPlan:
         """What is trained, and how. A stretch that goes on has the plan of the one before."""
@@ -96,12 +108,15 @@ class OpenTraining(_message.Message):
         session_epoch: _builtins.int = ...,
         plan: Global___TrainingPlan | None = ...,
         state: _abc.Iterable[_types_pb2.Digest] | None = ...,
+        known_step_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "known_step_count", b"known_step_count", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "job", b"job", "known_step_count", b"known_step_count", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__known_step_count: _TypeAlias = _typing.Literal["known_step_count"]  # noqa: Y015
+    _WhichOneofArgType__known_step_count: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__known_step_count) -> _WhichOneofReturnType__known_step_count | None: ...
 
 Global___OpenTraining: _TypeAlias = OpenTraining  # noqa: Y015
 
@@ -648,6 +663,37 @@ class TrainBatch(_message.Message):
 Global___TrainBatch: _TypeAlias = TrainBatch  # noqa: Y015
 
 @_typing.final
+class EvaluateBatch(_message.Message):
+    """Samples that are looked at and not learnt, with what was learnt in the batches sent before; with the average of the
+    weights where there is one of an adapter. Each is looked at with as much noise as four quarters of the plan's noise have in
+    their middle, the same at every step.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    first_index: _builtins.int
+    """The place of the first among all that are looked at: their noise comes of it."""
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainSample]:
+        """The samples, 1 to 256."""
+
+    def __init__(
+        self,
+        *,
+        first_index: _builtins.int = ...,
+        samples: _abc.Iterable[Global___TrainSample] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_index", b"first_index", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluateBatch: _TypeAlias = EvaluateBatch  # noqa: Y015
+
+@_typing.final
 class TrainSample(_message.Message):
     """A picture and its caption. Files are safetensors, by their digests."""
 
@@ -714,6 +760,7 @@ class TrainSessionResponse(_message.Message):
     NEED_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1 for the first message of a call, then one more each."""
     @_builtins.property
@@ -722,7 +769,7 @@ class TrainSessionResponse(_message.Message):
 
     @_builtins.property
     def opened(self) -> Global___TrainingOpened:
-        """The training is open; the first but for need."""
+        """The training is open; the first but for need, and for what happened in a stretch that is gone on with."""
 
     @_builtins.property
     def need(self) -> _dit_pb2.Need:
@@ -736,6 +783,10 @@ class TrainSessionResponse(_message.Message):
     def checkpoint(self) -> Global___CheckpointReady:
         """A checkpoint is in the service's store."""
 
+    @_builtins.property
+    def evaluation(self) -> Global___EvaluationReport:
+        """Samples were looked at."""
+
     def __init__(
         self,
         *,
@@ -745,12 +796,13 @@ class TrainSessionResponse(_message.Message):
         need: _dit_pb2.Need | None = ...,
         step: Global___StepReport | None = ...,
         checkpoint: Global___CheckpointReady | None = ...,
+        evaluation: Global___EvaluationReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "need", b"need", "opened", b"opened", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "event", b"event", "event_time", b"event_time", "need", b"need", "opened", b"opened", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "event_time", b"event_time", "need", b"need", "opened", b"opened", "sequence", b"sequence", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "event", b"event", "event_time", b"event_time", "need", b"need", "opened", b"opened", "sequence", b"sequence", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "need", "step", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "need", "step", "checkpoint", "evaluation"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -772,7 +824,7 @@ class TrainingOpened(_message.Message):
     parameter_count: _builtins.int
     """How many numbers are learnt."""
     batches_ahead: _builtins.int
-    """How many batches and checkpoints may be asked for ahead of their answers."""
+    """How many batches, evaluations and checkpoints may be asked for ahead of their answers."""
     @_builtins.property
     def plan(self) -> Global___TrainingPlan:
         """The plan with everything that was left out."""
@@ -847,6 +899,40 @@ class StepReport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepReport: _TypeAlias = StepReport  # noqa: Y015
+
+@_typing.final
+class EvaluationReport(_message.Message):
+    """What was lost on samples that are not learnt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """How many steps are behind it."""
+    first_index: _builtins.int
+    """The place of the first of them."""
+    sample_count: _builtins.int
+    """Of how many."""
+    loss: _builtins.float
+    """The mean of their losses, whatever their weights."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        first_index: _builtins.int = ...,
+        sample_count: _builtins.int = ...,
+        loss: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_index", b"first_index", "loss", b"loss", "sample_count", b"sample_count", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationReport: _TypeAlias = EvaluationReport  # noqa: Y015
 
 @_typing.final
 class CheckpointReady(_message.Message):

@@ -114,6 +114,7 @@ class TrainJobSpec(_message.Message):
     REPLACES_ADAPTER_FIELD_NUMBER: _builtins.int
     KEPT_CHECKPOINT_COUNT_FIELD_NUMBER: _builtins.int
     KEPT_STATE_COUNT_FIELD_NUMBER: _builtins.int
+    VALIDATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that each checkpoint gets as an adapter, in the place of the one before; 1 to 128 letters, digits, '.', '_'
     and '-'. What full training learns is no adapter: there it is the job's name alone.
@@ -162,6 +163,10 @@ class TrainJobSpec(_message.Message):
     def start(self) -> Global___TrainCheckpoint:
         """What the job goes on from: a checkpoint of another, whose files are in the service's store. Unset begins."""
 
+    @_builtins.property
+    def validation(self) -> Global___ValidationPlan:
+        """Pictures that are kept from learning, and what comes of that. Unset means none."""
+
     def __init__(
         self,
         *,
@@ -182,10 +187,11 @@ class TrainJobSpec(_message.Message):
         replaces_adapter: _builtins.bool = ...,
         kept_checkpoint_count: _builtins.int = ...,
         kept_state_count: _builtins.int | None = ...,
+        validation: Global___ValidationPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "kept_state_count", b"kept_state_count", "samples", b"samples", "start", b"start", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "kept_state_count", b"kept_state_count", "samples", b"samples", "start", b"start", "training", b"training", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "kept_checkpoint_count", b"kept_checkpoint_count", "kept_state_count", b"kept_state_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "kept_checkpoint_count", b"kept_checkpoint_count", "kept_state_count", b"kept_state_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training", "validation", b"validation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -205,6 +211,38 @@ class TrainJobSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_state_count) -> _WhichOneofReturnType__kept_state_count | None: ...
 
 Global___TrainJobSpec: _TypeAlias = TrainJobSpec  # noqa: Y015
+
+@_typing.final
+class ValidationPlan(_message.Message):
+    """What tells whether a training gets better at what it has not seen: the loss on pictures that are kept from learning, at
+    every checkpoint. The checkpoint that loses the least is kept, and has the job's name in the end.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    LEAST_GAIN_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Which share of the pictures, above 0, 0.5 at most; one of them at least."""
+    patience: _builtins.int
+    """Ends the job behind so many checkpoints in a row that lose no less. Unset or 0: never."""
+    least_gain: _builtins.float
+    """By how much less counts as less. Unset means any."""
+    def __init__(
+        self,
+        *,
+        share: _builtins.float = ...,
+        patience: _builtins.int = ...,
+        least_gain: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["least_gain", b"least_gain", "patience", b"patience", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidationPlan: _TypeAlias = ValidationPlan  # noqa: Y015
 
 @_typing.final
 class SamplePlan(_message.Message):
@@ -362,8 +400,11 @@ class TrainCheckpoint(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """How many steps."""
+    validation_loss: _builtins.float
+    """What it loses on pictures that are kept from learning. Unset where there are none."""
     @_builtins.property
     def weights(self) -> _types_pb2.Digest:
         """What was learnt, a file in the service's store: an adapter, or the transformer."""
@@ -383,12 +424,15 @@ class TrainCheckpoint(_message.Message):
         weights: _types_pb2.Digest | None = ...,
         state: _abc.Iterable[_types_pb2.Digest] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        validation_loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "validation_loss", b"validation_loss", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "state", b"state", "step", b"step", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "state", b"state", "step", b"step", "validation_loss", b"validation_loss", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
+    _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
 
 Global___TrainCheckpoint: _TypeAlias = TrainCheckpoint  # noqa: Y015
 
