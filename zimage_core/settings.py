@@ -193,6 +193,12 @@ class DitSettings(ModelSettings):
         description="how much of the device's time a project's trainings get while others want it, "
         "too: background pictures have 1, normal ones 4, interactive ones 16",
     )
+    train_devices: int = Field(
+        1,
+        ge=1,
+        description="GPUs of this machine that train together, each with a part of every batch; "
+        "the first of them draws pictures, too",
+    )
     full_training: bool = Field(
         False,
         description="let full trainings, one at a time, learn the model's own weights, with which "

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,7 @@ from dit_service.model.adapters import Use, Uses
 from dit_service.model.attention.backends import BACKENDS
 from dit_service.model.narrow import MULTIPLIED
 from dit_service.model.transformer import ZImageTransformer
+from dit_service.training import training
 from dit_service.training.training import LEVELS, Example, Training
 from zimage_core.errors import InvalidRequest, NotReady, Unavailable
 from zimage_core.planning.flops import dit_step_flops
@@ -54,19 +56,69 @@ class Lesson:
     """Of this and all that is left of its step."""
 
 
-class Turn:
-    """Waits for the step before, and for what is being written of it."""
+class Company(training.Company, Protocol):
+    """Other devices that train together with this one."""
 
-    def __init__(self, course: "_Course", step: int) -> None:
+    is_busy: bool
+    """Whether they are at a step: another training's waits for it."""
+
+    def part(self, count: int) -> range:
+        """Which samples of a batch are computed here."""
+
+    def follow(self, asked: messages.OpenTraining | messages.CloseTraining) -> None:
+        """They do the same; raises what went wrong with one."""
+
+    def begin(self, asked: messages.Learn) -> None:
+        """They compute their parts of a step."""
+
+    def give_up(self) -> None:
+        """The step at hand is not taken."""
+
+
+class Alone(training.Alone):
+    """There are none."""
+
+    is_busy = False
+
+    def part(self, count: int) -> range:
+        """All."""
+        return range(count)
+
+    def follow(self, asked: messages.OpenTraining | messages.CloseTraining) -> None:
+        """Nobody does."""
+
+    def begin(self, asked: messages.Learn) -> None:
+        """Nobody computes."""
+
+    def give_up(self) -> None:
+        """Nobody waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What trainings have beside a model."""
+
+    room_bytes: float = math.inf
+    """Of the device, for all of them together."""
+    restore: Callable[[], None] | None = None
+    """Makes the model what it was; where there is that, it is learnt itself, by one at a time."""
+    company: Company = field(default_factory=Alone)
+
+
+class Turn:
+    """Waits for the step before, for what is being written of it, and for who computes with it."""
+
+    def __init__(self, course: "_Course", step: int, company: Company) -> None:
         self._course = course
         self._step = step
+        self._company = company
 
     @property
     def is_there(self) -> bool:
         """Whether it is behind this training, or never will be."""
         course = self._course
         is_behind = course.training.step >= self._step and course.is_written.is_set()
-        return course.is_broken or is_behind
+        return course.is_broken or (is_behind and not self._company.is_busy)
 
     def wait(self) -> None:
         """Steps come while others work; files take their time."""
@@ -86,13 +138,11 @@ class Trainings:
         backend: str,
         announce: Announce,
         diary: Diary,
-        room_bytes: float,
-        restore: Callable[[], None] | None = None,
+        means: Means,
     ) -> None:
-        """Together they take so much of the device besides the model at most. Where the model
-        itself is learnt, by one at a time, it can be restored to what it was."""
-        self._room_bytes = room_bytes
-        self._restore = restore
+        self._room_bytes = means.room_bytes
+        self._restore = means.restore
+        self._company = means.company
         self._is_restored = True
         self._model = model
         self._backend = backend
@@ -125,9 +175,14 @@ class Trainings:
         state, step = _read_state(asked.state)
         with torch.inference_mode(mode=False):
             beside = self._beside(asked)
-            training = Training(self._model, self._backend, asked.plan, state, step, beside)
-        self._courses[asked.session] = _Course(training, asked.plan, learnt_bytes)
-        count = sum(weight.numel() for weight in training.weights.values())
+            begun = Training(self._model, self._backend, asked.plan, state, step, beside)
+        try:
+            self._company.follow(asked)
+        except BaseException:
+            begun.close()
+            raise
+        self._courses[asked.session] = _Course(begun, asked.plan, learnt_bytes)
+        count = sum(weight.numel() for weight in begun.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
         return messages.TrainingOpened(step, count)
 
@@ -135,6 +190,7 @@ class Trainings:
         course = self._courses.pop(session)
         course.is_broken = True  # for whoever still waits for its next step
         course.training.close()
+        self._company.follow(messages.CloseTraining(session))
 
     def _make_ready(self, *, is_new: bool) -> None:
         """For whoever learns the model itself, from what it was or from a state."""
@@ -158,15 +214,17 @@ class Trainings:
     def learn(self, asked: messages.Learn, emit: Callable[[object], None]) -> "Learning":
         """A step, in pieces of as many samples as the plan computes at once; emits its outcome."""
         course = self._course(asked.session)
-        turn = Turn(course, asked.step)
+        turn = Turn(course, asked.step, self._company)
         if not turn.is_there:
             yield turn
         if course.is_broken or course.training.step != asked.step:
             raise _out_of_order(course, asked.step)
+        self._company.begin(asked)
         try:
             emit((yield from self._step(course, asked)))
         except BaseException:
             course.is_broken = True  # half a gradient is none
+            self._company.give_up()
             raise
 
     def evaluate(self, asked: messages.Evaluate, emit: Callable[[object], None]) -> "Learning":
@@ -213,7 +271,8 @@ class Trainings:
     ) -> Generator[Lesson, object, messages.Learnt]:
         waited = time.monotonic() - course.idle_since
         seconds = 0.0
-        examples = self._examples(asked)
+        own = self._company.part(len(asked.samples))
+        examples = [self._example(asked.samples[one], 1 / len(asked.samples)) for one in own]
         plan = course.plan
         flops = [self._flops(plan, example) for example in examples]
         at_once = plan.samples_at_once
@@ -226,9 +285,10 @@ class Trainings:
             self._refuse_too_much(taken, what, instead, own=course.learnt_bytes)
             course.step_bytes = max(course.step_bytes, taken)
             yield Lesson(Load(sum(flops[first:end]), taken), flops_left=sum(flops[first:]))
-            seconds += self._learn_from(course, examples[first:end], first, sum(flops[first:end]))
+            place = own.start + first
+            seconds += self._learn_from(course, examples[first:end], place, sum(flops[first:end]))
         with torch.inference_mode(mode=False):
-            outcome = course.training.take_step()
+            outcome = course.training.take_step(self._company)
         course.idle_since = time.monotonic()
         return messages.Learnt(
             step=asked.step,
@@ -247,9 +307,6 @@ class Trainings:
             course.training.learn(examples, first)
         self._diary.enter("train", piece.seconds, part(step=course.training.step + 1))
         return piece.seconds
-
-    def _examples(self, asked: messages.Learn) -> list[Example]:
-        return [self._example(sample, 1 / len(asked.samples)) for sample in asked.samples]
 
     def _example(self, sample: messages.TrainSample, share: float) -> Example:
         config, device = self._model.config, self._model.device

@@ -12,8 +12,9 @@ from dit_service.engine import device as devices
 from dit_service.engine.fitting import Fitting
 from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
+from dit_service.engine.partners import Partners
 from dit_service.engine.schedule import Room, Schedule
-from dit_service.engine.training import Trainings
+from dit_service.engine.training import Alone, Means, Trainings
 from dit_service.model import loading
 from dit_service.model.config import TransformerConfig
 from dit_service.model.transformer import ZImageTransformer
@@ -110,7 +111,9 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     is_host = device.type == "cpu"  # whose memory is not ours to plan, unless somebody says so
     room = settings.max_step_bytes or (math.inf if is_host else _room_bytes(settings, device))
     restore = partial(_restore, port, settings, transformer) if settings.full_training else None
-    trainings = Trainings(transformer, backend, port.announce, studio.diary, room, restore)
+    company = Partners(settings, description, room) if settings.train_devices > 1 else Alone()
+    means = Means(room, restore, company)
+    trainings = Trainings(transformer, backend, port.announce, studio.diary, means)
     return _Loaded(device, studio, trainings, description)
 
 

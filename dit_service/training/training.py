@@ -75,6 +75,24 @@ class Learnt(Protocol):
         """Leaves the model to others."""
 
 
+class Company(Protocol):
+    """Who learns the same at the same time, each from its own part of a batch."""
+
+    def shared(self, loss: float, weights: Sequence[Tensor]) -> float:
+        """The loss of all parts; gradients are those of all parts afterwards."""
+
+
+class Alone:
+    """Nobody else does."""
+
+    def shared(self, loss: float, weights: Sequence[Tensor]) -> float:
+        """What there is."""
+        return loss
+
+
+ALONE = Alone()
+
+
 class Training:
     """One, with the model that it shares with whoever samples."""
 
@@ -172,8 +190,9 @@ class Training:
             for velocity, one, example in zip(velocities, noised, examples, strict=True)
         ]
 
-    def take_step(self) -> Outcome:
-        """Goes where the gradient says."""
+    def take_step(self, company: Company = ALONE) -> Outcome:
+        """Goes where the gradient of all parts of the batch says."""
+        loss = company.shared(self._loss, list(self.weights.values()))
         rate = self._plan.learning_rate.at(self.step, self._plan.step_count)
         norm = self._stepper.step(rate)
         is_taken = norm is not None
@@ -181,7 +200,7 @@ class Training:
             self._learnt.has_moved()
             for name, average in self._average.items():
                 average.lerp_(self.weights[name].detach(), 1 - self._plan.average_decay)
-        outcome = Outcome(self._loss, float("nan") if norm is None else norm, rate, is_taken)
+        outcome = Outcome(loss, float("nan") if norm is None else norm, rate, is_taken)
         self._loss = 0.0
         self.step += 1
         return outcome

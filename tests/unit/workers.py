@@ -1,6 +1,5 @@
 """Small workers that really run in a process of their own, each with one habit."""
 
-import math
 import os
 import signal
 import threading
@@ -59,7 +58,7 @@ def _serve(port: Port, settings: object, folder: Path, studio: Any) -> None:
     import torch
 
     from dit_service.engine.schedule import Room, Schedule
-    from dit_service.engine.training import Trainings
+    from dit_service.engine.training import Means, Trainings
     from dit_service.model import loading
 
     cpu = torch.device("cpu")
@@ -68,7 +67,7 @@ def _serve(port: Port, settings: object, folder: Path, studio: Any) -> None:
         vae = loading.load_vae(folder, cpu, torch.float32)
         port.ready(settings)
         of_kind = studio(transformer, vae, "sdpa", port.announce)
-        trainings = Trainings(transformer, "sdpa", port.announce, of_kind.diary, math.inf)
+        trainings = Trainings(transformer, "sdpa", port.announce, of_kind.diary, Means())
         Schedule(of_kind, trainings, port, Room(0.25, 1e9)).serve()
 
 
