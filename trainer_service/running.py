@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from trainer_service.feeding import Caching, Desk, Feeding, is_passing, pause_seconds, publish
+from trainer_service.jobs.database import Database
 from trainer_service.jobs.jobs import (
     CANCELLED,
     COMPLETED,
@@ -29,7 +30,14 @@ from trainer_service.keeping import (
     forget_job,
     prune,
 )
-from zimage_core.errors import DeviceLost, InternalError, NotFound, NotReady, ZImageError
+from zimage_core.errors import (
+    DeviceLost,
+    InternalError,
+    NotFound,
+    NotReady,
+    Unavailable,
+    ZImageError,
+)
 from zimage_core.formats import dataset_file
 from zimage_core.formats.dataset_file import Example
 from zimage_core.wire import status
@@ -37,6 +45,9 @@ from zimage_rpc.trainer.v1 import trainer_pb2
 
 _log = logging.getLogger(__name__)
 
+_STANDING_BY_SECONDS = 1.0
+_LONG = 10
+"""As if so many tries had failed."""
 _MOST_LOSSES = 5
 """Of the device without a new checkpoint between: a job that kills it must not go on for ever."""
 _OF_THE_DEVICE = ("DEVICE_MEMORY",)
@@ -48,8 +59,9 @@ _OPEN_AGAIN = ("TRAINING_NOT_OPEN", "TRAINING_ORDER", "SESSION_REPLACED")
 class Runner:
     """All jobs of a trainer, so many at once."""
 
-    def __init__(self, desk: Desk, at_once: int) -> None:
+    def __init__(self, desk: Desk, database: Database, at_once: int) -> None:
         self._desk = desk
+        self._database = database
         self._free = asyncio.Semaphore(at_once)
         self._again: set[str] = set()
         """Those that came while they had their turn."""
@@ -61,11 +73,15 @@ class Runner:
         """Those that somebody wants to rest, also when what they do now breaks."""
         self._naming = threading.Lock()
         """Held while names are given to what a job needs, and while those of no job go."""
+        self._is_active = False
         self.is_leaving = False
         """Whether the trainer is about to stop: nobody waits for news any more."""
 
     async def run(self, on_ready: Callable[[bool], None]) -> None:
-        """Goes on with what was left, then with what comes."""
+        """Goes on with what was left, then with what comes; stands by while another trainer has the
+        database."""
+        await self._take_over()
+        self._is_active = True
         for job in await self._desk.aside(self._desk.jobs.unfinished):
             self._queue.put_nowait(job)
         on_ready(True)
@@ -82,9 +98,23 @@ class Runner:
             for task in self._running.values():
                 task.cancel()
 
+    async def _take_over(self) -> None:
+        is_told = False
+        while not await self._desk.aside(self._database.take):
+            if not is_told:
+                _log.warning("another trainer has the database: this one stands by")
+            is_told = True
+            await asyncio.sleep(_STANDING_BY_SECONDS)
+
     async def _turn(self, job: str) -> None:
         try:
-            await self._see_through(job)
+            while True:
+                try:
+                    await self._see_through(job)
+                    break
+                except Unavailable as error:  # the database, which is asked beside all else
+                    _log.warning("job %s waits: %s", job, error.message)
+                await asyncio.sleep(pause_seconds(_LONG))
         except Exception as fault:  # noqa: BLE001 - the others go on
             _log.error("job %s broke the trainer's own part", job, exc_info=fault)
             with suppress(NotFound):  # it was deleted meanwhile
@@ -95,6 +125,15 @@ class Runner:
             if job in self._again:
                 self._again.discard(job)
                 self._submit(job)
+
+    def refuse_standing_by(self) -> None:
+        """Raises Unavailable while another trainer has the jobs."""
+        if not self._is_active:
+            raise Unavailable(
+                "another trainer has the jobs; this one stands by",
+                reason="STANDING_BY",
+                retry_after=_STANDING_BY_SECONDS,
+            )
 
     async def leave(self) -> None:
         """Lets the job at hand take a checkpoint, to go on from at the next start."""

@@ -32,7 +32,7 @@ from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.limits import padded
 from zimage_core.planning.memory import FULL
 from zimage_core.planning.training import TrainingPlan
-from zimage_core.planning.training_memory import FORWARDS, Rows, TrainingBytes, training_bytes
+from zimage_core.planning.training_memory import FORWARDS, Base, Rows, TrainingBytes, training_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -333,8 +333,8 @@ class Trainings:
     ) -> TrainingBytes:
         """What a training takes of the device, with these examples at once."""
         rows = [Rows(padded(self._tokens(one)), padded(len(one.features_LF))) for one in examples]
-        size = self._model.dtype.itemsize
-        return training_bytes(self._model.config, plan, rows, size, accumulates=accumulates)
+        base = Base(self._model.dtype.itemsize, self._model.weights)
+        return training_bytes(self._model.config, plan, rows, base, accumulates=accumulates)
 
     def _refuse_too_much(
         self, wanted_bytes: float, what: str, instead: str, own: float = 0.0, beside: float = 0.0

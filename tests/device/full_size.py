@@ -4,6 +4,7 @@ import torch
 
 from dit_service.model.config import TransformerConfig
 from dit_service.model.layout import Layout
+from dit_service.model.narrow import SCALE
 from dit_service.model.transformer import Sample, ZImageTransformer
 
 CONFIG = TransformerConfig(
@@ -23,16 +24,23 @@ CONFIG = TransformerConfig(
 CUDA = torch.device("cuda", 0)
 
 
-def fake_transformer(device: torch.device = CUDA) -> ZImageTransformer:
+def fake_transformer(device: torch.device = CUDA, form: str = "full") -> ZImageTransformer:
     """In bfloat16 on a device that is not there, the loader's way; only inside `FakeTensorMode`."""
     with torch.device("meta"):
         transformer = ZImageTransformer(CONFIG)
+        if form != "full":
+            transformer.make_narrow(form)
     weights = {
-        name: torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
+        name: torch.empty(weight.shape, dtype=_type(name, weight, form), device=device)
         for name, weight in transformer.state_dict().items()
     }
     transformer.load_state_dict(weights, assign=True)
     return transformer.requires_grad_(False)
+
+
+def _type(name: str, weight: torch.Tensor, form: str) -> torch.dtype:
+    is_narrow = form != "full" and (weight.element_size() == 1 or name.endswith(SCALE))
+    return weight.dtype if is_narrow else torch.bfloat16
 
 
 def fake_samples(

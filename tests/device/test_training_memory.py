@@ -15,6 +15,7 @@ from tests.device.test_memory import Peak
 from zimage_core.planning.flops import dit_parameter_count
 from zimage_core.planning.limits import padded
 from zimage_core.planning.linears import block_linears
+from zimage_core.planning.memory import weight_bytes
 from zimage_core.planning.training import (
     LoraGroup,
     TrainingPlan,
@@ -24,6 +25,7 @@ from zimage_core.planning.training import (
 from zimage_core.planning.training_memory import (
     BLOCKS,
     NOTHING,
+    Base,
     Rows,
     fitting,
     largest,
@@ -81,7 +83,7 @@ def test_a_training_step_takes_what_is_planned_for_it(
     with Peak() as peak:
         Training(transformer, "sdpa", plan).go_back(_noised(examples), examples)
     rows = [Rows(padded(high * wide // 4), padded(length)) for high, wide, length in samples]
-    planned = training_bytes(CONFIG, plan, rows, 2)
+    planned = training_bytes(CONFIG, plan, rows, Base(2))
     moments = 8 * parameter_count(targets(groups, CONFIG))  # come with the first step
     assert peak.bytes == pytest.approx(planned.all - moments, rel=0.1)
     way = peak.bytes - planned.weights - planned.learnt + moments
@@ -103,15 +105,30 @@ def test_a_full_step_takes_what_is_planned_for_it(
         for first in range(0, len(examples), at_once):
             training.go_back(_noised(examples)[first : first + at_once], examples[first:][:at_once])
     rows = [Rows(padded(high * wide // 4), padded(length)) for high, wide, length in samples]
-    planned = largest(CONFIG, plan, rows, 2)
+    planned = largest(CONFIG, plan, rows, Base(2))
     moments = 8 * dit_parameter_count(CONFIG)
     assert peak.bytes == pytest.approx(planned.all - moments, rel=0.1)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_narrow_weights_take_what_is_planned_for_them(form: str) -> None:
+    plan, samples = TrainingPlan(0, 10, ALL), [(64, 64, 20)]
+    transformer, examples = fake_transformer(CPU, form), _examples(samples)
+    with Peak() as peak:
+        Training(transformer, "sdpa", plan).go_back(_noised(examples), examples)
+    rows = [Rows(padded(high * wide // 4), padded(length)) for high, wide, length in samples]
+    planned = training_bytes(CONFIG, plan, rows, Base(2, form))
+    weights = weight_bytes(CONFIG, 2, form)
+    hidden = weights.block * (weights.block_count + CONFIG.n_refiner_layers)  # nothing views them
+    moments = 8 * parameter_count(targets(ALL, CONFIG))
+    assert peak.bytes + hidden == pytest.approx(planned.all - moments, rel=0.1)
 
 
 def test_the_fastest_way_that_fits_is_found() -> None:
     plan, batch = TrainingPlan(0, 10, ALL), [Rows(4096, 128)] * 4
     found = {
-        gib: fitting(CONFIG, plan, batch, 2, gib * 2**30) for gib in (140, 80, 40, 24, 16, 15, 12)
+        gib: fitting(CONFIG, plan, batch, Base(2), gib * 2**30)
+        for gib in (140, 80, 40, 24, 16, 15, 12)
     }
     ways = {gib: one and (one.recompute, one.samples_at_once) for gib, one in found.items()}
     assert ways == {

@@ -180,7 +180,7 @@ def test_what_breaks_on_the_way_changes_no_loss(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_trainer_that_ends_goes_on_at_its_next_start(
+def test_a_trainer_that_stands_by_goes_on_where_the_first_ends(
     services: Services,
     pictures: Path,
     expected: Losses,
@@ -196,13 +196,14 @@ def test_a_trainer_that_ends_goes_on_at_its_next_start(
         asked = _asked(pictures, replace(services, trainer=first), *LONGER, "--detach")
         assert command(asked) == 0
         job = capsys.readouterr().out.strip()
-        wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 6)
-        first.process.send_signal(how)
-        assert first.wait_for_exit() == (0 if how == signal.SIGTERM else -how)
-    with running("trainer_service", *flags) as second:
-        second.wait_until("SERVING")
-        where = at(second)
-        assert _watched(job, where, capsys) == expected
+        wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 2)
+        with running("trainer_service", *flags) as second:
+            second.wait_until("NOT_SERVING")
+            wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 6)
+            first.process.send_signal(how)
+            assert first.wait_for_exit() == (0 if how == signal.SIGTERM else -how)
+            second.wait_until("SERVING")
+            assert _watched(job, at(second), capsys) == expected
 
 
 def test_a_file_of_a_checkpoint_is_gone_on_from(

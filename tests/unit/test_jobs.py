@@ -1,14 +1,22 @@
 """Jobs in a database, and the file that says what they learn from."""
 
 import math
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sql
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 
+from trainer_service.jobs.database import Database
 from trainer_service.jobs.jobs import CHANGED, CHECKPOINT, Jobs, Kept
+from trainer_service.jobs.tables import METADATA
 from zimage_client import TrainStep
 from zimage_core.digests import Named
-from zimage_core.errors import InvalidRequest, InvalidSettings, NotFound
+from zimage_core.errors import InvalidRequest, InvalidSettings, NotFound, Unavailable
 from zimage_core.formats import dataset_file
 from zimage_core.formats.dataset_file import Example
 
@@ -17,7 +25,7 @@ EXAMPLE = Example("ab" * 32, 100, 640, 480, "a/b.png", "caf\u00e9 \u2603")
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> Jobs:
-    return Jobs(f"sqlite:///{tmp_path}/deeper/jobs.sqlite")
+    return Jobs(Database(f"sqlite:///{tmp_path}/deeper/jobs.sqlite"))
 
 
 def _learnt(step: int, loss: float = 0.5) -> TrainStep:
@@ -57,13 +65,13 @@ def test_pages_lead_to_all(jobs: Jobs) -> None:
 
 def test_what_happens_is_numbered_and_kept(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/jobs"
-    jobs = Jobs(url)
+    jobs = Jobs(Database(url))
     job = jobs.create("me", "r1", b"", b"").id
     jobs.change(job, "running")
     jobs.change(job, "running")  # nothing new
     jobs.add_checkpoint(job, _kept(3))
     jobs.change(job, "waiting", waits_for="the encoder")
-    after = Jobs(url)  # of another process
+    after = Jobs(Database(url))  # of another process
     happened = after.happened(job, 0)
     assert [one.sequence for one in happened] == [1, 2, 3, 4]
     assert [one.kind for one in happened] == [CHANGED, CHANGED, CHECKPOINT, CHANGED]
@@ -118,7 +126,7 @@ def test_stretches_are_counted(jobs: Jobs) -> None:
 
 def test_a_database_that_is_none_is_refused() -> None:
     with pytest.raises(InvalidSettings, match="database"):
-        Jobs("nosuch://place")
+        Database("nosuch://place")
 
 
 def test_a_dataset_file_is_the_same_for_the_same() -> None:
@@ -146,3 +154,42 @@ def test_a_dataset_file_that_is_none_is_refused(old: bytes, new: bytes, said: st
     with pytest.raises(InvalidRequest, match=r"spec\.dataset") as refusal:
         dataset_file.load(broken)
     assert said in refusal.value.message
+
+
+def test_migrations_make_the_tables_that_the_code_knows(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs"
+    Database(url)
+    with sql.create_engine(url).connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, METADATA) == []
+
+
+def test_a_database_of_a_newer_trainer_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs"
+    Database(url)
+    with sql.create_engine(url).begin() as connection:
+        connection.execute(sql.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(InvalidSettings, match="a newer trainer made it"):
+        Database(url)
+
+
+def test_one_trainer_at_a_time_has_a_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs"
+    first, second = Database(url), Database(url)
+    assert first.take()
+    assert first.take()
+    assert not second.take()
+    taking = f"from trainer_service.jobs.database import Database; print(Database({url!r}).take())"
+    other = subprocess.run([sys.executable, "-c", taking], capture_output=True, check=True)
+    assert other.stdout.strip() == b"False"
+
+
+def test_a_database_that_is_busy_is_waited_for(tmp_path: Path) -> None:
+    jobs = Jobs(Database(f"sqlite:///{tmp_path}/jobs?timeout=0.1"))
+    job = jobs.create("me", "r1", b"", b"").id
+    other = sqlite3.connect(tmp_path / "jobs", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(Unavailable, match="database cannot be used"):
+        jobs.change(job, "running")
+    other.execute("ROLLBACK")
+    assert jobs.change(job, "running").state == "running"

@@ -6,15 +6,15 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy.engine import Connection, Engine, RowMapping
+from sqlalchemy.engine import Connection, RowMapping
 
-from trainer_service.jobs.tables import CHECKPOINTS, EVENTS, JOBS, METADATA, SAMPLES, STEPS
+from trainer_service.jobs.database import Database
+from trainer_service.jobs.tables import CHECKPOINTS, EVENTS, JOBS, SAMPLES, STEPS
 from zimage_client import TrainStep
 from zimage_core.digests import Named
-from zimage_core.errors import InvalidRequest, InvalidSettings, NotFound
+from zimage_core.errors import InvalidRequest, NotFound
 
 WAITING, RUNNING, PAUSED = "waiting", "running", "paused"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
@@ -87,20 +87,14 @@ class Happened:
 
 
 class Jobs:
-    """Those of one database. It is waited for: call it from threads."""
+    """Those of one database, which is waited for: call them from threads."""
 
-    def __init__(self, url: str) -> None:
-        try:
-            self._engine = _engine(url)
-        except (sql.exc.ArgumentError, ImportError) as error:
-            raise InvalidSettings(
-                f"database {url}: {error}", fields={"field": "database", "given": url}
-            ) from error
-        METADATA.create_all(self._engine)
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def create(self, project: str, request_id: str, asked: bytes, spec: bytes) -> Job:
         """A new one, or that of the same request; raises InvalidRequest where that was another."""
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             if made := _made_of(connection, project, request_id, asked):
                 return made
             now, job = time.time(), f"job-{secrets.token_hex(6)}"
@@ -114,17 +108,17 @@ class Jobs:
 
     def made_of(self, project: str, request_id: str, asked: bytes) -> Job | None:
         """The job of a request that came before; None for a new one."""
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return _made_of(connection, project, request_id, asked)
 
     def decide(self, job: str, spec: bytes) -> None:
         """Enters what was decided only when it began."""
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             _update(connection, job, spec=spec)
 
     def get(self, project: str, job: str) -> Job:
         """One of a project; raises NotFound."""
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             found = _read(connection, job)
         if found.project != project:
             raise _missing(job)
@@ -138,7 +132,7 @@ class Jobs:
             .order_by(JOBS.c.created.desc())
             .limit(count)
         )
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return [_job(connection, row) for row in connection.execute(wanted).mappings()]
 
     def unfinished(self) -> list[str]:
@@ -148,24 +142,24 @@ class Jobs:
             .where(JOBS.c.state.in_([WAITING, RUNNING]))
             .order_by(JOBS.c.created)
         )
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return list(connection.scalars(wanted))
 
     def ids(self) -> set[str]:
         """Of all."""
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return set(connection.scalars(sql.select(JOBS.c.id)))
 
     def delete(self, job: str) -> None:
         """Forgets all of one."""
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             for table in (EVENTS, STEPS, SAMPLES, CHECKPOINTS):
                 connection.execute(table.delete().where(table.c.job == job))
             connection.execute(JOBS.delete().where(JOBS.c.id == job))
 
     def read(self, job: str) -> Job:
         """One of any project; raises NotFound."""
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return _read(connection, job)
 
     def change(
@@ -178,7 +172,7 @@ class Jobs:
         wakes: bool = False,
     ) -> Job:
         """Enters how it is now. What has ended stays so, and what rests, unless it is woken."""
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             before = _read(connection, job)
             is_over = before.state in (COMPLETED, CANCELLED)
             is_asleep = before.state == PAUSED and state in (RUNNING, WAITING) and not wakes
@@ -191,7 +185,7 @@ class Jobs:
 
     def begin_session(self, job: str) -> int:
         """The number of its next stretch: whatever went on before is over."""
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             epoch = _read(connection, job).session_epoch + 1
             _update(connection, job, session_epoch=epoch)
             return epoch
@@ -200,7 +194,7 @@ class Jobs:
         """Enters what came of steps; those that are learnt again replace what was said before."""
         if not learnt:
             return
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             steps = [one.step for one in learnt]
             connection.execute(STEPS.delete().where(STEPS.c.job == job, STEPS.c.step >= min(steps)))
             connection.execute(STEPS.insert(), [_step(job, one) for one in learnt])
@@ -214,7 +208,7 @@ class Jobs:
             "state": [[part.sha256, part.size_bytes] for part in kept.state],
             "validation_loss": kept.validation_loss,
         }  # fmt: skip
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             same = sql.and_(CHECKPOINTS.c.job == job, CHECKPOINTS.c.step == kept.step)
             connection.execute(CHECKPOINTS.delete().where(same))
             connection.execute(CHECKPOINTS.insert().values(values))
@@ -223,7 +217,7 @@ class Jobs:
     def thin_out(self, job: str, checkpoint_count: int, state_count: int) -> Job:
         """Keeps so many checkpoints, the latest and the best, 0 for all, and of so many of them all
         that training goes on from."""
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             now = _read(connection, job)
             kept = [one.step for one in now.checkpoints]
             old = kept[:-checkpoint_count] if checkpoint_count else []
@@ -246,7 +240,7 @@ class Jobs:
             }
             for number, one in enumerate(drawn)
         ]  # fmt: skip
-        with self._engine.begin() as connection:
+        with self._database.changing() as connection:
             same = sql.and_(SAMPLES.c.job == job, SAMPLES.c.step == step)
             connection.execute(SAMPLES.delete().where(same))
             connection.execute(SAMPLES.insert(), rows)
@@ -259,7 +253,7 @@ class Jobs:
             .where(SAMPLES.c.job == job, SAMPLES.c.step == step)
             .order_by(SAMPLES.c.number)
         )
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return [
                 Sampled(row["prompt"], Named(row["sha256"], row["bytes"]))
                 for row in connection.execute(wanted).mappings()
@@ -272,7 +266,7 @@ class Jobs:
             .where(EVENTS.c.job == job, EVENTS.c.sequence > after)
             .order_by(EVENTS.c.sequence)
         )
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return [
                 Happened(row["sequence"], row["time"], row["kind"], row["step"])
                 for row in connection.execute(wanted).mappings()
@@ -286,30 +280,8 @@ class Jobs:
             .order_by(STEPS.c.step)
             .limit(count)
         )
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return [_learnt(row) for row in connection.execute(wanted).mappings()]
-
-
-def _engine(url: str) -> Engine:
-    engine = sql.create_engine(url)
-    if engine.dialect.name == "sqlite":
-        path = engine.url.database
-        if path and path != ":memory:":
-            from pathlib import Path
-
-            Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-
-        @sql.event.listens_for(engine, "connect")
-        def _settle(connection: Any, _record: object) -> None:
-            connection.isolation_level = None  # or it would begin transactions only to write
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-                connection.execute(f"PRAGMA {pragma}")
-
-        @sql.event.listens_for(engine, "begin")
-        def _begin(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
 
 
 def _made_of(connection: Connection, project: str, request_id: str, asked: bytes) -> Job | None:

@@ -66,7 +66,7 @@ SAMPLES = Table(
     Column("number", Integer, primary_key=True),
     Column("prompt", String, nullable=False),
     Column("sha256", String, nullable=False),
-    Column("bytes", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
 )
 
 CHECKPOINTS = Table(

@@ -57,6 +57,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     ) -> trainer_pb2.CreateTrainJobResponse:
         """Looks at everything before it says yes."""
         check_name(request.request_id, "request_id")
+        self._runner.refuse_standing_by()
         project, jobs = access.project(), self._desk.jobs
         asked = request.spec.SerializeToString(deterministic=True)
         made = await self._desk.aside(lambda: jobs.made_of(project, request.request_id, asked))
@@ -91,6 +92,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         if not 1 <= count <= _LARGEST_PAGE:
             allowed = f"1 to {_LARGEST_PAGE}"
             raise InvalidRequest.given("page_size", count, allowed, "PAGE_SIZE")
+        self._runner.refuse_standing_by()
         try:
             before = float(request.page_token or "inf")
         except ValueError:
@@ -196,6 +198,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         return trainer_pb2.PruneCacheResponse(kinds=map(_kind, gone))
 
     async def _get(self, job: str) -> Job:
+        self._runner.refuse_standing_by()
         project = access.project()
         return await self._desk.aside(lambda: self._desk.jobs.get(project, job))
 

@@ -7,6 +7,7 @@ import grpc.aio
 
 from trainer_service.caches import Caches
 from trainer_service.feeding import Desk
+from trainer_service.jobs.database import Database
 from trainer_service.jobs.jobs import Jobs
 from trainer_service.rpc.jobs import TrainerServicer
 from trainer_service.running import Runner
@@ -28,10 +29,10 @@ def service(settings: TrainerSettings) -> Service:
     dits = tuple(AsyncClient(one, **settings.credentials) for one in several(settings.dit))
     blobs = Blobs(*settings.store_at, settings.store_quota_bytes, settings.store_keep_seconds)
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="desk")
-    jobs = Jobs(settings.database_url)
-    desk = Desk(jobs, blobs, client, dits, Caches(blobs, client, threads), threads)
+    database = Database(settings.database_url)
+    desk = Desk(Jobs(database), blobs, client, dits, Caches(blobs, client, threads), threads)
 
-    runner = Runner(desk, settings.jobs_at_once or len(dits))
+    runner = Runner(desk, database, settings.jobs_at_once or len(dits))
 
     def register(server: grpc.aio.Server, on_ready: OnReady) -> Beside:
         trainer_pb2_grpc.add_TrainerServiceServicer_to_server(TrainerServicer(desk, runner), server)

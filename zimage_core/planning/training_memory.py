@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from zimage_core.planning.flops import DitShape, dit_parameter_count
 from zimage_core.planning.linears import block_counts
+from zimage_core.planning.memory import FULL, weight_bytes
 from zimage_core.planning.training import TrainingPlan, parameter_count, targets
 
 NOTHING, BLOCKS = "nothing", "blocks"
@@ -29,6 +30,8 @@ _INPUTS = {
     ("feed_forward.w2",): 8 / 3,
 }
 """What linears keep besides, once where any of them learns: what went in."""
+_WIDENED_BYTES = 8
+"""Of a number of a narrow linear on its way to that type: two steps of it in float32."""
 _OF_SEVERAL = 4.0
 """The norms' weights by the row, where samples have their own."""
 _ON_THE_WAY_BACK = 11.0
@@ -53,6 +56,16 @@ class TrainingBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """The frozen model."""
+
+    element_bytes: int
+    """Of a number in the type that it computes in."""
+    form: str = FULL
+    """That its large linears are in."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """Of a sample, as the model packs it."""
 
@@ -64,12 +77,12 @@ def training_bytes(
     shape: DitShape,
     plan: TrainingPlan,
     samples: Sequence[Rows],
-    element_bytes: int,
+    base: Base,
     *,
     accumulates: bool = False,
 ) -> TrainingBytes:
     """With these samples at once; `accumulates` where a batch has more of them."""
-    in_model = dit_parameter_count(shape)
+    in_model, element_bytes = dit_parameter_count(shape), base.element_bytes
     count = in_model if plan.full else parameter_count(targets(plan.lora, shape))
     is_narrower = element_bytes < _LEARNT_BYTES
     copies = count * element_bytes if is_narrower and not plan.full else 0
@@ -77,41 +90,41 @@ def training_bytes(
     of_each = _LEARNT_BYTES * (is_apart + (plan.average_decay > 0))
     gradients = _GRADIENT_BYTES * count
     way = _way(shape, plan, samples) * shape.dim * element_bytes
+    way = way + gradients if accumulates else max(way, gradients)
     return TrainingBytes(
-        weights=in_model * element_bytes,
+        weights=weight_bytes(shape, element_bytes, base.form).all,
         learnt=count * (of_each + _KEPT_BYTES[plan.optimizer.name]),
-        step=copies + (way + gradients if accumulates else max(way, gradients)),
+        step=copies + _widened(shape, base) + way,
     )
 
 
+def _widened(shape: DitShape, base: Base) -> float:
+    """Of the largest linear, while it is used: in float32 and as it is computed with."""
+    is_narrow = base.form != FULL
+    return is_narrow * shape.dim * shape.ffn_dim * (_WIDENED_BYTES + base.element_bytes)
+
+
 def fitting(
-    shape: DitShape,
-    plan: TrainingPlan,
-    batch: Sequence[Rows],
-    element_bytes: int,
-    room_bytes: float,
+    shape: DitShape, plan: TrainingPlan, batch: Sequence[Rows], base: Base, room_bytes: float
 ) -> TrainingPlan | None:
     """The fastest way to compute such batches in so many bytes; None where there is no way."""
     for recompute in (NOTHING, BLOCKS):
         for at_once in range(len(batch), 0, -1):
             tried = replace(plan, recompute=recompute, samples_at_once=at_once)
-            most = largest(shape, tried, batch, element_bytes)
+            most = largest(shape, tried, batch, base)
             if most.all <= room_bytes:
                 return tried
     return None
 
 
 def largest(
-    shape: DitShape, plan: TrainingPlan, batch: Sequence[Rows], element_bytes: int
+    shape: DitShape, plan: TrainingPlan, batch: Sequence[Rows], base: Base
 ) -> TrainingBytes:
     """What the largest piece of a batch takes."""
     at_once = plan.samples_at_once
     pieces = [batch[first : first + at_once] for first in range(0, len(batch), at_once)]
     return max(
-        (
-            training_bytes(shape, plan, piece, element_bytes, accumulates=len(pieces) > 1)
-            for piece in pieces
-        ),
+        (training_bytes(shape, plan, piece, base, accumulates=len(pieces) > 1) for piece in pieces),
         key=lambda one: one.all,
     )
 

@@ -14,6 +14,7 @@ from zimage_core.planning.training_memory import (
     BLOCKS,
     FORWARDS,
     NOTHING,
+    Base,
     Rows,
     TrainingBytes,
     fitting,
@@ -50,6 +51,9 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(_ELEMENT_BYTES), default="bfloat16", help="default: bfloat16"
     )
+    parser.add_argument(
+        "--weights", choices=("full", "int8", "fp8", "nf4"), default="full", help="default: full"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
 
 
@@ -62,22 +66,23 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     room = args.vram * 2**30 - _RESERVED_BYTES
     if not args.json:
         terminal.result(
-            f"{learnt} at {args.side}x{args.side}, {args.optimizer}, {args.dtype}, "
-            f"{args.vram:g} GiB of which {_told(_RESERVED_BYTES)} are for CUDA and a screen\n"
+            f"{learnt} at {args.side}x{args.side}, {args.optimizer}, {args.dtype}, weights "
+            f"{args.weights}, {args.vram:g} GiB of which {_told(_RESERVED_BYTES)} are for CUDA and "
+            "a screen\n"
             f"{'batch':>5} {'recompute':>10} {'at once':>8} {'weights':>9} {'learnt':>9} "
             f"{'step':>9} {'all':>9}   fits"
         )
     is_any = False
     for count in _BATCHES:
         batch = [sample] * count
-        best = fitting(DIT_SHAPE, plan, batch, _ELEMENT_BYTES[args.dtype], room)
+        best = fitting(DIT_SHAPE, plan, batch, _base(args), room)
         is_any |= best is not None
         ways = [(NOTHING, count), (BLOCKS, count), *([(BLOCKS, 1)] if count > 1 else [])]
         if best and (best.recompute, best.samples_at_once) not in ways:
             ways.append((best.recompute, best.samples_at_once))
         for recompute, at_once in ways:
             tried = replace(plan, recompute=recompute, samples_at_once=at_once)
-            taken = largest(DIT_SHAPE, tried, batch, _ELEMENT_BYTES[args.dtype])
+            taken = largest(DIT_SHAPE, tried, batch, _base(args))
             _tell(count, tried, taken, room, args, terminal, is_best=tried == best)
     return None if is_any else _NOT_FITTING
 
@@ -123,6 +128,12 @@ def _plan(args: Namespace) -> TrainingPlan:
         return plans.plan(message, DIT_SHAPE, "plan")
     except InvalidRequest as error:
         raise wrong("--rank", error.message) from None
+
+
+def _base(args: Namespace) -> Base:
+    if args.full and args.weights != "full":
+        raise wrong("--weights", "full training learns full weights")
+    return Base(_ELEMENT_BYTES[args.dtype], args.weights)
 
 
 def _sample(side_px: int, tokens: int) -> Rows:
