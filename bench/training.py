@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,8 @@ def _pictures(folder: Path, count: int) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def _services(scratch: Path) -> AsyncIterator[str]:
+async def services(scratch: Path, more: Sequence[str] = ()) -> AsyncIterator[str]:
+    """All three with the demo model, `more` for the DiT service; the trainer's address."""
     at = {name: f"unix:{scratch / name}.sock" for name in ("encoder", "dit", "trainer")}
     common = ["--probes", "", "--config", os.devnull]
     model = ["--model", str(demo_model()), *common]
@@ -194,7 +195,8 @@ async def _services(scratch: Path) -> AsyncIterator[str]:
     async with (
         running("encoder_service", "--listen", at["encoder"], *model),
         running(
-            "dit_service", "--listen", at["dit"], *encoder, "--store", str(scratch / "dit"), *model
+            *("dit_service", "--listen", at["dit"], *encoder, "--store", str(scratch / "dit")),
+            *(*model, *more),
         ),
         running("trainer_service", "--listen", at["trainer"], *encoder, *dit, *places, *common),
         AsyncClient(at["dit"]) as client,
@@ -209,7 +211,8 @@ async def _services(scratch: Path) -> AsyncIterator[str]:
         yield at["trainer"]
 
 
-async def _job(address: str, *flags: str) -> str:
+async def job(address: str, *flags: str) -> str:
+    """Begins one; its id."""
     command = ["-m", "zimage_client.cli.main", "train", "--detach", "--replace", "--isolated"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, "--trainer", address, *flags, stdout=subprocess.PIPE
@@ -222,22 +225,22 @@ async def through_services() -> dict[str, Any]:
     """C10 and C11."""
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        async with _services(scratch) as address, AsyncTrainer(address) as trainer:
+        async with services(scratch) as address, AsyncTrainer(address) as trainer:
             images = str(_pictures(scratch / "many", UNCACHED))
-            job = await _job(address, "--images", images, "--steps", "1000", "--side", "64")
-            async with contextlib.aclosing(trainer.watch(job)) as events:
+            name = await job(address, "--images", images, "--steps", "1000", "--side", "64")
+            async with contextlib.aclosing(trainer.watch(name)) as events:
                 async for event in events:
                     if isinstance(event, TrainStep):
                         break
             kinds = {one.kind: one.count for one in await trainer.cache()}
-            await trainer.cancel(job)
+            await trainer.cancel(name)
 
             images = str(_pictures(scratch / "few", 30))
             flags = "--images", images, "--steps", str(WARM_STEPS), "--side", "128"
             waited, worked = [], []
             for _ in range(2):  # the first fills the caches
-                job = await _job(address, *flags, "--batch-size", "4")
-                async with contextlib.aclosing(trainer.watch(job)) as events:
+                name = await job(address, *flags, "--batch-size", "4")
+                async with contextlib.aclosing(trainer.watch(name)) as events:
                     steps = [one async for one in events if isinstance(one, TrainStep)]
                 waited = [one.waited_seconds for one in steps[1:]]
                 worked = [one.seconds for one in steps[1:]]
