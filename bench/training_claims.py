@@ -68,7 +68,6 @@ def drift() -> dict[str, Any]:
     """Each form's losses beside those of the full weights."""
     with tempfile.TemporaryDirectory() as scratch:
         pictures = Path(scratch) / "pictures"
-        pictures.mkdir()
         draw_new(pictures)
         found = {form: asyncio.run(losses(form, pictures)) for form in FORMS}
     full, full_in_the_end = found["full"]

@@ -6,14 +6,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from safetensors.torch import save_file
 
 from dit_service.model.adapter_loading import load_adapter
 from dit_service.model.adapters import Use, Uses
 from dit_service.model.loading import load_transformer
 from dit_service.model.transformer import Sample, ZImageTransformer
+from dit_service.training.lora import Lora as LearntLora
+from dit_service.training.lora import halves
+from dit_service.training.training import Training
 from tests import adapter_files
 from tests.adapter_files import LAYOUTS, Lora
-from zimage_core.planning.linears import linears
+from zimage_core.planning.linears import block_linears, linears
+from zimage_core.planning.training import LoraGroup, TrainingPlan, targets
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 TOLERANCE = 1e-5  # of the reference's largest absolute value
@@ -115,6 +120,32 @@ def test_diffusers_reads_the_same_of_it(
     use = Use(load_adapter(path, ours.config, CPU, FLOAT), 0.7)
     [velocity] = _forward(ours, (40, (use,)))
     _assert_close(velocity, _reference(pipeline.transformer, ours, 40))
+
+
+@torch.no_grad()
+def test_what_a_training_writes_diffusers_and_we_read_alike(
+    ours: ZImageTransformer, model_folder: Path, tmp_path: Path
+) -> None:
+    group = LoraGroup("layers", 0, 2, tuple(block_linears(ours.config)), rank=4, alpha=6.0)
+    changed = targets((group,), ours.config)
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: 0.05 * torch.randn(size, generator=generator)
+        for name, size in halves(changed).items()
+    }
+    state = {f"weights/{name}": weight for name, weight in weights.items()}
+    training = Training(ours, "sdpa", TrainingPlan(0, 1, (group,)), state)
+    path = tmp_path / "learnt.safetensors"
+    save_file(dict(training.file_tensors(FLOAT)), path)
+    learnt = LearntLora(changed, ours, 0, weights).uses(weights)
+    [velocity] = _forward(ours, (40, learnt))
+    use = Use(load_adapter(path, ours.config, CPU, FLOAT), 1.0)
+    _assert_close(_forward(ours, (40, (use,)))[0], velocity)
+    pipeline = ZImagePipeline.from_pretrained(model_folder, dtype=FLOAT)
+    pipeline.load_lora_weights(path)
+    _assert_close(_reference(pipeline.transformer, ours, 40), velocity)
+    [without] = _forward(ours, (40, ()))
+    assert (velocity - without).abs().max() > 100 * TOLERANCE * velocity.abs().max()
 
 
 @torch.inference_mode()
