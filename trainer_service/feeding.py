@@ -3,6 +3,7 @@ kept."""
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import Counter, deque
@@ -85,7 +86,9 @@ class Desk:
     caches: Caches
     threads: ThreadPoolExecutor
     learning: Counter[AsyncClient] = field(default_factory=Counter)
-    """How many jobs learn at each DiT service."""
+    """How many jobs are at each DiT service."""
+    places: dict[str, AsyncClient] = field(default_factory=dict)
+    """Where jobs learnt last: what is left of a stretch is there."""
 
     async def aside(self, work: Callable[[], T]) -> T:
         """What waits for disks."""
@@ -128,6 +131,16 @@ def pause_seconds(failures: int) -> float:
 def base_model(dit: DitDescription) -> str:
     """The model of a DiT service, as people call it; empty while it is loaded."""
     return f"{dit.model.name} ({dit.model.variant})" if dit.model else ""
+
+
+async def described(desk: Desk, *, full_training: bool) -> DitDescription:
+    """A DiT service that learns such, as it is now; whichever answers where none is ready."""
+    for client in desk.dits:
+        with suppress(ZImageError):
+            found = await client.describe()
+            if found.model and found.model.full_training == full_training:
+                return found
+    return await desk.client.describe()
 
 
 async def publish(desk: Desk, name: str, kept: Kept) -> None:
@@ -187,10 +200,26 @@ class Feeding:
     async def run(self, epoch: int) -> bool:
         """From the last checkpoint until all is learnt, or rest is due; whether all is. Raises what
         broke it."""
+        if self._is_learnt:
+            return True
         encoder = await self._desk.client.describe_encoder()
         if not encoder.ready:
             raise loading("the encoder")
         self._dit, dit = await self._free_dit()
+        self._desk.places[self._job.id] = self._dit
+        try:
+            return await self._run_there(epoch, encoder, dit)
+        finally:
+            self._desk.learning[self._dit] -= 1
+
+    @property
+    def _is_learnt(self) -> bool:
+        kept = self._job.checkpoints
+        return (bool(kept) and kept[-1].step == self._spec.training.step_count) or self._is_enough
+
+    async def _run_there(
+        self, epoch: int, encoder: EncoderDescription, dit: DitDescription
+    ) -> bool:
         assert dit.limits is not None
         assert dit.model is not None
         self._guidance = dit.model.default_guidance
@@ -200,13 +229,11 @@ class Feeding:
             await self._listener.runs(self._job.id)
             if not await self._encode_all(encoder, dit):
                 return False
-        if spec.only_caches or self._is_enough:
+        if spec.only_caches:
             return True
-        self._desk.learning[self._dit] += 1
-        try:
-            return await self._learn(epoch, encoder, dit)
-        finally:
-            self._desk.learning[self._dit] -= 1
+        for look in self._held:  # what cannot be looked at is to be known before anything is learnt
+            await self._patiently(_FIRST, partial(self._sample, look, encoder, dit))
+        return await self._learn(epoch, encoder, dit)
 
     async def _learn(self, epoch: int, encoder: EncoderDescription, dit: DitDescription) -> bool:
         last = await self._desk.aside(self._last_whole)
@@ -308,10 +335,13 @@ class Feeding:
         jobs."""
         error: ZImageError = loading("the model")
         wanted = self._spec.base_model
-        for client in sorted(self._desk.dits, key=lambda one: self._desk.learning[one]):
+        last, learning = self._desk.places.get(self._job.id), self._desk.learning
+        for client in sorted(self._desk.dits, key=lambda one: (one is not last, learning[one])):
+            learning[client] += 1  # others look for one at the same time
             try:
                 described = await client.describe()
             except ZImageError as one:
+                learning[client] -= 1
                 error = one
                 continue
             there = base_model(described)
@@ -323,6 +353,7 @@ class Feeding:
                 error = Unavailable(f"the DiT service learns {kind} alone", reason="ANOTHER_KIND")
             elif described.ready:
                 return client, described
+            learning[client] -= 1
         raise error
 
     async def _encode_all(self, encoder: EncoderDescription, dit: DitDescription) -> bool:
@@ -437,8 +468,11 @@ class Feeding:
         """All that is not learnt, in pieces."""
         for first in range(0, len(self._held), _LOOKED_AT_ONCE):
             looks = self._held[first : first + _LOOKED_AT_ONCE]
-            samples = [self._sample(look, encoder, dit) for look in looks]
-            yield training.Evaluate(first, await asyncio.gather(*samples))
+
+            async def make(looks: list[Look] = looks) -> list[training.Sample]:
+                return await asyncio.gather(*(self._sample(one, encoder, dit) for one in looks))
+
+            yield training.Evaluate(first, await self._patiently(self._awaited_step, make))
 
     async def _prepared(
         self, step: int, encoder: EncoderDescription, dit: DitDescription
@@ -509,7 +543,8 @@ class Feeding:
         count = sum(one.count for one in lost)
         if count != len(self._held) or not count:
             return None
-        return sum(one.loss * one.count for one in lost) / count
+        mean = sum(one.loss * one.count for one in lost) / count
+        return mean if math.isfinite(mean) else math.inf
 
     def _enter_checkpoint(self, kept: Kept) -> None:
         """And forgets what is not to be kept besides."""

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from trainer_service.feeding import Caching, Desk, Feeding, is_passing, pause_seconds, publish
@@ -94,6 +95,7 @@ class Runner:
                     self._free.release()
                     continue
                 self._running[job] = asyncio.create_task(self._turn(job))
+                self._running[job].add_done_callback(partial(self._end_turn, job))
         finally:
             for task in self._running.values():
                 task.cancel()
@@ -119,12 +121,14 @@ class Runner:
             _log.error("job %s broke the trainer's own part", job, exc_info=fault)
             with suppress(NotFound):  # it was deleted meanwhile
                 await self._fail(job, InternalError("internal error; the log knows more"))
-        finally:
-            del self._running[job]
-            self._free.release()
-            if job in self._again:
-                self._again.discard(job)
-                self._submit(job)
+
+    def _end_turn(self, job: str, _task: asyncio.Task[None]) -> None:
+        """Also of one that never began."""
+        del self._running[job]
+        self._free.release()
+        if job in self._again:
+            self._again.discard(job)
+            self._submit(job)
 
     def refuse_standing_by(self) -> None:
         """Raises Unavailable while another trainer has the jobs."""

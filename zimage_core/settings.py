@@ -256,6 +256,8 @@ class DitSettings(ModelSettings):
         ):
             if self.full_training and value is not None:
                 raise ValueError(f"full_training learns the model's own weights, without {other}")
+            if self.train_devices > 1 and value is not None and other != "weights":
+                raise ValueError(f"train_devices load the model as it is, without {other}")
         return self
 
     @property
@@ -284,7 +286,7 @@ class TrainerSettings(ServiceSettings):
     )
     dit: str = Field(
         description="DiT service that trains, host:port or unix:path; several joined by commas, of "
-        "which the first that is there has the job"
+        "which the one with the fewest jobs has the next"
     )
     token_file: Path | None = Field(None, description="file with the token for both services")
     tls_ca: Path | None = Field(

@@ -49,7 +49,7 @@ async def send(
 ) -> tuple[dict[str, Any], trainer_pb2.TrainCheckpoint, types_pb2.Digest]:
     """Gives a trainer what a file holds: the values of its job, what it goes on from, and what it
     learns from."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         told = await asyncio.to_thread(checkpoint_zip.read, file, Path(scratch))
         digests = {}
         for name in told.files:

@@ -15,7 +15,7 @@ from zimage_client._dataset import Source
 from zimage_core.errors import InvalidRequest
 from zimage_core.formats import dataset_file, mflux_config
 from zimage_core.formats.dataset_file import Example
-from zimage_core.planning.curriculum import epoch_length
+from zimage_core.planning.curriculum import epoch_length, held_out
 from zimage_core.wire import plain
 from zimage_rpc.trainer.v1 import trainer_pb2
 
@@ -155,8 +155,9 @@ def spec(
         batch_size = made.batch_size if made.HasField("batch_size") else 1
         if batch_size < 1:
             raise InvalidRequest.given("batch_size", batch_size, "1 or more", "FIELD")
+        learnt, _ = held_out(examples, made.training.seed, made.validation.share)
         made.training.step_count = min(
-            math.ceil(epoch_length(examples) * job.epochs / batch_size), _MOST_STEPS
+            math.ceil(epoch_length(learnt) * job.epochs / batch_size), _MOST_STEPS
         )
     elif not is_given:
         made.training.step_count = USUAL_STEPS

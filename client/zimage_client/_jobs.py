@@ -1,11 +1,11 @@
 """Jobs of a trainer service, as users see them."""
 
-import math
 from dataclasses import dataclass
 from datetime import datetime
 
 from zimage_core.digests import Named
 from zimage_core.errors import ZImageError
+from zimage_core.planning.curriculum import best
 from zimage_core.wire import names, status
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
@@ -50,11 +50,8 @@ class TrainJob:
     def best(self) -> TrainCheckpoint | None:
         """The checkpoint that loses the least on what is kept from learning, or the latest where
         nothing is; it has the job's name in the end. None before the first."""
-        return min(
-            reversed(self.checkpoints),
-            key=lambda one: math.inf if one.validation_loss is None else one.validation_loss,
-            default=None,
-        )
+        losses = [one.validation_loss for one in self.checkpoints]
+        return self.checkpoints[best(losses)] if losses else None
 
     @property
     def has_ended(self) -> bool:

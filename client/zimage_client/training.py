@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from zimage_core.wire.limits import CHUNK_BYTES
 from zimage_rpc.dit.v1 import dit_pb2, training_pb2, training_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
 
+_ENDING_SECONDS, _SENDING_SECONDS = 1.0, 0.05
 _WRITTEN_AHEAD = 4
 """Messages that wait for the connection: the rest of a file waits on disk."""
 
@@ -111,6 +113,7 @@ class Session:
         self._file = file
         self._outbox: asyncio.Queue[_Request | None] = asyncio.Queue(_WRITTEN_AHEAD)
         self._credit = _Credit()
+        self._has_ended = asyncio.Event()
         self._aside: list[asyncio.Task[None]] = []
 
     async def answers(
@@ -126,6 +129,9 @@ class Session:
                         yield answer
                     if response.checkpoint.leaving:  # whoever heard of it has what he wants by now
                         await self._outbox.put(None)
+        except (GeneratorExit, asyncio.CancelledError):
+            await self._say_the_end()
+            raise
         except Cancelled:
             for task in self._aside:
                 if task.done() and not task.cancelled() and (fault := task.exception()):
@@ -138,6 +144,16 @@ class Session:
             await self._asked.aclose()
             call.cancel()  # without effect on a call that has ended
             del call
+
+    async def _say_the_end(self) -> None:
+        """So that the service does not wait for another call."""
+        while not self._outbox.empty():
+            self._outbox.get_nowait()
+        self._outbox.put_nowait(None)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ENDING_SECONDS):
+                await self._has_ended.wait()
+                await asyncio.sleep(_SENDING_SECONDS)
 
     def _heard(self, response: _Response, call: Any) -> Answer | None:
         match response.WhichOneof("event"):
@@ -166,6 +182,7 @@ class Session:
         yield _Request(open=self._opening)
         while (message := await self._outbox.get()) is not None:
             yield message
+        self._has_ended.set()
 
     async def _feed(self) -> None:
         async for one in self._asked:

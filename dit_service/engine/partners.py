@@ -26,8 +26,9 @@ from dit_service.engine import device as devices
 from dit_service.engine.diary import Diary
 from dit_service.engine.training import Means, Trainings
 from dit_service.model import loading
-from zimage_core.errors import InternalError, InvalidSettings, ZImageError
+from zimage_core.errors import InternalError, InvalidSettings, Overloaded, ZImageError
 from zimage_core.serving import logs, pipe
+from zimage_core.serving.child import is_sticky
 from zimage_core.settings import DitSettings
 
 _log = logging.getLogger(__name__)
@@ -153,6 +154,10 @@ class _Partner:
         return done.error
 
 
+class _GivenUp(Exception):
+    """The worker knows, and has told."""
+
+
 class _Company:
     """A partner's side, as its trainings see it."""
 
@@ -162,6 +167,7 @@ class _Company:
         self._worker = worker
         self._told: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._rank, self._count = 0, 1
+        self._owes = True
         threading.Thread(target=self._receive, name="worker", daemon=True).start()
 
     def begun(self) -> _Begin:
@@ -174,7 +180,9 @@ class _Company:
     def told(self) -> Iterator[object]:
         """What the worker says."""
         while True:
-            yield self._told.get()
+            told = self._told.get()
+            self._owes = True
+            yield told
 
     def part(self, count: int) -> range:
         """Which samples of a batch are computed here."""
@@ -192,15 +200,17 @@ class _Company:
         go = self._told.get()
         assert isinstance(go, _Go)
         if go.is_given_up:
-            raise InternalError("another part of the step failed")
+            raise _GivenUp
         return _summed(loss, weights)
 
     def give_up(self) -> None:
         """The worker hears of it."""
 
     def say(self, error: ZImageError | None) -> None:
-        """How it went."""
-        self._worker.sendall(pipe.packed(_Done(error)))
+        """How it went: once for each thing that was told, whatever comes after."""
+        if self._owes:
+            self._owes = False
+            self._worker.sendall(pipe.packed(_Done(error)))
 
     def _receive(self) -> None:
         """When the worker is gone, so is this process, whatever it is doing."""
@@ -278,10 +288,25 @@ def main() -> None:
                     for _ in trainings.learn(told, emit=lambda _event: None):
                         pass  # nobody else wants this device
                 case messages.OpenTraining() | messages.CloseTraining():
-                    list(trainings.turn_to(told))
+                    for _ in trainings.turn_to(told, emit=lambda _event: None):
+                        pass
                     company.say(None)
-        except ZImageError as error:
-            company.say(error)
+        except _GivenUp:
+            continue
+        except Exception as error:  # noqa: BLE001 - the worker raises it
+            company.say(_said(error))
+
+
+def _said(error: Exception) -> ZImageError:
+    """To the worker; raises a fault of the device."""
+    if is_sticky(error):
+        raise error
+    if isinstance(error, ZImageError):
+        return error
+    _log.error("a partner's part failed", exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Overloaded("a partner's device is full", reason="DEVICE_MEMORY")
+    return InternalError("internal error of a partner")
 
 
 def _trainings(begin: _Begin, company: _Company) -> Trainings:

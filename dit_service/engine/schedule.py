@@ -16,7 +16,7 @@ from dit_service.engine.generate import Awaited, Predicted, Studio, Work
 from dit_service.engine.lines import Lines, Load, Waiting
 from dit_service.engine.packing import Asked
 from dit_service.engine.training import Learning, Lesson, Trainings
-from zimage_core.planning.shares import Share
+from zimage_core.planning.shares import COMMON, Share
 from zimage_core.serving.child import Port, is_sticky
 from zimage_core.serving.pipe import Submit
 
@@ -93,9 +93,8 @@ class Schedule:
                 work = self._trainings.evaluate(asked, partial(self._port.emit, submitted.call))
                 self._go_on(_Live(submitted, asked.share, True, work), None)
             case messages.OpenTraining() | messages.CloseTraining() as asked:
-                with self._port.answering(submitted):
-                    for answer in self._trainings.turn_to(asked):
-                        self._port.emit(submitted.call, answer)
+                work = self._trainings.turn_to(asked, partial(self._port.emit, submitted.call))
+                self._go_on(_Live(submitted, COMMON, True, work), None)
             case messages.TakeCheckpoint() as asked:
                 self._take_checkpoint(submitted, asked)
             case messages.Recall(last_seconds):

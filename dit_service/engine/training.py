@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +28,7 @@ from dit_service.model.narrow import MULTIPLIED
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.training import training
 from dit_service.training.training import LEVELS, Example, Training
-from zimage_core.errors import InvalidRequest, NotReady, Unavailable
+from zimage_core.errors import InvalidRequest, NotReady, Unavailable, ZImageError
 from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.limits import padded
 from zimage_core.planning.memory import FULL
@@ -43,6 +44,8 @@ _KEPT_BYTES = 4 << 30
 _PART_BYTES = 4 << 30
 """Of a state, in a file of its own."""
 _LOOK_SECONDS = 0.02
+_OPENING_SECONDS, _SLOWEST_BYTES_PER_SECOND = 60.0, 5e7
+"""What the watchdog is told of a training that begins: its state comes from disks."""
 _TAKEN_SECONDS = 30.0
 """Until the next try, while another learns the model."""
 
@@ -105,6 +108,21 @@ class Means:
     company: Company = field(default_factory=Alone)
 
 
+class Free:
+    """Waits until no step is under way with others."""
+
+    def __init__(self, company: Company) -> None:
+        self._company = company
+
+    @property
+    def is_there(self) -> bool:
+        """Whether they hear something else now."""
+        return not self._company.is_busy
+
+    def wait(self) -> None:
+        """A step comes to its end while others work."""
+
+
 class Turn:
     """Waits for the step before, for what is being written of it, and for who computes with it."""
 
@@ -125,7 +143,7 @@ class Turn:
         self._course.is_written.wait(_LOOK_SECONDS)
 
 
-Learning = Generator[Lesson | Turn, object, None]
+Learning = Generator[Lesson | Turn | Free, object, None]
 """A step of a training under way: has its turn whenever it is gone on with."""
 
 
@@ -142,6 +160,9 @@ class Trainings:
     ) -> None:
         self._room_bytes = means.room_bytes
         self._restore = means.restore
+        self._announce = announce
+        self._written_out: list[_Course] = []
+        """Those that are over, of which a checkpoint is still written."""
         self._company = means.company
         self._is_restored = True
         self._model = model
@@ -152,11 +173,15 @@ class Trainings:
         self._courses: dict[str, _Course] = {}
 
     def turn_to(
-        self, asked: messages.OpenTraining | messages.CloseTraining
-    ) -> Iterator[messages.TrainingOpened]:
-        """Opens a training, and says how far it is, or closes it."""
+        self,
+        asked: messages.OpenTraining | messages.CloseTraining,
+        emit: Callable[[object], None],
+    ) -> "Learning":
+        """Opens a training, and emits how far it is, or closes it."""
+        if self._company.is_busy:
+            yield Free(self._company)
         if isinstance(asked, messages.OpenTraining):
-            yield self._open(asked)
+            emit(self._open(asked))
         elif asked.session in self._courses:
             self._end(asked.session)
 
@@ -169,6 +194,7 @@ class Trainings:
         if asked.plan.full:
             self._make_ready(is_new=not asked.state)
         learnt_bytes = self._taken(asked.plan, []).learnt
+        self._announce("load", _OPENING_SECONDS + learnt_bytes / _SLOWEST_BYTES_PER_SECOND)
         largest_step = max((one.step_bytes for one in self._courses.values()), default=0.0)
         what = "what it learns and what its optimiser keeps"
         self._refuse_too_much(learnt_bytes, what, "", beside=largest_step)
@@ -180,6 +206,8 @@ class Trainings:
             self._company.follow(asked)
         except BaseException:
             begun.close()
+            with suppress(ZImageError):  # some of them may have opened it
+                self._company.follow(messages.CloseTraining(asked.session))
             raise
         self._courses[asked.session] = _Course(begun, asked.plan, learnt_bytes)
         count = sum(weight.numel() for weight in begun.weights.values())
@@ -190,11 +218,12 @@ class Trainings:
         course = self._courses.pop(session)
         course.is_broken = True  # for whoever still waits for its next step
         course.training.close()
+        self._written_out = [one for one in (*self._written_out, course) if one.is_held]
         self._company.follow(messages.CloseTraining(session))
 
     def _make_ready(self, *, is_new: bool) -> None:
         """For whoever learns the model itself, from what it was or from a state."""
-        if self._courses:
+        if self._courses or any(one.is_held for one in self._written_out):
             raise Unavailable(
                 "another full training is open here",
                 reason="TRAINING_TAKEN",
@@ -412,6 +441,11 @@ class _Course:
     idle_since: float = math.inf
     is_written: threading.Event = field(default_factory=threading.Event)
     """Whether the weights may change."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its weights are being written."""
+        return not self.is_written.is_set()
 
     def __post_init__(self) -> None:
         self.idle_since = time.monotonic()

@@ -30,6 +30,7 @@ class Arrivals:
         self._need = need
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
         self._coming: dict[str, _Coming] = {}
+        self._is_closed = False
 
     async def files(self, named: Sequence[types_pb2.Digest]) -> list[tuple[str, Path]]:
         """With their digests, in order; each is what its digest says."""
@@ -77,8 +78,10 @@ class Arrivals:
 
     def close(self) -> None:
         """What came in part stays for the next time."""
-        self._thread.submit(self._leave)  # behind a piece that it is about to keep
-        self._thread.shutdown(wait=False)
+        if not self._is_closed:
+            self._is_closed = True
+            self._thread.submit(self._leave)  # behind a piece that it is about to keep
+            self._thread.shutdown(wait=False)
 
     def _leave(self) -> None:
         for coming in self._coming.values():

@@ -3,6 +3,8 @@ broke off."""
 
 import asyncio
 import logging
+import math
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ _log = logging.getLogger(__name__)
 _SILENT_SECONDS = 30.0
 _KEPT_SECONDS = 600.0
 """A session whose client is gone."""
+_RECONNECTING_SECONDS = 60.0
+"""What a client that comes back takes for it at most: so long nobody else gets its room."""
 _REMEMBERED_JOBS = 1000
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,9 +47,10 @@ class _Stretch:
     told: asyncio.Queue[Response | None]
     task: asyncio.Task[None]
     is_over: bool = False
-    """Whether a later one of its job has begun."""
+    """Whether a later one of its job has begun, or is about to."""
     forgetting: asyncio.Task[None] | None = None
     """Where its client is gone."""
+    gone_since: float = math.inf
 
 
 class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
@@ -93,12 +98,12 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 yield answer
             if stretch.is_over:
                 raise _replaced(opening)
-            is_answered = not context.cancelled()
+            is_answered = stretch.session.is_through or not context.cancelled()
             stretch.task.result()  # raises what ended it
         finally:
             if not stretch.is_over:
                 has_failed = stretch.task.done() and _failure(stretch.task) is not None
-                await asyncio.shield(self._leave_alone(job, stretch, is_answered or has_failed))
+                await asyncio.shield(self._part_with(job, stretch, is_answered or has_failed))
 
     def _enter_epoch(self, job: str, opening: training_pb2.OpenTraining) -> None:
         """Earlier stretches of the job are over. Raises NotReady for one that is over itself,
@@ -120,6 +125,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             name = f"{job}/{opening.session_epoch}"
             share = Share(access.project(), BACKGROUND, self._weight)
             session = TrainingSession(name, share, self._worker, self._blobs, self._make_room)
+        if self._is_leaving:
+            session.shall_leave.set()
         told = session.told
         task = asyncio.create_task(session.run(opening, requests))
         task.add_done_callback(lambda _done: told.put_nowait(None))
@@ -129,30 +136,35 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     async def _taken_up(
         self, job: str, opening: training_pb2.OpenTraining
     ) -> TrainingSession | None:
-        """What is left of the stretch before, once all that was sent is learnt."""
-        before = self._stretches.pop(job, None)
+        """What is left of the stretch before, once all that was sent is learnt. It is there for
+        others until then: this call may break off, too."""
+        before = self._stretches.get(job)
         if before is None:
             return None
         before.is_over = True
-        before.session.is_alone.set()
-        if before.forgetting:
-            before.forgetting.cancel()
+        self._park(job, before)
         await asyncio.wait([before.task])
-        is_latest = self._epochs[job] == opening.session_epoch
-        if is_latest and _failure(before.task) is None and before.session.can_go_on(opening):
+        is_latest = self._epochs.get(job) == opening.session_epoch
+        if not is_latest or self._stretches.get(job) is not before:
+            raise _replaced(opening)
+        if _failure(before.task) is None and before.session.can_go_on(opening):
+            self._unlist(job, before)
             before.session.take_up(opening)
             return before.session
-        await before.session.close()
-        if not is_latest:
-            raise _replaced(opening)
+        await asyncio.shield(self._forget(job, before))
         return None
 
-    async def _leave_alone(self, job: str, stretch: _Stretch, is_answered: bool) -> None:
+    async def _part_with(self, job: str, stretch: _Stretch, is_answered: bool) -> None:
         """Its call is over: there is nothing more to say, or nobody to say it to."""
         if is_answered or self._is_leaving:
             await self._forget(job, stretch)
         else:
-            stretch.session.is_alone.set()
+            self._park(job, stretch)
+
+    def _park(self, job: str, stretch: _Stretch) -> None:
+        stretch.session.client_is_gone.set()
+        if stretch.forgetting is None:
+            stretch.gone_since = time.monotonic()
             stretch.forgetting = asyncio.create_task(self._forget_later(job, stretch))
 
     async def _forget_later(self, job: str, stretch: _Stretch) -> None:
@@ -160,18 +172,26 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         if _failure(stretch.task) is None:
             _log.info("the client of training %s is gone; it is kept for a while", job)
             await asyncio.sleep(_KEPT_SECONDS)
+        stretch.forgetting = None  # or it would end itself
         await self._forget(job, stretch)
 
+    def _unlist(self, job: str, stretch: _Stretch) -> None:
+        del self._stretches[job]
+        if stretch.forgetting:
+            stretch.forgetting.cancel()
+
     async def _forget(self, job: str, stretch: _Stretch) -> None:
-        if self._stretches.get(job) is stretch:
-            del self._stretches[job]
+        if self._stretches.get(job) is not stretch:
+            return  # somebody else has
+        self._unlist(job, stretch)
         stretch.task.cancel()
         await asyncio.wait([stretch.task])
         await stretch.session.close()
 
     async def _make_room(self) -> bool:
-        """Forgets all whose clients are gone; whether there were any."""
-        gone = [(job, one) for job, one in self._stretches.items() if one.forgetting]
+        """Forgets all whose clients do not seem to come back; whether there were any."""
+        since = time.monotonic() - _RECONNECTING_SECONDS
+        gone = [(job, one) for job, one in self._stretches.items() if one.gone_since < since]
         for job, stretch in gone:
             await self._forget(job, stretch)
         return bool(gone)

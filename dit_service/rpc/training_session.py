@@ -59,7 +59,7 @@ class TrainingSession:
         """What the client of the moment shall hear; None is the end."""
         self.shall_leave = asyncio.Event()
         """Whether it ends soon, behind a checkpoint."""
-        self.is_alone = asyncio.Event()
+        self.client_is_gone = asyncio.Event()
         """Whether its client is gone: what was sent is learnt, and no more."""
         self._name = name
         self._share = share
@@ -70,7 +70,11 @@ class TrainingSession:
         self._asked: asyncio.Queue[Request | None] = asyncio.Queue()
         self._opened: training_pb2.TrainingOpened | None = None
         self._plan: TrainingPlan | None = None
-        self._begun_step = self._next_step = self._learnt_step = 0
+        self.is_through = False
+        """Whether its client has said that it wants no more."""
+        self._next_step = self._learnt_step = 0
+        self._kept_step = 0
+        """Behind which there is a checkpoint."""
         self._reports: deque[training_pb2.StepReport] = deque(maxlen=_REMEMBERED_STEPS)
         self._evaluations: list[training_pb2.EvaluationReport] = []
         """Of the latest step that had any."""
@@ -103,21 +107,24 @@ class TrainingSession:
 
     def take_up(self, opening: training_pb2.OpenTraining) -> None:
         """Another call goes on with it, whose client hears what it has not heard of."""
+        self._arrivals.close()
         self.told = asyncio.Queue()
-        self.is_alone = asyncio.Event()
+        self.client_is_gone = asyncio.Event()
+        self.shall_leave = asyncio.Event()
         self._asked = asyncio.Queue()
         self._arrivals = Arrivals(self._blobs, self._need)
         self._unanswered = 0
-        self._begun_step = self._next_step = self._learnt_step
+        self._next_step = self._learnt_step
         for report in self._reports:
             if report.step >= opening.known_step_count:
                 self._tell(step=report)
-        for evaluation in self._evaluations:
-            if evaluation.step >= opening.known_step_count:
-                self._tell(evaluation=evaluation)
-        known = [part.sha256 for part in opening.state]
-        if self._checkpoint and [part.sha256 for part in self._checkpoint.state] != known:
-            self._tell(checkpoint=self._checkpoint)
+        known, kept = [part.sha256 for part in opening.state], self._checkpoint
+        is_new = kept is not None and [part.sha256 for part in kept.state] != known
+        for one in self._evaluations:
+            if one.step >= opening.known_step_count or (is_new and kept and one.step == kept.step):
+                self._tell(evaluation=one)
+        if is_new:
+            self._tell(checkpoint=kept)
 
     async def close(self) -> None:
         """Nobody goes on with it."""
@@ -143,6 +150,7 @@ class TrainingSession:
                     self._asked.put_nowait(request)
                 case other:
                     raise refusal(other or "nothing in one")
+        self.is_through = True
         self._asked.put_nowait(None)
 
     def _count(self, batch: training_pb2.TrainBatch) -> None:
@@ -181,7 +189,7 @@ class TrainingSession:
                 self._unanswered -= 1
         await asyncio.gather(*learning)
         if self.shall_leave.is_set():
-            if self._learnt_step > self._begun_step:
+            if self._learnt_step > self._kept_step:
                 await self._take_checkpoint(leaving=True)
                 while await self._asked.get() is not None:
                     pass  # the client ends when it has fetched what is here
@@ -201,7 +209,7 @@ class TrainingSession:
     async def _sent(self, awaited: Awaitable[T]) -> T:
         """What the client sends; raises _ClientGone when it is gone."""
         sent = asyncio.ensure_future(awaited)
-        alone = asyncio.create_task(self.is_alone.wait())
+        alone = asyncio.create_task(self.client_is_gone.wait())
         try:
             await asyncio.wait({sent, alone}, return_when=asyncio.FIRST_COMPLETED)
             if not sent.done():
@@ -214,7 +222,7 @@ class TrainingSession:
     async def _open(self, opening: training_pb2.OpenTraining) -> None:
         if self._opened is None:
             self._opened = await self._begun(opening)
-            self._begun_step = self._next_step = self._learnt_step = self._opened.step
+            self._kept_step = self._next_step = self._learnt_step = self._opened.step
         self._opened.step = self._learnt_step
         self._tell(opened=self._opened)
 
@@ -301,6 +309,7 @@ class TrainingSession:
             state=[_digest(*part) for part in state],
             leaving=leaving,
         )
+        self._kept_step = taken.step
         self._tell(checkpoint=self._checkpoint)
 
     async def _adopt(self, file: Path) -> tuple[str, int]:

@@ -117,12 +117,12 @@ class Training:
         self._learnt = _learnt(model, plan, state)
         self.weights = self._learnt.weights
         self._average: dict[str, Tensor] = {}
-        if plan.average_decay:
-            average = _within(state, _AVERAGE) or self.weights
-            self._average = {
-                name: one.detach().to(model.device, copy=True) for name, one in average.items()
-            }
         try:
+            if plan.average_decay:
+                average = _within(state, _AVERAGE) or self.weights
+                self._average = {
+                    name: one.detach().to(model.device, copy=True) for name, one in average.items()
+                }
             self._stepper = Stepper(
                 plan.optimizer, self.weights, _within(state, _OPTIMIZER), is_sparing=plan.full
             )

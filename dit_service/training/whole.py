@@ -16,7 +16,7 @@ class Whole:
 
     def __init__(self, model: ZImageTransformer, given: Mapping[str, Tensor]) -> None:
         """Begins with the model as it is; goes on with other weights where some are given."""
-        self._computing = dict(model.requires_grad_().named_parameters())
+        self._computing = dict(model.named_parameters())
         self._is_apart = model.dtype != torch.float32
         self.weights: dict[str, Tensor] = dict(self._computing)
         """What is learnt, by the names of the model."""
@@ -24,6 +24,7 @@ class Whole:
             self.weights = {
                 name: one.detach().float().requires_grad_() for name, one in self.weights.items()
             }
+        model.requires_grad_()
         self._handles = [
             one.register_post_accumulate_grad_hook(self._widened(self.weights[name]))
             for name, one in self._computing.items()

@@ -86,13 +86,10 @@ def test_two_learn_what_one_learns_with_the_whole_batch(
         job_file.write_text('training.optimizer.name = "adamw-8bit"')
         assert command(_asked(pictures, trainer, "--config", str(job_file))) == 1
         assert "adamw_8bit needs CUDA" in capsys.readouterr().out
-        longer = ["--steps", "16", "--detach"]
-        whole, _ = learnt(_asked(pictures, trainer, *longer[:2]), capsys)
-        capsys.readouterr()
-        assert command(_asked(pictures, trainer, *longer)) == 0
+        assert command(_asked(pictures, trainer, "--detach")) == 0
         job = capsys.readouterr().out.strip()
-        wait(job, at(trainer), capsys, lambda shown: int(str(shown["step"])) >= 3)
+        wait(job, at(trainer), capsys, lambda shown: int(str(shown["step"])) >= 2)
         [other] = psutil.Process(dit.worker.pid).children()
         other.kill()  # nobody goes on alone
         done, _ = learnt(["jobs", "watch", job, *at(trainer)], capsys)
-        assert done == whole
+        assert done == found

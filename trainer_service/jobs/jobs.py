@@ -1,7 +1,6 @@
 """Jobs that nothing makes forget: each change is one transaction, and what happened is kept in the
 order in which it did."""
 
-import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from trainer_service.jobs.tables import CHECKPOINTS, EVENTS, JOBS, SAMPLES, STEP
 from zimage_client import TrainStep
 from zimage_core.digests import Named
 from zimage_core.errors import InvalidRequest, NotFound
+from zimage_core.planning.curriculum import best
 
 WAITING, RUNNING, PAUSED = "waiting", "running", "paused"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
@@ -48,10 +48,7 @@ class Job:
     def best(self) -> "Kept":
         """The checkpoint that loses the least on what is kept from learning; the latest where
         nothing is."""
-        return min(
-            reversed(self.checkpoints),
-            key=lambda one: math.inf if one.validation_loss is None else one.validation_loss,
-        )
+        return self.checkpoints[best([one.validation_loss for one in self.checkpoints])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import grpc.aio
 
 from trainer_service import keeping
-from trainer_service.feeding import Caching, Desk
+from trainer_service.feeding import Caching, Desk, described
 from trainer_service.jobs.jobs import (
     CHECKPOINT,
     DRAWN,
@@ -65,7 +65,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             if made.state == WAITING:  # the answer to the first request may have been lost half way
                 await self._runner.begin(made.id)
             return trainer_pb2.CreateTrainJobResponse(job=_message(made))
-        dit = await self._desk.client.describe()
+        full = request.spec.training.full
+        dit = await described(self._desk, full_training=full)
         decision = await decided(self._desk, dit, request.spec)
         spec = decision.SerializeToString(deterministic=True)
         job = await self._desk.aside(lambda: jobs.create(project, request.request_id, asked, spec))

@@ -7,6 +7,7 @@ config.json the job; iterator.json how far it was; loss.json what it lost; datas
 learns from, by digests; checkpoint.json names all of them.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -89,6 +90,8 @@ def read(path: Path, folder: Path) -> Told:
             config = _object(path, archive, members[_CONFIG])
             iterator = _object(path, archive, members[_ITERATOR])
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # of the folder
         raise _refusal(path, str(error)) from None
     step = iterator.get("num_iterations")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:

@@ -124,6 +124,13 @@ def _draw(seed: int, sha256: str) -> bytes:
     return hashlib.sha256(f"{seed}/held out/{sha256}".encode()).digest()
 
 
+def best(losses: Sequence[float | None]) -> int:
+    """The place of the least, the latest of equals; of those without, too, where there are no
+    others."""
+    comparable = [math.inf if loss is None else loss for loss in losses]
+    return min(reversed(range(len(losses))), key=comparable.__getitem__)
+
+
 def is_enough(losses: Sequence[float], patience: int, least_gain: float) -> bool:
     """Whether the last so many lost no less than the best before them."""
     if not patience or len(losses) <= patience:

@@ -210,7 +210,8 @@ async def _logs(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> No
 
 def _tell_kept(checkpoint: TrainCheckpoint, args: Namespace, terminal: Terminal) -> None:
     if args.json and checkpoint.validation_loss is not None:
-        told = {"step": checkpoint.step, "validation_loss": checkpoint.validation_loss}
+        loss = checkpoint.validation_loss
+        told = {"step": checkpoint.step, "validation_loss": loss if math.isfinite(loss) else None}
         terminal.result(json.dumps(told))
     terminal.note(_kept(checkpoint))
 
