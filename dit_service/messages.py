@@ -7,6 +7,7 @@ from pathlib import Path
 from zimage_core.planning.flops import DitShape
 from zimage_core.planning.shares import COMMON, Share
 from zimage_core.planning.training import TrainingPlan
+from zimage_core.planning.training_memory import Rows
 from zimage_core.tensors import TensorData
 
 
@@ -87,6 +88,8 @@ class OpenTraining:
     """The files to go on from; none for one that begins."""
     beside: Path | None
     """The file of the adapter that is active meanwhile."""
+    largest: tuple[Rows, ...] = ()
+    """A batch that takes as much as any: what the plan leaves open is decided by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class TrainingOpened:
 
     step: int
     parameter_count: int
+    plan: TrainingPlan
+    """With everything decided."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,19 +4,21 @@ kept."""
 import asyncio
 import logging
 import math
-import random
 import time
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
-from typing import Protocol, TypeVar
 
-from trainer_service.caches import REPLACED, Caches, loading
-from trainer_service.jobs.jobs import Job, Jobs, Kept
+from trainer_service.caches import loading
+from trainer_service.desk import (
+    STORE_FULL,
+    Desk,
+    Listener,
+    base_model,
+    pause_seconds,
+    publish,
+)
+from trainer_service.jobs.jobs import Job, Kept
 from trainer_service.keeping import (
     CHECKPOINTS,
     SAMPLES,
@@ -24,137 +26,24 @@ from trainer_service.keeping import (
     file_name,
     forget_thinned,
 )
+from trainer_service.preparing import Preparing, Services
 from trainer_service.sampling import Sampler
-from zimage_client import (
-    AsyncClient,
-    DitDescription,
-    EncoderDescription,
-    TrainStep,
-    training,
-)
+from zimage_client import AsyncClient, DitDescription, TrainStep, training
 from zimage_core.digests import Named
-from zimage_core.errors import (
-    DeadlineTooShort,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    Unavailable,
-    ZImageError,
-)
+from zimage_core.errors import NotFound, Overloaded, Unavailable, ZImageError
 from zimage_core.formats.dataset_file import Example
-from zimage_core.planning.curriculum import Curriculum, Habits, Look, held_out, is_enough, size_px
-from zimage_core.store.blobs import Blobs
+from zimage_core.planning.curriculum import is_enough, size_px
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 _log = logging.getLogger(__name__)
 
-_PREPARED_AHEAD = 8
-"""Steps whose samples are being prepared while others are learnt."""
-_ENCODED_AT_ONCE = 16
-"""Samples, where all are encoded first; how many services work on at once the caches decide."""
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 5.0
-STORE_FULL = "STORE_FULL"
-_PASSING = ("QUEUE_FULL", "RATE_LIMITED", STORE_FULL)
-"""Of what is too much now, what may not be later."""
-_LOOKED_AT_ONCE = 16
-"""Samples that are not learnt."""
-_FIRST = -1
-"""The step before all, which what is encoded first is for."""
 _MOST_DRAWING = 4
 """Checkpoints that are shown at once; where drawing is slower than learning, some are not."""
 _LONGEST_DRAWING_SECONDS = 600.0
 """What the end of a training waits for the last pictures."""
-_MOST_FAILURES = 5
-"""In a row, where all is encoded first, before another DiT service is looked for."""
 _ENTERED_SECONDS = 1.0
 """Between two transactions for steps."""
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """What all jobs of a trainer work with."""
-
-    jobs: Jobs
-    blobs: Blobs
-    client: AsyncClient
-    """Of the encoder, and of all DiT services, whichever answers."""
-    dits: tuple[AsyncClient, ...]
-    """Of each DiT service alone: what a session made lies there."""
-    caches: Caches
-    threads: ThreadPoolExecutor
-    learning: Counter[AsyncClient] = field(default_factory=Counter)
-    """How many jobs are at each DiT service."""
-    places: dict[str, AsyncClient] = field(default_factory=dict)
-    """Where jobs learnt last: what is left of a stretch is there."""
-
-    async def aside(self, work: Callable[[], T]) -> T:
-        """What waits for disks."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
-
-
-@dataclass(frozen=True, slots=True)
-class Caching:
-    """How far it is with what is encoded before the first step."""
-
-    done: int
-    total: int
-
-
-class Listener(Protocol):
-    """Hears how a stretch goes."""
-
-    async def runs(self, job: str) -> None:
-        """It learns now."""
-
-    async def waits(self, job: str, error: ZImageError) -> None:
-        """It has to wait for somebody who is away."""
-
-    def ring(self, job: str) -> None:
-        """There is news of it."""
-
-
-def is_passing(error: ZImageError) -> bool:
-    """Whether it is worth to wait: somebody is away, busy or slow."""
-    is_busy = isinstance(error, Overloaded) and error.reason in _PASSING
-    return is_busy or isinstance(error, Unavailable | DeadlineTooShort)
-
-
-def pause_seconds(failures: int) -> float:
-    """Until the next try, after so many that failed in a row."""
-    longest = min(_FIRST_PAUSE_SECONDS * 2.0**failures, _LONGEST_PAUSE_SECONDS)
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - so that jobs do not come in step
-
-
-def base_model(dit: DitDescription) -> str:
-    """The model of a DiT service, as people call it; empty while it is loaded."""
-    return f"{dit.model.name} ({dit.model.variant})" if dit.model else ""
-
-
-async def described(desk: Desk, *, full_training: bool) -> DitDescription:
-    """A DiT service that learns such, as it is now; whichever answers where none is ready."""
-    for client in desk.dits:
-        with suppress(ZImageError):
-            found = await client.describe()
-            if found.model and found.model.full_training == full_training:
-                return found
-    return await desk.client.describe()
-
-
-async def publish(desk: Desk, name: str, kept: Kept) -> None:
-    """Lets everybody draw with a checkpoint by that name, at each DiT service that is there; raises
-    what went wrong where none is."""
-    file = await desk.aside(lambda: desk.blobs.local(kept.weights.sha256))
-    errors = []
-    for client in desk.dits:
-        try:
-            await client.add_adapter(name, file, replace=True)
-        except ZImageError as error:
-            errors.append(error)
-    if len(errors) == len(desk.dits):
-        raise errors[0]
 
 
 class Feeding:
@@ -170,23 +59,16 @@ class Feeding:
         self._side_px = 0
         """Of pictures that are drawn with checkpoints."""
         self._spec = trainer_pb2.TrainJobSpec.FromString(job.spec)
-        seed, share = self._spec.training.seed, self._spec.validation.share
-        learnt, held = held_out(examples, seed, share)
-        self._curriculum = Curriculum(learnt, seed, _habits(self._spec))
-        self._held = [Look(one, one.caption, self._spec.sides_px[0], False) for one in held]
-        """What is looked at and not learnt."""
+        self.preparing = Preparing(desk, job.id, self._spec, examples, listener)
         self._lost: dict[int, training.Evaluated] = {}
-        """On that, behind the latest step that had it looked at, by the places of pieces."""
-        self.caching: Caching | None = None
-        """Where all is encoded first."""
+        """On what is not learnt, behind the latest step that had it looked at, by the places of
+        pieces."""
         self._learnt: list[TrainStep] = []
         self._keeping: list[asyncio.Task[None]] = []
         self._drawing: list[asyncio.Task[None]] = []
         self._guidance = 0.0
         """That of pictures without wishes."""
         self._entered = time.monotonic()
-        self._is_waiting = False
-        self._awaited_step = _FIRST
         self._has_begun = asyncio.Event()
         self._begun_step = 0
         """Behind how many steps the service goes on."""
@@ -194,7 +76,7 @@ class Feeding:
         """Behind how many the last checkpoint was."""
         self._is_shown = asyncio.Event()
         """Whether the checkpoint before was drawn with, where the model itself is learnt."""
-        self.shall_rest = asyncio.Event()
+        self.shall_rest = self.preparing.shall_rest
         """Whether it ends behind its next checkpoint, which comes soon then."""
 
     async def run(self, epoch: int) -> bool:
@@ -207,8 +89,9 @@ class Feeding:
             raise loading("the encoder")
         self._dit, dit = await self._free_dit()
         self._desk.places[self._job.id] = self._dit
+        self.preparing.begin(Services(self._dit, dit, encoder))
         try:
-            return await self._run_there(epoch, encoder, dit)
+            return await self._run_there(epoch, dit)
         finally:
             self._desk.learning[self._dit] -= 1
 
@@ -217,9 +100,7 @@ class Feeding:
         kept = self._job.checkpoints
         return (bool(kept) and kept[-1].step == self._spec.training.step_count) or self._is_enough
 
-    async def _run_there(
-        self, epoch: int, encoder: EncoderDescription, dit: DitDescription
-    ) -> bool:
+    async def _run_there(self, epoch: int, dit: DitDescription) -> bool:
         assert dit.limits is not None
         assert dit.model is not None
         self._guidance = dit.model.default_guidance
@@ -227,25 +108,25 @@ class Feeding:
         spec = self._spec
         if spec.only_caches or spec.captions == trainer_pb2.TrainJobSpec.CAPTIONS_ALL_FIRST:
             await self._listener.runs(self._job.id)
-            if not await self._encode_all(encoder, dit):
+            if not await self.preparing.encode_all():
                 return False
         if spec.only_caches:
             return True
-        for look in self._held:  # what cannot be looked at is to be known before anything is learnt
-            await self._patiently(_FIRST, partial(self._sample, look, encoder, dit))
-        return await self._learn(epoch, encoder, dit)
+        await self.preparing.check_held()
+        return await self._learn(epoch)
 
-    async def _learn(self, epoch: int, encoder: EncoderDescription, dit: DitDescription) -> bool:
+    async def _learn(self, epoch: int) -> bool:
         last = await self._desk.aside(self._last_whole)
         opening = training_pb2.OpenTraining(
             job=self._job.id, session_epoch=epoch, plan=self._spec.training
         )
         if last:
             opening.state.extend(map(training.digest, last.state))
+        opening.largest_batch.extend(self.preparing.largest_batch())
         if self._job.step:
             opening.known_step_count = self._job.step
         self._kept_step = last.step if last else 0
-        asked = self._asked(encoder, dit)
+        asked = self._asked()
         session = self._dit.train_session(opening, asked, self._desk.blobs.local)
         try:
             async with aclosing(session) as events:
@@ -356,68 +237,19 @@ class Feeding:
             learning[client] -= 1
         raise error
 
-    async def _encode_all(self, encoder: EncoderDescription, dit: DitDescription) -> bool:
-        """Until everything that will be learnt is kept, or rest is due; whether everything is."""
-        step_count = self._spec.training.step_count
-        learnt = await self._desk.aside(lambda: list(self._curriculum.until(step_count)))
-        looks = [*self._held, *learnt]
-        self.caching = Caching(0, len(looks))
-
-        async def encode(look: Look) -> None:
-            await self._patiently(_FIRST, lambda: self._sample(look, encoder, dit))
-
-        left = iter(looks)
-        under_way: set[asyncio.Task[None]] = set()
-        try:
-            while not self.shall_rest.is_set():
-                for look in islice(left, _ENCODED_AT_ONCE - len(under_way)):
-                    under_way.add(asyncio.create_task(encode(look)))
-                if not under_way:
-                    return True
-                encoded = await self._done_of(under_way)
-                under_way -= encoded
-                self.caching = Caching(self.caching.done + len(encoded), len(looks))
-                await self._is_back()
-                self._listener.ring(self._job.id)
-            return False
-        finally:
-            for task in under_way:
-                task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
-
-    async def _done_of(self, tasks: set[asyncio.Task[T]]) -> set[asyncio.Task[T]]:
-        """Waits until one of them is done, or rest is due; raises what broke one."""
-        resting = asyncio.create_task(self.shall_rest.wait())
-        try:
-            await asyncio.wait({*tasks, resting}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            resting.cancel()
-        done = {task for task in tasks if task.done()}
-        for task in done:
-            task.result()
-        return done
-
-    async def _is_back(self) -> None:
-        """Whoever was waited for is there again."""
-        if self._is_waiting:
-            self._is_waiting = False
-            await self._listener.runs(self._job.id)
-
-    async def _asked(
-        self, encoder: EncoderDescription, dit: DitDescription
-    ) -> AsyncGenerator[training.Asked, None]:
+    async def _asked(self) -> AsyncGenerator[training.Asked, None]:
         """What is left, and checkpoints where they are due."""
         await self._has_begun.wait()
         done = self._begun_step
         if done > self._kept_step and self._is_due(done):  # the request for it got lost
-            async for one in self._checkpoint(encoder, dit):
+            async for one in self._checkpoint():
                 yield one
-        async with aclosing(self._batches(encoder, dit)) as batches:
+        async with aclosing(self.preparing.batches(done)) as batches:
             async for batch in batches:
                 yield batch
                 done = batch.step + 1
                 if self._is_due(done) or self.shall_rest.is_set():
-                    async for one in self._checkpoint(encoder, dit):
+                    async for one in self._checkpoint():
                         yield one
                 if self.shall_rest.is_set() or self._is_enough:
                     return
@@ -429,89 +261,15 @@ class Feeding:
         is_last = step == self._spec.training.step_count
         return is_last or step % self._spec.checkpoint_interval_steps == 0
 
-    async def _batches(
-        self, encoder: EncoderDescription, dit: DitDescription
-    ) -> AsyncGenerator[training.Batch, None]:
-        """Those that are left, prepared ahead, until rest is due."""
-        count = self._spec.training.step_count
-        ahead: deque[asyncio.Task[training.Batch]] = deque()
-        try:
-            for following in range(self._begun_step, count):
-                while len(ahead) < min(_PREPARED_AHEAD, count - following):
-                    preparing = self._prepared(following + len(ahead), encoder, dit)
-                    ahead.append(asyncio.create_task(preparing))
-                self._awaited_step = following
-                if not await self._done_of({ahead[0]}):
-                    return
-                yield await ahead.popleft()
-                await self._is_back()
-        finally:
-            for task in ahead:
-                task.cancel()
-            await asyncio.gather(*ahead, return_exceptions=True)
-
-    async def _checkpoint(
-        self, encoder: EncoderDescription, dit: DitDescription
-    ) -> AsyncGenerator[training.Asked, None]:
+    async def _checkpoint(self) -> AsyncGenerator[training.Asked, None]:
         """One, and before it what tells how good it is. Waits for it where the next step depends on
         what is seen there."""
         self._is_shown.clear()
-        async for piece in self._looked_at(encoder, dit):
+        async for piece in self.preparing.looked_at():
             yield piece
         yield training.TakeCheckpoint()
         if self._spec.training.full or self._spec.validation.patience:
             await self._is_shown.wait()
-
-    async def _looked_at(
-        self, encoder: EncoderDescription, dit: DitDescription
-    ) -> AsyncGenerator[training.Evaluate, None]:
-        """All that is not learnt, in pieces."""
-        for first in range(0, len(self._held), _LOOKED_AT_ONCE):
-            looks = self._held[first : first + _LOOKED_AT_ONCE]
-
-            async def make(looks: list[Look] = looks) -> list[training.Sample]:
-                return await asyncio.gather(*(self._sample(one, encoder, dit) for one in looks))
-
-            yield training.Evaluate(first, await self._patiently(self._awaited_step, make))
-
-    async def _prepared(
-        self, step: int, encoder: EncoderDescription, dit: DitDescription
-    ) -> training.Batch:
-        async def make() -> training.Batch:
-            looks = self._curriculum.batch(step)
-            samples = [self._sample(look, encoder, dit) for look in looks]
-            return training.Batch(step, await asyncio.gather(*samples))
-
-        return await self._patiently(step, make)
-
-    async def _patiently(self, step: int, make: Callable[[], Awaitable[T]]) -> T:
-        """Waits for whoever is away: what was learnt since the last checkpoint stays."""
-        failures = 0
-        while True:
-            try:
-                return await make()
-            except ZImageError as error:
-                is_hopeless = step == _FIRST and failures == _MOST_FAILURES
-                if not is_passing(error) or error.reason == REPLACED or is_hopeless:
-                    raise
-                if step == self._awaited_step:
-                    self._is_waiting = True
-                    await self._listener.waits(self._job.id, error)
-            await asyncio.sleep(pause_seconds(failures))
-            failures += 1
-
-    async def _sample(
-        self, look: Look, encoder: EncoderDescription, dit: DitDescription
-    ) -> training.Sample:
-        try:
-            latents, embedding = await asyncio.gather(
-                self._desk.caches.latents(look, self._dit, dit),
-                self._desk.caches.caption(look.caption, encoder),
-            )
-        except InvalidRequest as error:
-            said = f"{look.example.name} cannot be learnt from: {error.message}"
-            raise InvalidRequest(said, reason=error.reason, fields=error.fields) from error
-        return training.Sample(latents, embedding, look.example.weight)
 
     async def _enter(self, learnt: TrainStep) -> None:
         self._learnt.append(learnt)
@@ -541,7 +299,7 @@ class Feeding:
         """The mean loss of all that was looked at behind a step."""
         lost = [one for one in self._lost.values() if one.step == step]
         count = sum(one.count for one in lost)
-        if count != len(self._held) or not count:
+        if count != len(self.preparing.held) or not count:
             return None
         mean = sum(one.loss * one.count for one in lost) / count
         return mean if math.isfinite(mean) else math.inf
@@ -602,13 +360,3 @@ class Feeding:
             file = folder / named.sha256
             await self._dit.get_blob(named.sha256, file)
             await self._desk.aside(lambda: blobs.adopt(file))
-
-
-def _habits(spec: trainer_pb2.TrainJobSpec) -> Habits:
-    return Habits(
-        batch_size=spec.batch_size,
-        sides_px=tuple(spec.sides_px),
-        caption_dropout=spec.caption_dropout,
-        shuffles_tags=spec.shuffle_tags,
-        fixed_tag_count=spec.fixed_tag_count,
-    )

@@ -8,7 +8,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from trainer_service.feeding import Caching, Desk, Feeding, is_passing, pause_seconds, publish
+from trainer_service.desk import Desk, is_passing, pause_seconds, publish
+from trainer_service.feeding import Feeding
 from trainer_service.jobs.database import Database
 from trainer_service.jobs.jobs import (
     CANCELLED,
@@ -31,6 +32,7 @@ from trainer_service.keeping import (
     forget_job,
     prune,
 )
+from trainer_service.preparing import Caching
 from zimage_core.errors import (
     DeviceLost,
     InternalError,
@@ -215,7 +217,7 @@ class Runner:
     def caching(self, job: str) -> Caching | None:
         """How far it is with what is encoded first; None where it does no such thing."""
         feeding = self._feeding.get(job)
-        return feeding.caching if feeding else None
+        return feeding.preparing.caching if feeding else None
 
     def bell(self, job: str) -> asyncio.Event:
         """Rings when something happens to a job; whoever hears it asks for a new one."""

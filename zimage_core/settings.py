@@ -193,6 +193,12 @@ class DitSettings(ModelSettings):
         description="how much of the device's time a project's trainings get while others want it, "
         "too: background pictures have 1, normal ones 4, interactive ones 16",
     )
+    training_cache_bytes: int = Field(
+        4 << 30,
+        ge=0,
+        description="host memory for what trainings learn from, as much as 3,000 pictures of "
+        "1024x1024; what is not there is read from disk when it is needed",
+    )
     train_devices: int = Field(
         1,
         ge=1,

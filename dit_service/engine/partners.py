@@ -323,7 +323,12 @@ def _trainings(begin: _Begin, company: _Company) -> Trainings:
     def restore() -> None:
         loading.restore_transformer(transformer, settings.model)
 
-    means = Means(begin.room_bytes, restore if settings.full_training else None, company)
+    means = Means(
+        room_bytes=begin.room_bytes,
+        restore=restore if settings.full_training else None,
+        company=company,
+        kept_bytes=settings.training_cache_bytes,
+    )
     return Trainings(
         transformer, model.attention_backend, lambda _what, _seconds: None, Diary(), means
     )

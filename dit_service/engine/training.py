@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -31,16 +31,22 @@ from dit_service.training.training import LEVELS, Example, Training
 from zimage_core.errors import InvalidRequest, NotReady, Unavailable, ZImageError
 from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.limits import padded
-from zimage_core.planning.memory import FULL
+from zimage_core.planning.memory import FULL, weight_bytes
 from zimage_core.planning.training import TrainingPlan
-from zimage_core.planning.training_memory import FORWARDS, Base, Rows, TrainingBytes, training_bytes
+from zimage_core.planning.training_memory import (
+    FORWARDS,
+    Base,
+    Rows,
+    TrainingBytes,
+    careful,
+    fitting,
+    training_bytes,
+)
 
 _log = logging.getLogger(__name__)
 
 _SLOWEST_SECONDS_PER_FLOP = 1e-9
 _LEARNT_FROM = ("latents", "mask", "embeddings")
-_KEPT_BYTES = 4 << 30
-"""Of samples in host memory: 3,000 of 1024x1024 pixels."""
 _PART_BYTES = 4 << 30
 """Of a state, in a file of its own."""
 _LOOK_SECONDS = 0.02
@@ -59,7 +65,7 @@ class Lesson:
     """Of this and all that is left of its step."""
 
 
-class Company(training.Company, Protocol):
+class Company(training.Shared, Protocol):
     """Other devices that train together with this one."""
 
     is_busy: bool
@@ -78,7 +84,7 @@ class Company(training.Company, Protocol):
         """The step at hand is not taken."""
 
 
-class Alone(training.Alone):
+class Alone(training.Unshared):
     """There are none."""
 
     is_busy = False
@@ -103,9 +109,13 @@ class Means:
 
     room_bytes: float = math.inf
     """Of the device, for all of them together."""
+    usual_bytes: float = math.inf
+    """What they may take of that where nobody says how to compute."""
     restore: Callable[[], None] | None = None
     """Makes the model what it was; where there is that, it is learnt itself, by one at a time."""
     company: Company = field(default_factory=Alone)
+    kept_bytes: int = 4 << 30
+    """Of samples in host memory."""
 
 
 class Free:
@@ -158,7 +168,7 @@ class Trainings:
         diary: Diary,
         means: Means,
     ) -> None:
-        self._room_bytes = means.room_bytes
+        self._room_bytes, self._usual_bytes = means.room_bytes, means.usual_bytes
         self._restore = means.restore
         self._announce = announce
         self._written_out: list[_Course] = []
@@ -168,7 +178,7 @@ class Trainings:
         self._model = model
         self._backend = backend
         self._diary = diary
-        self._samples = _Samples(_KEPT_BYTES)
+        self._samples = _Samples(means.kept_bytes)
         self._pace = Pace("train", _SLOWEST_SECONDS_PER_FLOP, announce)
         self._courses: dict[str, _Course] = {}
 
@@ -188,6 +198,7 @@ class Trainings:
     def _open(self, asked: messages.OpenTraining) -> messages.TrainingOpened:
         """Begins a training, or goes on from its state."""
         self._refuse_what_cannot_learn(asked.plan)
+        asked = replace(asked, plan=self._decided(asked))
         job, _, _ = asked.session.rpartition("/")
         for session in [one for one in self._courses if one.rpartition("/")[0] == job]:
             self._end(session)  # an earlier stretch; its call still ends
@@ -212,7 +223,18 @@ class Trainings:
         self._courses[asked.session] = _Course(begun, asked.plan, learnt_bytes)
         count = sum(weight.numel() for weight in begun.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
-        return messages.TrainingOpened(step, count)
+        return messages.TrainingOpened(step, count, asked.plan)
+
+    def _decided(self, asked: messages.OpenTraining) -> TrainingPlan:
+        """The plan with what it left open: the fastest that there is room for."""
+        own = asked.largest[: len(self._company.part(len(asked.largest)))]
+        if not own:
+            return careful(asked.plan)
+        model = self._model
+        base = Base(model.dtype.itemsize, model.weights)
+        weights = weight_bytes(model.config, base.element_bytes, base.form).all
+        room = weights + self._usual_bytes - sum(one.learnt_bytes for one in self._courses.values())
+        return fitting(model.config, asked.plan, own, base, room) or careful(asked.plan)
 
     def _end(self, session: str) -> None:
         course = self._courses.pop(session)

@@ -112,7 +112,13 @@ def _load(port: Port, settings: DitSettings) -> _Loaded:
     room = settings.max_step_bytes or (math.inf if is_host else _room_bytes(settings, device))
     restore = partial(_restore, port, settings, transformer) if settings.full_training else None
     company = Partners(settings, description, room) if settings.train_devices > 1 else Alone()
-    means = Means(room, restore, company)
+    means = Means(
+        room_bytes=room,
+        usual_bytes=_room_bytes(settings, device),
+        restore=restore,
+        company=company,
+        kept_bytes=settings.training_cache_bytes,
+    )
     trainings = Trainings(transformer, backend, port.announce, studio.diary, means)
     return _Loaded(device, studio, trainings, description)
 

@@ -228,14 +228,14 @@ class TrainingSession:
 
     async def _begun(self, opening: training_pb2.OpenTraining) -> training_pb2.TrainingOpened:
         model = self._worker.loaded(messages.Model)
-        plan = self._plan = plans.plan(opening.plan, model.shape, "open.plan")
+        plan = plans.plan(opening.plan, model.shape, "open.plan")
         beside = None
         state = [path for _, path in await self._sent(self._arrivals.files(opening.state))]
         if plan.beside:
             files = self._arrivals.files([opening.plan.beside.digest])
             [(_, beside)] = await self._sent(files)
-        self._about = _about(plan, model)
-        asked = messages.OpenTraining(self._name, plan, tuple(state), beside)
+        largest = plans.sizes(opening.largest_batch, "open.largest_batch")
+        asked = messages.OpenTraining(self._name, plan, tuple(state), beside, largest)
         try:
             opened = await self._one(asked)
         except ZImageError as error:
@@ -243,8 +243,10 @@ class TrainingSession:
                 raise
             opened = await self._one(asked)
         assert isinstance(opened, messages.TrainingOpened)
+        self._plan = opened.plan
+        self._about = _about(opened.plan, model)
         return training_pb2.TrainingOpened(
-            plan=plans.message(plan),
+            plan=plans.message(opened.plan),
             step=opened.step,
             parameter_count=opened.parameter_count,
             batches_ahead=_BATCHES_AHEAD,

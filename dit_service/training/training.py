@@ -75,14 +75,14 @@ class Learnt(Protocol):
         """Leaves the model to others."""
 
 
-class Company(Protocol):
+class Shared(Protocol):
     """Who learns the same at the same time, each from its own part of a batch."""
 
     def shared(self, loss: float, weights: Sequence[Tensor]) -> float:
         """The loss of all parts; gradients are those of all parts afterwards."""
 
 
-class Alone:
+class Unshared:
     """Nobody else does."""
 
     def shared(self, loss: float, weights: Sequence[Tensor]) -> float:
@@ -90,7 +90,7 @@ class Alone:
         return loss
 
 
-ALONE = Alone()
+UNSHARED = Unshared()
 
 
 class Training:
@@ -190,9 +190,9 @@ class Training:
             for velocity, one, example in zip(velocities, noised, examples, strict=True)
         ]
 
-    def take_step(self, company: Company = ALONE) -> Outcome:
+    def take_step(self, others: Shared = UNSHARED) -> Outcome:
         """Goes where the gradient of all parts of the batch says."""
-        loss = company.shared(self._loss, list(self.weights.values()))
+        loss = others.shared(self._loss, list(self.weights.values()))
         rate = self._plan.learning_rate.at(self.step, self._plan.step_count)
         norm = self._stepper.step(rate)
         is_taken = norm is not None

@@ -29,7 +29,7 @@ def test_what_is_left_out_is_decided() -> None:
     assert len(changed) == 30 * 7
     assert {one.rank for one in changed.values()} == {16}
     assert plan.learning_rate.at(5, 10) == 1e-4
-    assert plan.recompute == "blocks"
+    assert (plan.recompute, plan.samples_at_once) == ("", 0)  # decided where it is computed
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import grpc.aio
 
 from trainer_service import keeping
-from trainer_service.feeding import Caching, Desk, described
+from trainer_service.desk import Desk, described
 from trainer_service.jobs.jobs import (
     CHECKPOINT,
     DRAWN,
@@ -19,6 +19,7 @@ from trainer_service.jobs.jobs import (
     Kept,
     Sampled,
 )
+from trainer_service.preparing import Caching
 from trainer_service.rpc.spec import decided, warnings
 from trainer_service.running import Runner
 from zimage_client import TrainStep, training

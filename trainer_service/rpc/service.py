@@ -6,7 +6,7 @@ from functools import partial
 import grpc.aio
 
 from trainer_service.caches import Caches
-from trainer_service.feeding import Desk
+from trainer_service.desk import Desk
 from trainer_service.jobs.database import Database
 from trainer_service.jobs.jobs import Jobs
 from trainer_service.rpc.jobs import TrainerServicer

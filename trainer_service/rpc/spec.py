@@ -4,7 +4,7 @@ import math
 from operator import attrgetter
 
 from trainer_service.caches import loading
-from trainer_service.feeding import Desk, base_model
+from trainer_service.desk import Desk, base_model
 from zimage_client import DitDescription
 from zimage_core import digests
 from zimage_core.errors import InvalidRequest, NotFound, Unavailable

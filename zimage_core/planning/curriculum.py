@@ -43,7 +43,7 @@ class Curriculum:
     """The order of samples."""
 
     def __init__(self, examples: Sequence[Example], seed: int, habits: Habits) -> None:
-        self._examples = examples
+        self.examples = examples
         self._seed = seed
         self._habits = habits
         self._copies = [
@@ -71,7 +71,7 @@ class Curriculum:
     def _look(self, number: int) -> Look:
         epoch, at = divmod(number, len(self._copies))
         index = self._order(epoch)[at]
-        example = self._examples[index]
+        example = self.examples[index]
         sides = self._habits.sides_px
         return Look(
             example=example,

@@ -116,9 +116,11 @@ class TrainingPlan:
     optimizer: Optimizer = Optimizer()
     learning_rate: LearningRate = LearningRate()
     samples_at_once: int = 1
-    """How many samples of a batch are computed together; changes time and memory."""
+    """How many samples of a batch are computed together; changes time and memory. 0 until that is
+    decided."""
     recompute: str = "blocks"
-    """What is computed again for the gradient rather than kept for it, or nothing."""
+    """What is computed again for the gradient rather than kept for it, or nothing; empty until that
+    is decided."""
     average_decay: float = 0.0
     """Of the moving average of the weights, which is what is used then; 0 for none."""
     beside: Named | None = None

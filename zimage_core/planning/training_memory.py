@@ -107,14 +107,23 @@ def _widened(shape: DitShape, base: Base) -> float:
 def fitting(
     shape: DitShape, plan: TrainingPlan, batch: Sequence[Rows], base: Base, room_bytes: float
 ) -> TrainingPlan | None:
-    """The fastest way to compute such batches in so many bytes; None where there is no way."""
-    for recompute in (NOTHING, BLOCKS):
-        for at_once in range(len(batch), 0, -1):
+    """The fastest way to compute such batches in so many bytes, as far as the plan leaves it open;
+    None where there is no way."""
+    ways = (plan.recompute,) if plan.recompute else (NOTHING, BLOCKS)
+    counts = (plan.samples_at_once,) if plan.samples_at_once else range(len(batch), 0, -1)
+    for recompute in ways:
+        for at_once in counts:
             tried = replace(plan, recompute=recompute, samples_at_once=at_once)
             most = largest(shape, tried, batch, base)
             if most.all <= room_bytes:
                 return tried
     return None
+
+
+def careful(plan: TrainingPlan) -> TrainingPlan:
+    """What a plan leaves open in the way that takes the least."""
+    at_once, recompute = plan.samples_at_once or 1, plan.recompute or BLOCKS
+    return replace(plan, samples_at_once=at_once, recompute=recompute)
 
 
 def largest(

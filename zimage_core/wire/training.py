@@ -3,7 +3,7 @@ be is refused by its name."""
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from zimage_core import digests
 from zimage_core.digests import Named
 from zimage_core.errors import InvalidRequest
 from zimage_core.planning.flops import DitShape
+from zimage_core.planning.limits import padded
 from zimage_core.planning.linears import block_counts, block_linears, modulation_linears
 from zimage_core.planning.training import (
     LARGEST_RANK,
@@ -23,6 +24,7 @@ from zimage_core.planning.training import (
     Optimizer,
     TrainingPlan,
 )
+from zimage_core.planning.training_memory import Rows
 from zimage_core.wire.names import (
     COURSES,
     DISTRIBUTIONS,
@@ -37,6 +39,7 @@ from zimage_rpc.types.v1 import types_pb2
 _MOST_STEPS = 10_000_000
 _MOST_AT_ONCE = 256
 _MOST_GROUPS = 64
+_MOST_TOKENS = 1 << 20
 
 
 def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> TrainingPlan:
@@ -60,8 +63,8 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
         noise=_noise(given.within("noise")),
         optimizer=optimizer,
         learning_rate=_learning_rate(given.within("learning_rate"), optimizer),
-        samples_at_once=given.count("samples_at_once", 1, 1, _MOST_AT_ONCE),
-        recompute=given.name("recompute", RECOMPUTES),
+        samples_at_once=_at_once(given),
+        recompute=name_of(message.recompute, RECOMPUTES),
         average_decay=given.number("average_decay", 0.0, _BELOW_1),
         beside=file,
         beside_scale=beside.number("scale", 1.0, _ANY),
@@ -99,6 +102,25 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
         average_decay=decided.average_decay,
         save=training_pb2.SavePlan(dtype=SAVE_DTYPES[decided.save_dtype]),
     )
+
+
+def _at_once(given: "_Section") -> int:
+    is_given = given.message.HasField("samples_at_once")
+    return given.count("samples_at_once", None, 1, _MOST_AT_ONCE) if is_given else 0
+
+
+def sizes(messages: Sequence[training_pb2.SampleSize], field: str) -> tuple[Rows, ...]:
+    """What samples take, as a model packs them; raises InvalidRequest for what no sample is."""
+    if len(messages) > _MOST_AT_ONCE:
+        given, allowed = f"{len(messages)} samples", f"{_MOST_AT_ONCE} at most"
+        raise InvalidRequest.given(field, given, allowed, "TRAINING_PLAN")
+    found = []
+    for index, one in enumerate(messages):
+        section = _Section(one, f"{field}[{index}]")
+        image = section.count("image_tokens", None, 1, _MOST_TOKENS)
+        caption = section.count("caption_tokens", None, 1, _MOST_TOKENS)
+        found.append(Rows(padded(image), padded(caption)))
+    return tuple(found)
 
 
 def _lora(given: "_Section", shape: DitShape) -> tuple[LoraGroup, ...]:

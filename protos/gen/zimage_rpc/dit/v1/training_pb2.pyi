@@ -84,6 +84,7 @@ class OpenTraining(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     KNOWN_STEP_COUNT_FIELD_NUMBER: _builtins.int
+    LARGEST_BATCH_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job it belongs to, by a name that nobody else uses; 1 to 128 letters, digits, '.', '_' and '-'."""
     session_epoch: _builtins.int
@@ -101,6 +102,12 @@ class OpenTraining(_message.Message):
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Digest]:
         """The parts of the state to go on from, as a checkpoint named them; needed like what batches name. Unset begins."""
 
+    @_builtins.property
+    def largest_batch(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleSize]:
+        """The samples of a batch that takes as much as any, 256 at most: what the plan leaves open is decided by it and by what
+        the device has free. Unset computes samples one by one, and blocks again.
+        """
+
     def __init__(
         self,
         *,
@@ -109,16 +116,43 @@ class OpenTraining(_message.Message):
         plan: Global___TrainingPlan | None = ...,
         state: _abc.Iterable[_types_pb2.Digest] | None = ...,
         known_step_count: _builtins.int | None = ...,
+        largest_batch: _abc.Iterable[Global___SampleSize] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "known_step_count", b"known_step_count", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "job", b"job", "known_step_count", b"known_step_count", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "job", b"job", "known_step_count", b"known_step_count", "largest_batch", b"largest_batch", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__known_step_count: _TypeAlias = _typing.Literal["known_step_count"]  # noqa: Y015
     _WhichOneofArgType__known_step_count: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__known_step_count) -> _WhichOneofReturnType__known_step_count | None: ...
 
 Global___OpenTraining: _TypeAlias = OpenTraining  # noqa: Y015
+
+@_typing.final
+class SampleSize(_message.Message):
+    """What a sample takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    CAPTION_TOKENS_FIELD_NUMBER: _builtins.int
+    image_tokens: _builtins.int
+    """Of its picture."""
+    caption_tokens: _builtins.int
+    """Of its caption."""
+    def __init__(
+        self,
+        *,
+        image_tokens: _builtins.int = ...,
+        caption_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption_tokens", b"caption_tokens", "image_tokens", b"image_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleSize: _TypeAlias = SampleSize  # noqa: Y015
 
 @_typing.final
 class TrainingPlan(_message.Message):
@@ -133,7 +167,7 @@ class TrainingPlan(_message.Message):
     class _RecomputeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TrainingPlan._Recompute.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         RECOMPUTE_UNSPECIFIED: TrainingPlan._Recompute.ValueType  # 0
-        """Not given: blocks."""
+        """Not given: nothing where there is room for it, else blocks."""
         RECOMPUTE_NOTHING: TrainingPlan._Recompute.ValueType  # 1
         """Nothing: the fastest, and the most memory."""
         RECOMPUTE_BLOCKS: TrainingPlan._Recompute.ValueType  # 2
@@ -143,7 +177,7 @@ class TrainingPlan(_message.Message):
         """What is computed again for the gradient rather than kept for it."""
 
     RECOMPUTE_UNSPECIFIED: TrainingPlan.Recompute.ValueType  # 0
-    """Not given: blocks."""
+    """Not given: nothing where there is room for it, else blocks."""
     RECOMPUTE_NOTHING: TrainingPlan.Recompute.ValueType  # 1
     """Nothing: the fastest, and the most memory."""
     RECOMPUTE_BLOCKS: TrainingPlan.Recompute.ValueType  # 2
@@ -166,7 +200,7 @@ class TrainingPlan(_message.Message):
     step_count: _builtins.int
     """How many steps there are in all: the learning rate falls by it."""
     samples_at_once: _builtins.int
-    """How many samples of a batch are computed together: changes time and memory. Unset means 1."""
+    """How many samples of a batch are computed together: changes time and memory. Unset means as many as there is room for."""
     recompute: Global___TrainingPlan.Recompute.ValueType
     """What is computed again."""
     average_decay: _builtins.float
