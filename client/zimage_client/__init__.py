@@ -50,6 +50,7 @@ from zimage_client._jobs import (
 from zimage_client._options import Options
 from zimage_client._receipt import Receipt, read_receipt
 from zimage_client._sync import Client
+from zimage_client._sync_trainer import Trainer
 from zimage_client._trainer import AsyncTrainer
 from zimage_core.embeddings import Embedding, Numerics, Prompt, Recipe
 from zimage_core.errors import (
@@ -127,6 +128,7 @@ __all__ = [
     "TrainPicture",
     "TrainSamples",
     "TrainStep",
+    "Trainer",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Protocol, Self, TypeVar, Unpack, overload
 
 from zimage_client import _calls
 from zimage_client._client import AsyncClient
@@ -38,7 +38,7 @@ class Client:
         self, server: str = "", encoder: str = "", **credentials: Unpack[Credentials]
     ) -> None:
         self._client = AsyncClient(server, encoder, **credentials)
-        self._work = _Work(self._client)
+        self._work = Work(self._client)
         self._closing = weakref.finalize(self, self._work.close)  # also at the interpreter's exit
 
     def __enter__(self) -> Self:
@@ -57,7 +57,7 @@ class Client:
 
     def stream(self, prompt: Condition, **options: Unpack[Options]) -> Generator[Event, None, None]:
         """Makes pictures and tells how it goes on; leaving the loop early cancels the request."""
-        return _iterate(self, self._work, self._client.stream(prompt, **options))
+        return iterate(self, self._work, self._client.stream(prompt, **options))
 
     @overload
     def encode(
@@ -85,13 +85,13 @@ class Client:
     ) -> Answers[Embedding]:
         """Encodes any number of prompts, each for itself, as AsyncClient's does. The iterable is
         read in the client's own thread."""
-        return _iterate(self, self._work, self._client.encode_stream(prompts, timeout=timeout))
+        return iterate(self, self._work, self._client.encode_stream(prompts, timeout=timeout))
 
     def encode_images(
         self, files: Many[bytes], *, timeout: float | None = None
     ) -> Answers[TensorData]:
         """Turns pictures into latents, each for itself, as AsyncClient's does."""
-        return _iterate(self, self._work, self._client.encode_images(files, timeout=timeout))
+        return iterate(self, self._work, self._client.encode_images(files, timeout=timeout))
 
     def decode_latents(
         self,
@@ -105,7 +105,7 @@ class Client:
         images = self._client.decode_latents(
             latents, format=format, quality=quality, timeout=timeout
         )
-        return _iterate(self, self._work, images)
+        return iterate(self, self._work, images)
 
     def put_blob(self, file: str | Path, *, timeout: float | None = None) -> str:
         """Sends a file to the DiT service's store, as AsyncClient's does."""
@@ -218,10 +218,14 @@ async def _serve(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event
     await over.wait()
 
 
-class _Work:
+class _Closing(Protocol):
+    async def aclose(self) -> None: ...
+
+
+class Work:
     """What one client does in the background."""
 
-    def __init__(self, client: AsyncClient) -> None:
+    def __init__(self, client: _Closing) -> None:
         self._client = client
         self._background = _Background.shared()
         self._running: set[Future[Any]] = set()
@@ -273,9 +277,7 @@ class _Work:
         return future
 
 
-def _iterate(
-    owner: Client, work: _Work, events: AsyncGenerator[T, None]
-) -> Generator[T, None, None]:
+def iterate(owner: object, work: Work, events: AsyncGenerator[T, None]) -> Generator[T, None, None]:
     """The events; holds the client, which is closed when nobody does."""
     try:
         while (event := work.run(_next(events))) is not None:

@@ -26,7 +26,7 @@ from tests.e2e.trainer import (
     training_with,
     wait,
 )
-from zimage_client import Client, Options
+from zimage_client import Client, Options, Trainer, TrainStep
 from zimage_client._embedded.stack import demo_model
 from zimage_client.cli.main import main as command
 
@@ -99,6 +99,12 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
         changed = client.generate(PROMPT, **WISH, adapters={"frames": 1.0}).pictures[0]
     assert plain.pixels_sha256 != changed.pixels_sha256
 
+    with Trainer(services.trainer.address) as trainer:
+        told = [one for one in trainer.watch(str(job["id"]), only_past=True)]
+        assert [one.step for one in told if isinstance(one, TrainStep)] == list(range(STEPS))
+        [mine] = [one for one in trainer.jobs() if one.id == job["id"]]
+        assert mine == trainer.get(mine.id)
+        assert mine.best == mine.checkpoints[-1]
     where = at(services.trainer)
     file = tmp_path / "frames.safetensors"
     assert command(["jobs", "export", str(job["id"]), "-o", str(file), *where]) == 0
