@@ -100,7 +100,7 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
     assert plain.pixels_sha256 != changed.pixels_sha256
 
     with Trainer(services.trainer.address) as trainer:
-        told = [one for one in trainer.watch(str(job["id"]), only_past=True)]
+        told = list(trainer.watch(str(job["id"]), only_past=True))
         assert [one.step for one in told if isinstance(one, TrainStep)] == list(range(STEPS))
         [mine] = [one for one in trainer.jobs() if one.id == job["id"]]
         assert mine == trainer.get(mine.id)
