@@ -88,7 +88,6 @@ class Feeding:
         if not encoder.ready:
             raise loading("the encoder")
         self._dit, dit = await self._free_dit()
-        self._desk.places[self._job.id] = self._dit
         self.preparing.begin(Services(self._dit, dit, encoder))
         try:
             return await self._run_there(epoch, dit)
@@ -157,6 +156,7 @@ class Feeding:
     async def _hear(self, event: training.Answer) -> None:
         match event:
             case training.Opened():
+                self._desk.places[self._job.id] = self._dit
                 self._begun_step = event.step
                 self._has_begun.set()
                 await self._decide(event.plan)
@@ -167,6 +167,8 @@ class Feeding:
                 self._lost = {
                     first: one for first, one in self._lost.items() if one.step == event.step
                 } | {event.first: event}
+            case training.Checkpoint() if event.step == self._kept_step:  # it is told again
+                await self._all_kept()
             case training.Checkpoint():  # kept while others are learnt, one after the other
                 await self._all_kept()
                 await self._flush()
@@ -225,6 +227,9 @@ class Feeding:
                 learning[client] -= 1
                 error = one
                 continue
+            except BaseException:
+                learning[client] -= 1
+                raise
             there = base_model(described)
             if described.ready and wanted not in ("", there):
                 said = f"the DiT service has {there}, and the job learns on {wanted}"

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -111,22 +110,28 @@ class Runner:
             await asyncio.sleep(_STANDING_BY_SECONDS)
 
     async def _turn(self, job: str) -> None:
-        try:
-            while True:
-                try:
+        """Whatever is wrong with the database passes."""
+        fault: Exception | None = None
+        while True:
+            try:
+                if fault is None:
                     await self._see_through(job)
-                    break
-                except Unavailable as error:  # the database, which is asked beside all else
-                    _log.warning("job %s waits: %s", job, error.message)
-                await asyncio.sleep(pause_seconds(_LONG))
-        except Exception as fault:  # noqa: BLE001 - the others go on
-            _log.error("job %s broke the trainer's own part", job, exc_info=fault)
-            with suppress(NotFound):  # it was deleted meanwhile
-                await self._fail(job, InternalError("internal error; the log knows more"))
+                else:
+                    await self._fail(job, InternalError("internal error; the log knows more"))
+                return
+            except NotFound:  # it was deleted meanwhile
+                return
+            except Unavailable as error:
+                _log.warning("job %s waits: %s", job, error.message)
+            except Exception as error:  # noqa: BLE001 - the others go on
+                _log.error("job %s broke the trainer's own part", job, exc_info=error)
+                fault = error
+            await asyncio.sleep(pause_seconds(_LONG))
 
     def _end_turn(self, job: str, _task: asyncio.Task[None]) -> None:
         """Also of one that never began."""
         del self._running[job]
+        self._desk.places.pop(job, None)
         self._free.release()
         if job in self._again:
             self._again.discard(job)

@@ -122,14 +122,16 @@ class Session:
         """What the service says; leaving it early ends the session."""
         stub = training_pb2_grpc.TrainingServiceStub(channel)
         call = stub.TrainSession(self._messages(), metadata=metadata)
+        told: asyncio.Queue[_Response | None] = asyncio.Queue()
+        reading = asyncio.create_task(self._read(call, told))
         try:
-            with TypedErrors(call):
-                async for response in call:
-                    if (answer := self._heard(response, call)) is not None:
-                        yield answer
-                    if response.checkpoint.leaving:  # whoever heard of it has what he wants by now
-                        await self._outbox.put(None)
-        except (GeneratorExit, asyncio.CancelledError):
+            while (response := await told.get()) is not None:
+                if (answer := self._heard(response, call)) is not None:
+                    yield answer
+                if response.checkpoint.leaving:  # whoever heard of it has what he wants by now
+                    await self._outbox.put(None)
+            await reading  # raises what ended it
+        except asyncio.CancelledError:
             await self._say_the_end()
             raise
         except Cancelled:
@@ -138,17 +140,27 @@ class Session:
                     raise fault from None  # it was ours, and ended the call
             raise
         finally:
-            for task in self._aside:
+            for task in (*self._aside, reading):
                 task.cancel()
-            await asyncio.gather(*self._aside, return_exceptions=True)
+            await asyncio.gather(*self._aside, reading, return_exceptions=True)
             await self._asked.aclose()
             call.cancel()  # without effect on a call that has ended
             del call
+
+    async def _read(self, call: Any, told: "asyncio.Queue[_Response | None]") -> None:
+        """In a task of its own: who is cancelled while it waits for a call cancels that, too."""
+        try:
+            with TypedErrors(call):
+                async for response in call:
+                    told.put_nowait(response)
+        finally:
+            told.put_nowait(None)
 
     async def _say_the_end(self) -> None:
         """So that the service does not wait for another call."""
         while not self._outbox.empty():
             self._outbox.get_nowait()
+        self._outbox.put_nowait(_Request(end=training_pb2.EndTraining()))
         self._outbox.put_nowait(None)
         with suppress(TimeoutError):
             async with asyncio.timeout(_ENDING_SECONDS):

@@ -95,6 +95,10 @@ class Partners:
         """Which samples of a batch are computed here."""
         return _part(0, self._count, count)
 
+    def largest_part(self, count: int) -> int:
+        """How many of a batch one of them computes at most."""
+        return -(-count // self._count)
+
     def follow(self, asked: messages.OpenTraining | messages.CloseTraining) -> None:
         """They do the same; raises what went wrong with one."""
         for partner in self._partners:
@@ -187,6 +191,10 @@ class _Company:
     def part(self, count: int) -> range:
         """Which samples of a batch are computed here."""
         return _part(self._rank, self._count, count)
+
+    def largest_part(self, count: int) -> int:
+        """How many of a batch one of them computes at most."""
+        return -(-count // self._count)
 
     def follow(self, asked: object) -> None:
         """Nobody follows this one."""

@@ -40,6 +40,7 @@ from zimage_core.planning.training_memory import (
     TrainingBytes,
     careful,
     fitting,
+    largest,
     training_bytes,
 )
 
@@ -74,6 +75,9 @@ class Company(training.Shared, Protocol):
     def part(self, count: int) -> range:
         """Which samples of a batch are computed here."""
 
+    def largest_part(self, count: int) -> int:
+        """How many of a batch one of them computes at most."""
+
     def follow(self, asked: messages.OpenTraining | messages.CloseTraining) -> None:
         """They do the same; raises what went wrong with one."""
 
@@ -92,6 +96,10 @@ class Alone(training.Unshared):
     def part(self, count: int) -> range:
         """All."""
         return range(count)
+
+    def largest_part(self, count: int) -> int:
+        """All."""
+        return count
 
     def follow(self, asked: messages.OpenTraining | messages.CloseTraining) -> None:
         """Nobody does."""
@@ -198,10 +206,10 @@ class Trainings:
     def _open(self, asked: messages.OpenTraining) -> messages.TrainingOpened:
         """Begins a training, or goes on from its state."""
         self._refuse_what_cannot_learn(asked.plan)
-        asked = replace(asked, plan=self._decided(asked))
         job, _, _ = asked.session.rpartition("/")
         for session in [one for one in self._courses if one.rpartition("/")[0] == job]:
             self._end(session)  # an earlier stretch; its call still ends
+        asked = replace(asked, plan=self._decided(asked))
         if asked.plan.full:
             self._make_ready(is_new=not asked.state)
         learnt_bytes = self._taken(asked.plan, []).learnt
@@ -220,14 +228,21 @@ class Trainings:
             with suppress(ZImageError):  # some of them may have opened it
                 self._company.follow(messages.CloseTraining(asked.session))
             raise
-        self._courses[asked.session] = _Course(begun, asked.plan, learnt_bytes)
+        course = self._courses[asked.session] = _Course(begun, asked.plan, learnt_bytes)
+        if own := self._largest_part(asked):
+            base = Base(self._model.dtype.itemsize, self._model.weights)
+            course.step_bytes = largest(self._model.config, asked.plan, own, base).step
         count = sum(weight.numel() for weight in begun.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
         return messages.TrainingOpened(step, count, asked.plan)
 
+    def _largest_part(self, asked: messages.OpenTraining) -> tuple[Rows, ...]:
+        """Of such a batch, the most that one of the devices computes."""
+        return asked.largest[: self._company.largest_part(len(asked.largest))]
+
     def _decided(self, asked: messages.OpenTraining) -> TrainingPlan:
         """The plan with what it left open: the fastest that there is room for."""
-        own = asked.largest[: len(self._company.part(len(asked.largest)))]
+        own = self._largest_part(asked)
         if not own:
             return careful(asked.plan)
         model = self._model

@@ -34,6 +34,7 @@ _KEPT_SECONDS = 600.0
 """A session whose client is gone."""
 _RECONNECTING_SECONDS = 60.0
 """What a client that comes back takes for it at most: so long nobody else gets its room."""
+_DOUBT_SECONDS = 0.2
 _REMEMBERED_JOBS = 1000
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -98,12 +99,16 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 yield answer
             if stretch.is_over:
                 raise _replaced(opening)
-            is_answered = stretch.session.is_through or not context.cancelled()
             stretch.task.result()  # raises what ended it
+            await asyncio.sleep(
+                _DOUBT_SECONDS
+            )  # a connection that broke looks like an end at first
+            is_answered = True
         finally:
             if not stretch.is_over:
-                has_failed = stretch.task.done() and _failure(stretch.task) is not None
-                await asyncio.shield(self._part_with(job, stretch, is_answered or has_failed))
+                is_answered |= stretch.session.is_ended
+                is_answered |= stretch.task.done() and _failure(stretch.task) is not None
+                await asyncio.shield(self._part_with(job, stretch, is_answered))
 
     def _enter_epoch(self, job: str, opening: training_pb2.OpenTraining) -> None:
         """Earlier stretches of the job are over. Raises NotReady for one that is over itself,
@@ -144,15 +149,20 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         before.is_over = True
         self._park(job, before)
         await asyncio.wait([before.task])
-        is_latest = self._epochs.get(job) == opening.session_epoch
-        if not is_latest or self._stretches.get(job) is not before:
-            raise _replaced(opening)
+        self._refuse_replaced(job, opening)
+        if self._stretches.get(job) is not before:
+            return None  # it failed, and is forgotten
         if _failure(before.task) is None and before.session.can_go_on(opening):
             self._unlist(job, before)
             before.session.take_up(opening)
             return before.session
         await asyncio.shield(self._forget(job, before))
+        self._refuse_replaced(job, opening)
         return None
+
+    def _refuse_replaced(self, job: str, opening: training_pb2.OpenTraining) -> None:
+        if self._epochs.get(job) != opening.session_epoch:
+            raise _replaced(opening)
 
     async def _part_with(self, job: str, stretch: _Stretch, is_answered: bool) -> None:
         """Its call is over: there is nothing more to say, or nobody to say it to."""

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,8 +70,8 @@ class TrainingSession:
         self._asked: asyncio.Queue[Request | None] = asyncio.Queue()
         self._opened: training_pb2.TrainingOpened | None = None
         self._plan: TrainingPlan | None = None
-        self.is_through = False
-        """Whether its client has said that it wants no more."""
+        self.is_ended = False
+        """Whether its client has said that it does not come back."""
         self._next_step = self._learnt_step = 0
         self._kept_step = 0
         """Behind which there is a checkpoint."""
@@ -90,7 +90,13 @@ class TrainingSession:
         model = self._worker.loaded(messages.Model)
         remembered = self._reports[0].step if self._reports else self._learnt_step
         is_known = remembered <= opening.known_step_count <= self._learnt_step
-        return is_known and plans.plan(opening.plan, model.shape, "open.plan") == self._plan
+        given = plans.plan(opening.plan, model.shape, "open.plan")
+        decided = replace(
+            given,
+            samples_at_once=given.samples_at_once or self._plan.samples_at_once,
+            recompute=given.recompute or self._plan.recompute,
+        )
+        return is_known and decided == self._plan
 
     async def run(
         self, opening: training_pb2.OpenTraining, requests: AsyncIterator[Request]
@@ -148,9 +154,12 @@ class TrainingSession:
                 case "checkpoint":
                     self._count_in()
                     self._asked.put_nowait(request)
+                case "end":
+                    self.is_ended = True
+                    self.client_is_gone.set()
+                    return
                 case other:
                     raise refusal(other or "nothing in one")
-        self.is_through = True
         self._asked.put_nowait(None)
 
     def _count(self, batch: training_pb2.TrainBatch) -> None:
@@ -191,6 +200,10 @@ class TrainingSession:
         if self.shall_leave.is_set():
             if self._learnt_step > self._kept_step:
                 await self._take_checkpoint(leaving=True)
+            elif self._checkpoint:  # which the client may be fetching
+                self._checkpoint.leaving = True
+                self._tell(checkpoint=self._checkpoint)
+            if self._checkpoint:
                 while await self._asked.get() is not None:
                     pass  # the client ends when it has fetched what is here
             raise stopping()

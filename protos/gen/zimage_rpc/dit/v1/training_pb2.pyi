@@ -34,6 +34,7 @@ class TrainSessionRequest(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenTraining:
         """Which training this is; the first message, and only that."""
@@ -54,6 +55,12 @@ class TrainSessionRequest(_message.Message):
     def evaluate(self) -> Global___EvaluateBatch:
         """Asks what is lost on samples that are not learnt."""
 
+    @_builtins.property
+    def end(self) -> Global___EndTraining:
+        """The client wants no more, not even what it asked for, and does not come back. A call that only breaks off is waited
+        for.
+        """
+
     def __init__(
         self,
         *,
@@ -62,16 +69,34 @@ class TrainSessionRequest(_message.Message):
         checkpoint: Global___TakeCheckpoint | None = ...,
         chunk: _dit_pb2.BlobChunk | None = ...,
         evaluate: Global___EvaluateBatch | None = ...,
+        end: Global___EndTraining | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "chunk", b"chunk", "evaluate", b"evaluate", "open", b"open", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "chunk", b"chunk", "end", b"end", "evaluate", b"evaluate", "open", b"open", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "chunk", b"chunk", "evaluate", b"evaluate", "open", b"open", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "chunk", b"chunk", "end", b"end", "evaluate", b"evaluate", "open", b"open", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["open", "batch", "checkpoint", "chunk", "evaluate"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["open", "batch", "checkpoint", "chunk", "evaluate", "end"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___TrainSessionRequest: _TypeAlias = TrainSessionRequest  # noqa: Y015
+
+@_typing.final
+class EndTraining(_message.Message):
+    """Ends a session at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndTraining: _TypeAlias = EndTraining  # noqa: Y015
 
 @_typing.final
 class OpenTraining(_message.Message):
