@@ -100,9 +100,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             if stretch.is_over:
                 raise _replaced(opening)
             stretch.task.result()  # raises what ended it
-            await asyncio.sleep(
-                _DOUBT_SECONDS
-            )  # a connection that broke looks like an end at first
+            await asyncio.sleep(_DOUBT_SECONDS)  # a broken connection looks like an end
             is_answered = True
         finally:
             if not stretch.is_over:
