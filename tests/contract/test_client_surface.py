@@ -62,6 +62,7 @@ NAMES = [
     "TrainPicture",
     "TrainSamples",
     "TrainStep",
+    "Trainer",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

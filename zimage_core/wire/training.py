@@ -97,8 +97,8 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
         learning_rate=training_pb2.LearningRatePlan(
             **asdict(rate) | {"course": COURSES[rate.course]}
         ),
-        samples_at_once=decided.samples_at_once,
-        recompute=RECOMPUTES[decided.recompute],
+        samples_at_once=decided.samples_at_once or None,
+        recompute=RECOMPUTES[decided.recompute] if decided.recompute else None,
         average_decay=decided.average_decay,
         save=training_pb2.SavePlan(dtype=SAVE_DTYPES[decided.save_dtype]),
     )
