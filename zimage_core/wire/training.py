@@ -36,6 +36,7 @@ from zimage_core.wire.names import (
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.types.v1 import types_pb2
 
+_Plan = training_pb2.TrainingPlan
 _MOST_STEPS = 10_000_000
 _MOST_AT_ONCE = 256
 _MOST_GROUPS = 64
@@ -98,7 +99,7 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
             **asdict(rate) | {"course": COURSES[rate.course]}
         ),
         samples_at_once=decided.samples_at_once or None,
-        recompute=RECOMPUTES[decided.recompute] if decided.recompute else None,
+        recompute=RECOMPUTES.get(decided.recompute, _Plan.RECOMPUTE_UNSPECIFIED),
         average_decay=decided.average_decay,
         save=training_pb2.SavePlan(dtype=SAVE_DTYPES[decided.save_dtype]),
     )
