@@ -125,7 +125,8 @@ def test_narrow_weights_take_what_is_planned_for_them(form: str) -> None:
 
 
 def test_the_fastest_way_that_fits_is_found() -> None:
-    plan, batch = TrainingPlan(0, 10, ALL), [Rows(4096, 128)] * 4
+    plan = TrainingPlan(0, 10, ALL, samples_at_once=0, recompute="")
+    batch = [Rows(4096, 128)] * 4
     found = {
         gib: fitting(CONFIG, plan, batch, Base(2), gib * 2**30)
         for gib in (140, 80, 40, 24, 16, 15, 12)
