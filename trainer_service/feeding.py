@@ -217,30 +217,34 @@ class Feeding:
         """A DiT service that is there with the job's model: the first of those with the fewest
         jobs."""
         error: ZImageError = loading("the model")
-        wanted = self._spec.base_model
         last, learning = self._desk.places.get(self._job.id), self._desk.learning
         for client in sorted(self._desk.dits, key=lambda one: (one is not last, learning[one])):
             learning[client] += 1  # others look for one at the same time
+            obstacle: ZImageError | None = error
             try:
                 described = await client.describe()
+                obstacle = self._obstacle(described)
+                if obstacle is None:
+                    return client, described
+                error = obstacle
             except ZImageError as one:
-                learning[client] -= 1
                 error = one
-                continue
-            except BaseException:
-                learning[client] -= 1
-                raise
-            there = base_model(described)
-            if described.ready and wanted not in ("", there):
-                said = f"the DiT service has {there}, and the job learns on {wanted}"
-                error = Unavailable(said, reason="ANOTHER_MODEL")
-            elif described.model and described.model.full_training != self._spec.training.full:
-                kind = "adapters" if self._spec.training.full else "the model itself, in full,"
-                error = Unavailable(f"the DiT service learns {kind} alone", reason="ANOTHER_KIND")
-            elif described.ready:
-                return client, described
-            learning[client] -= 1
+            finally:
+                learning[client] -= obstacle is not None
         raise error
+
+    def _obstacle(self, dit: DitDescription) -> ZImageError | None:
+        """Why the job does not learn at such a service; None where it may."""
+        wanted, there = self._spec.base_model, base_model(dit)
+        if dit.model is None or not dit.ready:
+            return loading("the model")
+        if wanted not in ("", there):
+            said = f"the DiT service has {there}, and the job learns on {wanted}"
+            return Unavailable(said, reason="ANOTHER_MODEL")
+        if dit.model.full_training != self._spec.training.full:
+            kind = "adapters" if self._spec.training.full else "the model itself, in full,"
+            return Unavailable(f"the DiT service learns {kind} alone", reason="ANOTHER_KIND")
+        return None
 
     async def _asked(self) -> AsyncGenerator[training.Asked, None]:
         """What is left, and checkpoints where they are due."""

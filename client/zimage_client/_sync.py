@@ -28,17 +28,18 @@ Answers = Generator[tuple[int, T | ZImageError], None, None]
 """The number of an item, counted from 0, with what came of it."""
 
 
-class Client:
-    """As AsyncClient, for code without an event loop, or beside one as in a notebook.
+class Closing(Protocol):
+    """An asynchronous client."""
 
-    May be used from several threads.
-    """
+    async def aclose(self) -> None:
+        """Ends its connections."""
 
-    def __init__(
-        self, server: str = "", encoder: str = "", **credentials: Unpack[Credentials]
-    ) -> None:
-        self._client = AsyncClient(server, encoder, **credentials)
-        self._work = Work(self._client)
+
+class Face:
+    """A synchronous client's life."""
+
+    def __init__(self, client: Closing) -> None:
+        self._work = Work(client)
         self._closing = weakref.finalize(self, self._work.close)  # also at the interpreter's exit
 
     def __enter__(self) -> Self:
@@ -50,6 +51,19 @@ class Client:
     def close(self) -> None:
         """Ends the connections and whatever runs over them."""
         self._closing()
+
+
+class Client(Face):
+    """As AsyncClient, for code without an event loop, or beside one as in a notebook.
+
+    May be used from several threads.
+    """
+
+    def __init__(
+        self, server: str = "", encoder: str = "", **credentials: Unpack[Credentials]
+    ) -> None:
+        self._client = AsyncClient(server, encoder, **credentials)
+        super().__init__(self._client)
 
     def generate(self, prompt: Condition, **options: Unpack[Options]) -> Generated:
         """Makes pictures; returns when all of them are there."""
@@ -218,14 +232,10 @@ async def _serve(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event
     await over.wait()
 
 
-class _Closing(Protocol):
-    async def aclose(self) -> None: ...
-
-
 class Work:
     """What one client does in the background."""
 
-    def __init__(self, client: _Closing) -> None:
+    def __init__(self, client: Closing) -> None:
         self._client = client
         self._background = _Background.shared()
         self._running: set[Future[Any]] = set()

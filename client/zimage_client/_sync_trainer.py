@@ -1,35 +1,23 @@
 """The synchronous client of a trainer service: the asynchronous one, on the same event loop as that
 of the other synchronous client."""
 
-import weakref
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Unpack
 
 from zimage_client._jobs import CacheKind, JobEvent, TrainJob
-from zimage_client._sync import Work, iterate
+from zimage_client._sync import Face, iterate
 from zimage_client._trainer import AsyncTrainer
 from zimage_core.tls import Credentials
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 
-class Trainer:
+class Trainer(Face):
     """As AsyncTrainer, for code without an event loop. May be used from several threads."""
 
     def __init__(self, address: str, **credentials: Unpack[Credentials]) -> None:
         self._trainer = AsyncTrainer(address, **credentials)
-        self._work = Work(self._trainer)
-        self._closing = weakref.finalize(self, self._work.close)  # also at the interpreter's exit
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the connections."""
-        self._closing()
+        super().__init__(self._trainer)
 
     def put_blob(self, file: str | Path) -> str:
         """Sends a file to the trainer's store, unless it is there; its SHA-256 names it."""

@@ -26,8 +26,7 @@ from dit_service.model.adapters import Use, Uses
 from dit_service.model.attention.backends import BACKENDS
 from dit_service.model.narrow import MULTIPLIED
 from dit_service.model.transformer import ZImageTransformer
-from dit_service.training import training
-from dit_service.training.training import LEVELS, Example, Training
+from dit_service.training.training import LEVELS, Example, Training, alone
 from zimage_core.errors import InvalidRequest, NotReady, Unavailable, ZImageError
 from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.limits import padded
@@ -66,7 +65,7 @@ class Lesson:
     """Of this and all that is left of its step."""
 
 
-class Company(training.Shared, Protocol):
+class Company(Protocol):
     """Other devices that train together with this one."""
 
     is_busy: bool
@@ -84,11 +83,14 @@ class Company(training.Shared, Protocol):
     def begin(self, asked: messages.Learn) -> None:
         """They compute their parts of a step."""
 
+    def shared(self, loss: float, weights: Sequence[Tensor]) -> float:
+        """The loss of all parts; gradients are those of all parts afterwards."""
+
     def give_up(self) -> None:
         """The step at hand is not taken."""
 
 
-class Alone(training.Unshared):
+class Alone:
     """There are none."""
 
     is_busy = False
@@ -106,6 +108,10 @@ class Alone(training.Unshared):
 
     def begin(self, asked: messages.Learn) -> None:
         """Nobody computes."""
+
+    def shared(self, loss: float, weights: Sequence[Tensor]) -> float:
+        """What there is."""
+        return alone(loss, weights)
 
     def give_up(self) -> None:
         """Nobody waits."""
@@ -354,7 +360,7 @@ class Trainings:
             place = own.start + first
             seconds += self._learn_from(course, examples[first:end], place, sum(flops[first:end]))
         with torch.inference_mode(mode=False):
-            outcome = course.training.take_step(self._company)
+            outcome = course.training.take_step(self._company.shared)
         course.idle_since = time.monotonic()
         return messages.Learnt(
             step=asked.step,

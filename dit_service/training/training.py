@@ -4,7 +4,7 @@ Everything that a step depends on is in the plan, in the state and in the batch:
 goes on from its state computes what it would have computed without the break.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,22 +75,14 @@ class Learnt(Protocol):
         """Leaves the model to others."""
 
 
-class Shared(Protocol):
-    """Who learns the same at the same time, each from its own part of a batch."""
-
-    def shared(self, loss: float, weights: Sequence[Tensor]) -> float:
-        """The loss of all parts; gradients are those of all parts afterwards."""
+Share = Callable[[float, Sequence[Tensor]], float]
+"""Gives the loss of all who learn the same at the same time, each from its own part of a batch, for
+the loss of a part; gradients are those of all parts afterwards."""
 
 
-class Unshared:
-    """Nobody else does."""
-
-    def shared(self, loss: float, weights: Sequence[Tensor]) -> float:
-        """What there is."""
-        return loss
-
-
-UNSHARED = Unshared()
+def alone(loss: float, _weights: Sequence[Tensor]) -> float:
+    """There is but one part."""
+    return loss
 
 
 class Training:
@@ -190,9 +182,9 @@ class Training:
             for velocity, one, example in zip(velocities, noised, examples, strict=True)
         ]
 
-    def take_step(self, others: Shared = UNSHARED) -> Outcome:
+    def take_step(self, share: Share = alone) -> Outcome:
         """Goes where the gradient of all parts of the batch says."""
-        loss = others.shared(self._loss, list(self.weights.values()))
+        loss = share(self._loss, list(self.weights.values()))
         rate = self._plan.learning_rate.at(self.step, self._plan.step_count)
         norm = self._stepper.step(rate)
         is_taken = norm is not None

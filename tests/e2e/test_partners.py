@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.services import Service, running
-from tests.e2e.trainer import Losses, at, learnt, training_with, wait
+from tests.e2e.trainer import Losses, at, begun, learnt, training_with, wait
 from zimage_client._embedded.stack import demo_model
 from zimage_client.cli.main import main as command
 
@@ -86,8 +86,7 @@ def test_two_learn_what_one_learns_with_the_whole_batch(
         job_file.write_text('training.optimizer.name = "adamw-8bit"')
         assert command(_asked(pictures, trainer, "--config", str(job_file))) == 1
         assert "adamw_8bit needs CUDA" in capsys.readouterr().out
-        assert command(_asked(pictures, trainer, "--detach")) == 0
-        job = capsys.readouterr().out.strip()
+        job = begun(_asked(pictures, trainer, "--detach"), capsys)
         wait(job, at(trainer), capsys, lambda shown: int(str(shown["step"])) >= 2)
         [other] = psutil.Process(dit.worker.pid).children()
         other.kill()  # nobody goes on alone

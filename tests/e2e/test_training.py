@@ -18,6 +18,7 @@ from tests.e2e.trainer import (
     Losses,
     Services,
     at,
+    begun,
     decisive,
     learnt,
     lines,
@@ -171,8 +172,7 @@ def test_what_breaks_on_the_way_changes_no_loss(
     services: Services, pictures: Path, expected: Losses, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = at(services.trainer)
-    assert command(_asked(pictures, services, *LONGER, "--name", "broken", "--detach")) == 0
-    job = capsys.readouterr().out.strip()
+    job = begun(_asked(pictures, services, *LONGER, "--name", "broken", "--detach"), capsys)
 
     wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 6)
     services.dit.worker.kill()
@@ -200,8 +200,7 @@ def test_a_trainer_that_stands_by_goes_on_where_the_first_ends(
         first.wait_until("SERVING")
         where = at(first)
         asked = _asked(pictures, replace(services, trainer=first), *LONGER, "--detach")
-        assert command(asked) == 0
-        job = capsys.readouterr().out.strip()
+        job = begun(asked, capsys)
         wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 2)
         with running("trainer_service", *flags) as second:
             second.wait_until("NOT_SERVING")
@@ -222,8 +221,7 @@ def test_a_file_of_a_checkpoint_is_gone_on_from(
     where, all_states = services.at, tmp_path / "job.toml"
     all_states.write_text("kept_state_count = 6")
     more = "--config", str(all_states), "--name", "filed", "--detach"
-    assert command(_asked(pictures, services, *LONGER, *more)) == 0
-    job, file = capsys.readouterr().out.strip(), tmp_path / "filed.zip"
+    job, file = begun(_asked(pictures, services, *LONGER, *more), capsys), tmp_path / "filed.zip"
     wait(job, where, capsys, lambda shown: 12 in shown["checkpoints"])  # type: ignore[operator]
     assert command(["jobs", "cancel", job, *where]) == 0
     export = ["jobs", "export", job, "--step", "12", "--zip", "-o", str(file), *where]
@@ -252,8 +250,7 @@ def test_jobs_that_share_a_device_learn_what_each_learns_alone(
         asked = _asked(pictures, replace(services, trainer=trainer), *LONGER, "--detach")
         jobs = []
         for name in ("one", "other"):
-            assert command([*asked, "--name", name]) == 0
-            jobs.append(capsys.readouterr().out.strip())
+            jobs.append(begun([*asked, "--name", name], capsys))
         for job in jobs:
             wait(job, at(trainer), capsys, lambda shown: 1 <= int(str(shown["step"])) < 24)
         with Client(services.dit.address) as client:  # whom neither keeps waiting for long
@@ -267,8 +264,7 @@ def test_a_job_can_be_ended(
 ) -> None:
     where = at(services.trainer)
     asked = _asked(pictures, services, "--name", "never", "--steps", "100000", "--detach")
-    assert command(asked) == 0
-    job = capsys.readouterr().out.strip()
+    job = begun(asked, capsys)
     with Client(services.dit.address) as client:  # pictures are the same beside it
         beside = client.generate(PROMPT, **WISH, packing="solo").pictures[0]
         assert show(job, where, capsys)["state"] == "running"
@@ -357,8 +353,7 @@ def test_a_job_belongs_to_the_project_that_made_it(
     with running("trainer_service", *flags, "--tokens", str(tokens)) as trainer:
         trainer.wait_until("SERVING")
         asked = _asked(pictures, replace(services, trainer=trainer), "--detach")
-        assert command([*asked, "--token-file", str(files["mine"])]) == 0
-        job = capsys.readouterr().out.strip()
+        job = begun([*asked, "--token-file", str(files["mine"])], capsys)
         where = [*at(trainer), "--token-file"]
         assert show(job, [*where, str(files["mine"])], capsys)["id"] == job
         assert command(["jobs", "show", job, *where, str(files["other"])]) == 3
@@ -386,8 +381,7 @@ def test_a_job_moves_to_another_dit_service_and_learns_the_same(
         both = f"{first.address},{second.address}"
         with training_with(services.encoder.address, both, tmp_path) as trainer:
             asked = _asked(pictures, replace(services, trainer=trainer), *LONGER, "--detach")
-            assert command([*asked, "--checkpoint-interval", "100"]) == 0
-            job, where = capsys.readouterr().out.strip(), at(trainer)
+            job, where = begun([*asked, "--checkpoint-interval", "100"], capsys), at(trainer)
             wait(job, where, capsys, lambda shown: int(str(shown["step"])) >= 6)
             first.process.send_signal(signal.SIGTERM)
             assert _watched(job, where, capsys) == expected

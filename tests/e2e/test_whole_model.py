@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.services import Service, running
-from tests.e2e.trainer import at, learnt, lines, show, training_with, wait
+from tests.e2e.trainer import at, begun, learnt, lines, show, training_with, wait
 from zimage_client import Client, Options
 from zimage_client._embedded.stack import demo_model
 from zimage_client.cli.main import main as command
@@ -90,8 +90,7 @@ def test_a_model_learns_and_is_loaded_as_a_model(
 
         capsys.readouterr()
         adapter = [one for one in asked if one != "--full"]
-        assert command([*adapter, "--trainer", trainer.address, "--detach"]) == 0
-        other = capsys.readouterr().out.strip()
+        other = begun([*adapter, "--trainer", trainer.address, "--detach"], capsys)
         waiting = wait(other, at(trainer), capsys, lambda shown: bool(shown["waits_for"]))
         assert "learns the model itself, in full, alone" in str(waiting["waits_for"])
         assert command(["jobs", "cancel", other, *at(trainer)]) == 0
@@ -124,8 +123,7 @@ def test_what_dies_on_the_way_changes_no_loss(
     steps = "--steps", "12", "--checkpoint-interval", "4"
     with full.trainer() as trainer:
         expected, _ = learnt([*asked, *steps, "--trainer", trainer.address], capsys)
-        assert command([*asked, *steps, "--trainer", trainer.address, "--detach"]) == 0
-        job = capsys.readouterr().out.strip()
+        job = begun([*asked, *steps, "--trainer", trainer.address, "--detach"], capsys)
         wait(job, at(trainer), capsys, lambda shown: int(str(shown["step"])) >= 6)
         if who == "trainer":
             trainer.process.send_signal(signal.SIGKILL)

@@ -92,6 +92,13 @@ def decisive(steps: list[Shown]) -> Losses:
     return [(one["step"], one["loss"], one["gradient_norm"]) for one in steps]
 
 
+def begun(asked: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The job of a command that does not watch it."""
+    capsys.readouterr()
+    assert command(asked) == 0
+    return capsys.readouterr().out.strip()
+
+
 def learnt(asked: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Losses, Shown]:
     """What a command that watches tells, and the job in the end."""
     capsys.readouterr()

@@ -16,6 +16,7 @@ from dit_service.model.loading import load_transformer, restore_transformer
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.training import flow
 from dit_service.training.training import Example, Training
+from tests.training_examples import drawn_batch
 from zimage_core.errors import InvalidRequest, NotReady
 from zimage_core.planning.training import LearningRate, Noise, Optimizer, TrainingPlan
 
@@ -40,20 +41,8 @@ def model(model_folder: Path) -> ZImageTransformer:
     return load_transformer(model_folder, CPU, torch.float32)
 
 
-def _batch(number: int = 0, width: int = 64) -> list[Example]:
-    generator = torch.Generator().manual_seed(number)
-    return [
-        Example(
-            torch.randn(16, *size, generator=generator),
-            torch.randn(length, width, generator=generator),
-            1 / len(SIZES),
-        )
-        for size, length in zip(SIZES, LENGTHS, strict=True)
-    ]
-
-
 def _batches(model: ZImageTransformer, count: int = 3) -> list[list[Example]]:
-    return [_batch(number, model.config.cap_feat_dim) for number in range(count)]
+    return [drawn_batch(model.config.cap_feat_dim, SIZES, LENGTHS, one) for one in range(count)]
 
 
 def _run(training: Training, batches: Sequence[list[Example]]) -> list[object]:

@@ -17,6 +17,7 @@ from dit_service.sampling.euler import text_to_image
 from dit_service.sampling.forwards import Run
 from dit_service.training import flow, lora
 from dit_service.training.training import Example, Training
+from tests.training_examples import drawn_batch
 from zimage_core.errors import InvalidRequest, NotReady
 from zimage_core.planning.training import (
     LearningRate,
@@ -62,16 +63,7 @@ def model(model_folder: Path) -> ZImageTransformer:
 
 
 def _batch(model: ZImageTransformer, number: int = 0) -> list[Example]:
-    generator = torch.Generator().manual_seed(number)
-    width = model.config.cap_feat_dim
-    return [
-        Example(
-            torch.randn(16, *size, generator=generator),
-            torch.randn(length, width, generator=generator),
-            1 / len(SIZES),
-        )
-        for size, length in zip(SIZES, LENGTHS, strict=True)
-    ]
+    return drawn_batch(model.config.cap_feat_dim, SIZES, LENGTHS, number)
 
 
 def _used(model: ZImageTransformer) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ _CONTENTS = "checkpoint.json"
 _STATE = re.compile(r"optimizer(\.\d+)?\.safetensors")
 _NUMBER = re.compile(r"\d+_")
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError)
+"""What zipfile raises for what is no archive, torn, encrypted or packed in unknown ways."""
 _LARGEST_TEXT_BYTES = 64 << 20
 _LARGEST_RATIO = 20
 """Of a member to what it takes in the archive: numbers hardly shrink at all."""
