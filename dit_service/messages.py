@@ -10,6 +10,9 @@ from zimage_core.planning.training import TrainingPlan
 from zimage_core.planning.training_memory import Rows
 from zimage_core.tensors import TensorData
 
+TRAINING_TAKEN = "TRAINING_TAKEN"
+"""The reason of the error when others leave no room for a training."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generate:

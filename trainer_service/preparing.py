@@ -68,7 +68,7 @@ class Preparing:
         self._listener = listener
         seed = spec.training.seed
         learnt, held = held_out(examples, seed, spec.validation.share)
-        self.curriculum = Curriculum(learnt, seed, _habits(spec))
+        self._curriculum = Curriculum(learnt, seed, _habits(spec))
         self.held = [Look(one, one.caption, spec.sides_px[0], False) for one in held]
         """What is looked at and not learnt."""
         self.caching: Caching | None = None
@@ -91,7 +91,7 @@ class Preparing:
     async def encode_all(self) -> bool:
         """Until everything that will be learnt is kept, or rest is due; whether everything is."""
         step_count = self._spec.training.step_count
-        learnt = await self._desk.aside(lambda: list(self.curriculum.until(step_count)))
+        learnt = await self._desk.aside(lambda: list(self._curriculum.until(step_count)))
         looks = [*self.held, *learnt]
         self.caching = Caching(0, len(looks))
 
@@ -148,7 +148,7 @@ class Preparing:
 
     async def _prepared(self, step: int) -> training.Batch:
         async def make() -> training.Batch:
-            looks = self.curriculum.batch(step)
+            looks = self._curriculum.batch(step)
             samples = [self._sample(look) for look in looks]
             return training.Batch(step, await asyncio.gather(*samples))
 
@@ -189,11 +189,11 @@ class Preparing:
         multiple, longest = limits.side_multiple_px, limits.max_token_count
         sizes = {
             size_px(one.width_px, one.height_px, side, multiple)
-            for one in self.curriculum.examples
+            for one in self._curriculum.examples
             for side in self._spec.sides_px
         }
         image = max(width * height for width, height in sizes) // multiple**2
-        said = max(len(one.caption.encode()) for one in self.curriculum.examples)
+        said = max(len(one.caption.encode()) for one in self._curriculum.examples)
         caption = min(longest, _TEMPLATE_TOKENS + said // _LEAST_BYTES_OF_A_TOKEN)
         one = training_pb2.SampleSize(image_tokens=image, caption_tokens=caption)
         return [one] * self._spec.batch_size

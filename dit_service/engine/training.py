@@ -269,7 +269,7 @@ class Trainings:
         if self._courses or any(one.is_held for one in self._written_out):
             raise Unavailable(
                 "another full training is open here",
-                reason="TRAINING_TAKEN",
+                reason=messages.TRAINING_TAKEN,
                 retry_after=_TAKEN_SECONDS,
             )
         if is_new and not self._is_restored and self._restore:
@@ -421,7 +421,7 @@ class Trainings:
         if wanted_bytes <= alone:
             raise Unavailable(
                 f"{said}other trainings leave {max(0, left) / 2**30:.1f}",
-                reason="TRAINING_TAKEN",
+                reason=messages.TRAINING_TAKEN,
                 retry_after=_TAKEN_SECONDS,
             )
         raise NotReady(

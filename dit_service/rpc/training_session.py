@@ -31,7 +31,6 @@ _MOST_SAMPLES = 256
 _ROOM_SECONDS = 5.0
 """Until the next look whether the store has room."""
 _REMEMBERED_STEPS = 10_000
-_TAKEN = "TRAINING_TAKEN"
 _MEDIA_TYPE = "application/vnd.safetensors"
 
 Request = training_pb2.TrainSessionRequest
@@ -252,7 +251,7 @@ class TrainingSession:
         try:
             opened = await self._one(asked)
         except ZImageError as error:
-            if error.reason != _TAKEN or not await self._make_room():
+            if error.reason != messages.TRAINING_TAKEN or not await self._make_room():
                 raise
             opened = await self._one(asked)
         assert isinstance(opened, messages.TrainingOpened)
