@@ -32,7 +32,7 @@ from zimage_core.formats.published import DIT_SHAPE
 from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.linears import block_linears
 from zimage_core.planning.training import LoraGroup, Optimizer, TrainingPlan
-from zimage_core.planning.training_memory import BLOCKS, FORWARDS, NOTHING, Base, Rows, largest
+from zimage_core.planning.training_memory import BLOCKS, NOTHING, Base, Rows, forwards, largest
 
 FORMS = ("full", "int8", "fp8", "nf4")
 STEPS = 60
@@ -111,7 +111,9 @@ def keeping() -> dict[str, Any]:
     rows = {}
     for side in (512, 1024):
         tokens = (side // 16) ** 2
-        step = FORWARDS[BLOCKS] * dit_step_flops(DIT_SHAPE, [(tokens, CAPTION_TOKENS)])
+        step = forwards(TrainingPlan(0, 1, LORA, recompute=BLOCKS)) * dit_step_flops(
+            DIT_SHAPE, [(tokens, CAPTION_TOKENS)]
+        )
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:
             vae: Any = AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 4,

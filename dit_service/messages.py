@@ -93,6 +93,8 @@ class OpenTraining:
     """The file of the adapter that is active meanwhile."""
     largest: tuple[Rows, ...] = ()
     """A batch that takes as much as any: what the plan leaves open is decided by it."""
+    low_memory: bool = False
+    """Whether samples are read from disk each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,8 @@ class Learnt:
     is_taken: bool
     seconds: float
     waited_seconds: float
+    device_bytes: int | None
+    """What the device held at most since the step before; None where it does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

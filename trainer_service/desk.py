@@ -54,6 +54,9 @@ class Listener(Protocol):
     async def waits(self, job: str, error: ZImageError) -> None:
         """It has to wait for somebody who is away."""
 
+    def rests(self, job: str, why: str) -> None:
+        """It shall rest behind its next checkpoint."""
+
     def ring(self, job: str) -> None:
         """There is news of it."""
 

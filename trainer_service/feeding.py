@@ -68,6 +68,8 @@ class Feeding:
         self._drawing: list[asyncio.Task[None]] = []
         self._guidance = 0.0
         """That of pictures without wishes."""
+        self._usual_share: dict[str, float] = {}
+        """Of detail in pictures of few steps, by their prompts, before the training."""
         self._entered = time.monotonic()
         self._has_begun = asyncio.Event()
         self._begun_step = 0
@@ -117,7 +119,10 @@ class Feeding:
     async def _learn(self, epoch: int) -> bool:
         last = await self._desk.aside(self._last_whole)
         opening = training_pb2.OpenTraining(
-            job=self._job.id, session_epoch=epoch, plan=self._spec.training
+            job=self._job.id,
+            session_epoch=epoch,
+            plan=self._spec.training,
+            low_memory=self._spec.low_memory,
         )
         if last:
             opening.state.extend(map(training.digest, last.state))
@@ -161,8 +166,10 @@ class Feeding:
                 self._has_begun.set()
                 await self._decide(event.plan)
                 await self._listener.runs(self._job.id)
+                await self._draw_what_was_not()
             case TrainStep():
                 await self._enter(event)
+                self._look_after_battery(event.battery_percent)
             case training.Evaluated():
                 self._lost = {
                     first: one for first, one in self._lost.items() if one.step == event.step
@@ -179,6 +186,21 @@ class Feeding:
                 if full:  # what is drawn with it is drawn before it changes
                     await self._all_drawn()
                 self._is_shown.set()
+
+    async def _draw_what_was_not(self) -> None:
+        """Pictures of the last checkpoint that a break took."""
+        if not self._job.checkpoints or self._spec.training.full:
+            return
+        last = self._job.checkpoints[-1]
+        drawn = await self._desk.aside(lambda: self._desk.jobs.samples(self._job.id, last.step))
+        if self._spec.samples.prompts and not drawn:
+            self._drawing.append(asyncio.create_task(self._show(last)))
+
+    def _look_after_battery(self, percent: float | None) -> None:
+        least = self._spec.least_battery_percent
+        if percent is not None and percent < least and not self.shall_rest.is_set():
+            why = f"the battery where it learns is at {percent:.0f} %, and {least} is the least"
+            self._listener.rests(self._job.id, why)
 
     async def _all_drawn(self) -> None:
         if self._drawing:
@@ -334,7 +356,12 @@ class Feeding:
     async def _draw(self, kept: Kept) -> None:
         desk, job = self._desk, self._job.id
         sampler = Sampler(
-            self._spec.samples, self._side_px, self._guidance, desk.blobs, desk.client
+            self._spec.samples,
+            self._side_px,
+            self._guidance,
+            desk.blobs,
+            desk.client,
+            self._usual_share,
         )
         adapter = None if self._spec.training.full else kept.weights
         drawn = await sampler.draw(self._dit, adapter)

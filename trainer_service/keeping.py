@@ -1,6 +1,7 @@
 """What lies in the store under names of the trainer's, looked after: how much there is, whether it
 is what it should be, and what may go."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -69,14 +70,10 @@ def verify(blobs: Blobs, behind: str) -> Page:
     return Page(count, torn, left[count - 1] if count < len(left) else "")
 
 
-def prune(blobs: Blobs, jobs: Jobs, unused_seconds: float) -> list[Heap]:
-    """Takes away the names of what was not used for so long, and those that belong to no job; says
-    of what. No job may be given names meanwhile."""
-    now = time.time()
-    old = {
-        kind: [kept for kept in blobs.kept(kind) if now - kept.used > unused_seconds]
-        for kind in _CACHES
-    }
+def prune(blobs: Blobs, jobs: Jobs, unused_seconds: float, most_bytes: int | None) -> list[Heap]:
+    """Takes away the names of what was not used for so long, or the longest ago of too much, and
+    those that belong to no job; says of what. No job may be given names meanwhile."""
+    old = _old(blobs, time.time() - unused_seconds, math.inf if most_bytes is None else most_bytes)
     there = jobs.ids()
     strays = {
         **{
@@ -92,6 +89,23 @@ def prune(blobs: Blobs, jobs: Jobs, unused_seconds: float) -> list[Heap]:
         for kept in all_kept:
             blobs.forget(kind, kept.name)
     return [_heap(kind, all_kept) for kind, all_kept in gone.items()]
+
+
+def _old(blobs: Blobs, since: float, most_bytes: float) -> dict[str, list[stores.Kept]]:
+    """Of what was encoded, by its kinds: what was not used since then, and so much more that the
+    rest takes no more than so many bytes."""
+    latest_first = sorted(
+        ((kept, kind) for kind in _CACHES for kept in blobs.kept(kind)),
+        key=lambda one: one[0].used,
+        reverse=True,
+    )
+    old: dict[str, list[stores.Kept]] = {kind: [] for kind in _CACHES}
+    total = 0
+    for kept, kind in latest_first:
+        total += kept.size_bytes
+        if kept.used < since or total > most_bytes:
+            old[kind].append(kept)
+    return old
 
 
 def forget_job(blobs: Blobs, job: str) -> None:

@@ -4,7 +4,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -85,8 +84,7 @@ class Preparing:
 
     async def check_held(self) -> None:
         """What cannot be looked at is to be known before anything is learnt."""
-        for look in self.held:
-            await self._patiently(_FIRST, partial(self._sample, look))
+        await self._encode(self.held)
 
     async def encode_all(self) -> bool:
         """Until everything that will be learnt is kept, or rest is due; whether everything is."""
@@ -94,6 +92,11 @@ class Preparing:
         learnt = await self._desk.aside(lambda: list(self._curriculum.until(step_count)))
         looks = [*self.held, *learnt]
         self.caching = Caching(0, len(looks))
+        return await self._encode(looks)
+
+    async def _encode(self, looks: list[Look]) -> bool:
+        """Whether all are kept: rest may be due before."""
+        done = 0
 
         async def encode(look: Look) -> None:
             await self._patiently(_FIRST, lambda: self._sample(look))
@@ -108,9 +111,11 @@ class Preparing:
                     return True
                 encoded = await self._done_of(under_way)
                 under_way -= encoded
-                self.caching = Caching(self.caching.done + len(encoded), len(looks))
+                done += len(encoded)
                 await self._is_back()
-                self._listener.ring(self._job)
+                if self.caching:
+                    self.caching = Caching(done, len(looks))
+                    self._listener.ring(self._job)
             return False
         finally:
             for task in under_way:
@@ -148,7 +153,7 @@ class Preparing:
 
     async def _prepared(self, step: int) -> training.Batch:
         async def make() -> training.Batch:
-            looks = self._curriculum.batch(step)
+            looks = await self._desk.aside(lambda: self._curriculum.batch(step))
             samples = [self._sample(look) for look in looks]
             return training.Batch(step, await asyncio.gather(*samples))
 

@@ -71,8 +71,8 @@ class Runner:
         self._feeding: dict[str, Feeding] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
-        self._resting: set[str] = set()
-        """Those that somebody wants to rest, also when what they do now breaks."""
+        self._resting: dict[str, str] = {}
+        """Those that shall rest, also when what they do now breaks, and why where nobody asked."""
         self._naming = threading.Lock()
         """Held while names are given to what a job needs, and while those of no job go."""
         self._is_active = False
@@ -168,21 +168,25 @@ class Runner:
         """More than once is once: who comes to the end of its turn is left alone then."""
         self._queue.put_nowait(job)
 
-    def prune(self, unused_seconds: float) -> list[Heap]:
-        """Takes away what nobody needed for long."""
+    def prune(self, unused_seconds: float, most_bytes: int | None) -> list[Heap]:
+        """Takes away what nobody needed for long, or is too much."""
         with self._naming:
-            return prune(self._desk.blobs, self._desk.jobs, unused_seconds)
+            return prune(self._desk.blobs, self._desk.jobs, unused_seconds, most_bytes)
 
     async def pause(self, job: Job) -> Job:
         """Lets it rest, behind a checkpoint where it learns now."""
         if job.state in ENDED:
             raise _ended(job)
         if job.id in self._running:
-            self._resting.add(job.id)
-            if feeding := self._feeding.get(job.id):
-                feeding.shall_rest.set()
+            self.rests(job.id)
             return job
         return await self._change(job.id, PAUSED)
+
+    def rests(self, job: str, why: str = "") -> None:
+        """It shall rest behind its next checkpoint, which comes soon then."""
+        self._resting[job] = why
+        if feeding := self._feeding.get(job):
+            feeding.shall_rest.set()
 
     async def resume(self, job: Job) -> Job:
         """Lets it go on."""
@@ -190,7 +194,7 @@ class Runner:
             raise _ended(job)
         if job.id in self._resting and (feeding := self._feeding.get(job.id)):
             feeding.shall_rest.clear()
-        self._resting.discard(job.id)
+        self._resting.pop(job.id, None)
         if job.state in (PAUSED, FAILED):
             job = await self._change(job.id, WAITING, wakes=True)
             self._submit(job.id)
@@ -319,8 +323,7 @@ class Runner:
         """Lets one rest that somebody wants to."""
         if job not in self._resting:
             return False
-        self._resting.discard(job)
-        await self._change(job, PAUSED)
+        await self._change(job, PAUSED, waits_for=self._resting.pop(job))
         return True
 
     async def _publish_last(self, job_id: str) -> None:

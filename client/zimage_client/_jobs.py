@@ -70,6 +70,10 @@ class TrainStep:
     skipped: bool
     seconds: float
     waited_seconds: float
+    device_bytes: int | None = None
+    """What the device's memory held at most since the step before, where it tells."""
+    battery_percent: float | None = None
+    """Of the machine that learns, as it tells itself, where it runs on one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,9 @@ class TrainPicture:
     prompt: str
     picture: Named
     """A PNG in the trainer's store."""
+    lost_detail: float | None = None
+    """Which share of its detail it has lost against the same with many steps, since before the
+    training; None where nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,11 @@ def job(message: trainer_pb2.TrainJob) -> TrainJob:
 def samples(message: trainer_pb2.TrainSamples) -> TrainSamples:
     """Pictures of a checkpoint."""
     pictures = (
-        TrainPicture(one.prompt, Named(one.picture.sha256, one.picture.size_bytes))
+        TrainPicture(
+            one.prompt,
+            Named(one.picture.sha256, one.picture.size_bytes),
+            one.lost_detail if one.HasField("lost_detail") else None,
+        )
         for one in message.pictures
     )
     return TrainSamples(message.step, tuple(pictures))
@@ -155,7 +166,12 @@ def checkpoint(message: trainer_pb2.TrainCheckpoint) -> TrainCheckpoint:
 
 def step(message: trainer_pb2.TrainStep | training_pb2.StepReport) -> TrainStep:
     """A step, as the trainer or the DiT service tells it."""
+    battery = None
+    if isinstance(message, training_pb2.StepReport) and message.HasField("battery_percent"):
+        battery = message.battery_percent
     return TrainStep(
+        battery_percent=battery,
+        device_bytes=message.device_bytes if message.HasField("device_bytes") else None,
         step=message.step,
         loss=message.loss,
         gradient_norm=message.gradient_norm,

@@ -71,6 +71,8 @@ class Trainer(Face):
         """Has all of it read, as AsyncTrainer's does."""
         return iterate(self, self._work, self._trainer.verify_cache())
 
-    def prune_cache(self, unused_seconds: float | None = None) -> list[CacheKind]:
+    def prune_cache(
+        self, unused_seconds: float | None = None, most_bytes: int | None = None
+    ) -> list[CacheKind]:
         """Takes away what was not used for so long, 30 days if that is not said; what is gone."""
-        return self._work.run(self._trainer.prune_cache(unused_seconds))
+        return self._work.run(self._trainer.prune_cache(unused_seconds, most_bytes))

@@ -117,9 +117,12 @@ class AsyncTrainer:
                 return
             request.page_token = page.next_page_token
 
-    async def prune_cache(self, unused_seconds: float | None = None) -> list[CacheKind]:
-        """Takes away what was not used for so long, 30 days if that is not said; what is gone."""
-        request = trainer_pb2.PruneCacheRequest()
+    async def prune_cache(
+        self, unused_seconds: float | None = None, most_bytes: int | None = None
+    ) -> list[CacheKind]:
+        """Takes away what was not used for so long, and the longest unused until the rest takes so
+        many bytes; 30 days if nothing is said. What is gone."""
+        request = trainer_pb2.PruneCacheRequest(most_bytes=most_bytes)
         if unused_seconds is not None:
             request.unused_for.FromNanoseconds(round(unused_seconds * 1e9))
         answer = await self._asked(lambda stub, **how: stub.PruneCache(request, **how))

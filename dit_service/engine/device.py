@@ -109,6 +109,15 @@ def room_bytes(device: torch.device, promised: int) -> float:
     return _FREE_FOR_STEPS * max(0, free - promised)
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """What the device's memory held at most since the last time; None where nobody knows."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
 class Fence:
     """Lets the host run one step ahead of the device, and no further. Whoever wants to know hears
     how long a step took when it is done: on a GPU by its own clock, and not the host's."""

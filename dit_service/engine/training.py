@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_service import messages
+from dit_service.engine.device import peak_bytes
 from dit_service.engine.diary import Diary, part
 from dit_service.engine.lines import Load
 from dit_service.engine.pace import Announce, Pace
@@ -33,12 +34,12 @@ from zimage_core.planning.limits import padded
 from zimage_core.planning.memory import FULL, weight_bytes
 from zimage_core.planning.training import TrainingPlan
 from zimage_core.planning.training_memory import (
-    FORWARDS,
     Base,
     Rows,
     TrainingBytes,
     careful,
     fitting,
+    forwards,
     largest,
     training_bytes,
 )
@@ -234,10 +235,10 @@ class Trainings:
             with suppress(ZImageError):  # some of them may have opened it
                 self._company.follow(messages.CloseTraining(asked.session))
             raise
-        course = self._courses[asked.session] = _Course(begun, asked.plan, learnt_bytes)
+        course = _Course(begun, asked.plan, learnt_bytes, asked.low_memory)
+        self._courses[asked.session] = course
         if own := self._largest_part(asked):
-            base = Base(self._model.dtype.itemsize, self._model.weights)
-            course.step_bytes = largest(self._model.config, asked.plan, own, base).step
+            course.step_bytes = largest(self._model.config, asked.plan, own, self._base).step
         count = sum(weight.numel() for weight in begun.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
         return messages.TrainingOpened(step, count, asked.plan)
@@ -251,11 +252,15 @@ class Trainings:
         own = self._largest_part(asked)
         if not own:
             return careful(asked.plan)
-        model = self._model
-        base = Base(model.dtype.itemsize, model.weights)
-        weights = weight_bytes(model.config, base.element_bytes, base.form).all
+        config, base = self._model.config, self._base
+        weights = weight_bytes(config, base.element_bytes, base.form).all
         room = weights + self._usual_bytes - sum(one.learnt_bytes for one in self._courses.values())
-        return fitting(model.config, asked.plan, own, base, room) or careful(asked.plan)
+        return fitting(config, asked.plan, own, base, room) or careful(asked.plan)
+
+    @property
+    def _base(self) -> Base:
+        model = self._model
+        return Base(model.dtype.itemsize, model.weights, is_apart=model.device.type == "cuda")
 
     def _end(self, session: str) -> None:
         course = self._courses.pop(session)
@@ -304,7 +309,7 @@ class Trainings:
         course = self._course(asked.session)
         losses = []
         for number, sample in enumerate(asked.samples):
-            example = self._example(sample, 1.0)
+            example = self._example(course, sample, 1.0)
             flops = LEVELS * self._forward_flops(example)
             taken = self._taken(course.plan, []).step
             yield Lesson(Load(flops, taken), (len(asked.samples) - number) * flops)
@@ -344,7 +349,8 @@ class Trainings:
         waited = time.monotonic() - course.idle_since
         seconds = 0.0
         own = self._company.part(len(asked.samples))
-        examples = [self._example(asked.samples[one], 1 / len(asked.samples)) for one in own]
+        samples, share = asked.samples, 1 / len(asked.samples)
+        examples = [self._example(course, samples[one], share) for one in own]
         plan = course.plan
         flops = [self._flops(plan, example) for example in examples]
         at_once = plan.samples_at_once
@@ -370,6 +376,7 @@ class Trainings:
             is_taken=outcome.is_taken,
             seconds=seconds,
             waited_seconds=waited,
+            device_bytes=peak_bytes(self._model.device),
         )
 
     def _learn_from(
@@ -380,11 +387,12 @@ class Trainings:
         self._diary.enter("train", piece.seconds, part(step=course.training.step + 1))
         return piece.seconds
 
-    def _example(self, sample: messages.TrainSample, share: float) -> Example:
+    def _example(self, course: "_Course", sample: messages.TrainSample, share: float) -> Example:
         config, device = self._model.config, self._model.device
-        picture = self._samples.tensors(*sample.latents)
+        read = _read_sample if course.low_memory else self._samples.tensors
+        picture = read(*sample.latents)
         latents_CHW, mask_HW = picture.get("latents"), picture.get("mask")
-        features_LF = self._samples.tensors(*sample.caption).get("embeddings")
+        features_LF = read(*sample.caption).get("embeddings")
         latents_CHW = _checked(
             "latents", latents_CHW, (config.in_channels, None, None), config.patch_size
         )
@@ -405,8 +413,8 @@ class Trainings:
     ) -> TrainingBytes:
         """What a training takes of the device, with these examples at once."""
         rows = [Rows(padded(self._tokens(one)), padded(len(one.features_LF))) for one in examples]
-        base = Base(self._model.dtype.itemsize, self._model.weights)
-        return training_bytes(self._model.config, plan, rows, base, accumulates=accumulates)
+        config = self._model.config
+        return training_bytes(config, plan, rows, self._base, accumulates=accumulates)
 
     def _refuse_too_much(
         self, wanted_bytes: float, what: str, instead: str, own: float = 0.0, beside: float = 0.0
@@ -435,7 +443,7 @@ class Trainings:
         return int(height * width // self._model.config.patch_size**2)
 
     def _flops(self, plan: TrainingPlan, example: Example) -> float:
-        return FORWARDS[plan.recompute] * self._forward_flops(example)
+        return forwards(plan) * self._forward_flops(example)
 
     def _forward_flops(self, example: Example) -> float:
         rows = padded(len(example.features_LF))
@@ -478,6 +486,8 @@ class _Course:
     training: Training
     plan: TrainingPlan
     learnt_bytes: float
+    low_memory: bool = False
+    """Whether samples are read each time."""
     step_bytes: float = 0.0
     """Of its largest piece of a step by now."""
     is_broken: bool = False
@@ -504,25 +514,29 @@ class _Samples:
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def tensors(self, sha256: str, file: Path) -> dict[str, Tensor]:
-        """Those of the file's tensors that steps learn from, by their names; raises InvalidRequest
-        for a file that is none."""
+        """Those of a file."""
         if sha256 in self._kept:
             self._kept.move_to_end(sha256)
             return self._kept[sha256]
-        try:
-            with torch.inference_mode(mode=False), safe_open(file, framework="pt") as there:
-                names = [name for name in _LEARNT_FROM if name in there.keys()]  # noqa: SIM118
-                found = {name: there.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise InvalidRequest.given(
-                "sample", f"file {sha256} ({error})", "safetensors", "TRAIN_SAMPLE"
-            ) from error
-        self._kept[sha256] = found
+        found = self._kept[sha256] = _read_sample(sha256, file)
         self._bytes += _bytes(found)
         while self._bytes > self._most_bytes and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= _bytes(oldest)
         return found
+
+
+def _read_sample(sha256: str, file: Path) -> dict[str, Tensor]:
+    """Those of the file's tensors that steps learn from, by their names; raises InvalidRequest for
+    a file that is none."""
+    try:
+        with torch.inference_mode(mode=False), safe_open(file, framework="pt") as there:
+            names = [name for name in _LEARNT_FROM if name in there.keys()]  # noqa: SIM118
+            return {name: there.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise InvalidRequest.given(
+            "sample", f"file {sha256} ({error})", "safetensors", "TRAIN_SAMPLE"
+        ) from error
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

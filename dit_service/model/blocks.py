@@ -77,8 +77,10 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x_TD: Tensor, beside: BesidePart) -> Tensor:
-        """In place where it can be: these are the widest tensors of a forward."""
-        gate = functional.silu(beside.through(self.w1, "feed_forward.w1", x_TD), inplace=True)
+        """In place where no gradient needs what was there: these are the widest tensors of a
+        forward."""
+        opened = beside.through(self.w1, "feed_forward.w1", x_TD)
+        gate = functional.silu(opened, inplace=not torch.is_grad_enabled())
         gated = _shared(gate).mul_(beside.through(self.w3, "feed_forward.w3", x_TD))
         return beside.through(self.w2, "feed_forward.w2", gated)
 

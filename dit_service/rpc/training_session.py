@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from dit_service import messages
 from dit_service.rpc.arrivals import Arrivals
+from dit_service.rpc.battery import Battery
 from dit_service.rpc.describe import numeric_plan
 from zimage_core.errors import InvalidRequest, Overloaded, Unavailable, ZImageError
 from zimage_core.planning.shares import Share
@@ -80,6 +81,7 @@ class TrainingSession:
         self._checkpoint: training_pb2.CheckpointReady | None = None
         self._about: dict[str, str] = {}
         self._unanswered = 0
+        self._battery = Battery()
 
     def can_go_on(self, opening: training_pb2.OpenTraining) -> bool:
         """Whether what a client asks for is what there is here, and what it does not know of is
@@ -247,7 +249,9 @@ class TrainingSession:
             files = self._arrivals.files([opening.plan.beside.digest])
             [(_, beside)] = await self._sent(files)
         largest = plans.sizes(opening.largest_batch, "open.largest_batch")
-        asked = messages.OpenTraining(self._name, plan, tuple(state), beside, largest)
+        asked = messages.OpenTraining(
+            self._name, plan, tuple(state), beside, largest, opening.low_memory
+        )
         try:
             opened = await self._one(asked)
         except ZImageError as error:
@@ -294,6 +298,10 @@ class TrainingSession:
         )
         report.duration.FromNanoseconds(round(learnt.seconds * 1e9))
         report.waited.FromNanoseconds(round(learnt.waited_seconds * 1e9))
+        if learnt.device_bytes is not None:
+            report.device_bytes = learnt.device_bytes
+        if (percent := self._battery.percent()) is not None:
+            report.battery_percent = percent
         self._reports.append(report)
         self._tell(step=report)
 

@@ -10,15 +10,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dit_service.model.adapters import Uses
-from dit_service.model.blocks import run_block
-from dit_service.model.transformer import Call, Sample, ZImageTransformer
+from dit_service.model.transformer import Sample, ZImageTransformer
 from dit_service.training import flow
 from dit_service.training.flow import Noised
 from dit_service.training.lora import Lora, halves
 from dit_service.training.optimisers import Stepper, is_known
+from dit_service.training.recompute import caller
 from dit_service.training.whole import Whole
 from zimage_core.errors import InvalidRequest
 from zimage_core.planning.training import TrainingPlan, targets
@@ -121,7 +120,7 @@ class Training:
         except BaseException:
             self.close()
             raise
-        self._call = _CALLS[plan.recompute]
+        self._call = caller(plan, model)
         self._loss = 0.0
         """Of the batch, as far as it is computed."""
 
@@ -218,19 +217,6 @@ class Training:
     def close(self) -> None:
         """It is over."""
         self._learnt.close()
-
-
-def _kept(_run: object, *given: object) -> Tensor:
-    return run_block(*given)  # type: ignore[arg-type]
-
-
-def _again(_run: object, *given: object) -> Tensor:
-    done: Tensor = checkpoint(run_block, *given, use_reentrant=False, preserve_rng_state=False)
-    return done
-
-
-_CALLS: Mapping[str, Call] = {"nothing": _kept, "blocks": _again}
-"""By what is computed again. Compiled blocks, with which pictures are drawn, have no gradient."""
 
 
 def _learnt(model: ZImageTransformer, plan: TrainingPlan, state: Mapping[str, Tensor]) -> Learnt:

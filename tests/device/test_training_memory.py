@@ -24,7 +24,9 @@ from zimage_core.planning.training import (
 )
 from zimage_core.planning.training_memory import (
     BLOCKS,
+    ELEMENTWISE,
     NOTHING,
+    OFFLOADED,
     Base,
     Rows,
     fitting,
@@ -62,22 +64,32 @@ def _noised(examples: list[Example]) -> list[Noised]:
     ]
 
 
-@pytest.mark.parametrize("recompute", [BLOCKS, NOTHING])
+PLANS = [
+    (LARGE, ALL),
+    (LARGE * 4, ALL),
+    (SMALL, (replace(ALL[0], rank=128),)),
+    (MIXED, (replace(ALL[0], linears=LINEARS[:4]),)),
+    (LARGE, (replace(ALL[0], first_block=20),)),
+    (LARGE, (*ALL, *REFINERS)),
+]
+
+
 @pytest.mark.parametrize(
-    ("samples", "groups"),
+    ("samples", "groups", "recompute", "interval"),
     [
-        (LARGE, ALL),
-        (LARGE * 4, ALL),
-        (SMALL, (replace(ALL[0], rank=128),)),
-        (MIXED, (replace(ALL[0], linears=LINEARS[:4]),)),
-        (LARGE, (replace(ALL[0], first_block=20),)),
-        (LARGE, (*ALL, *REFINERS)),
+        *((*plan, recompute, 1) for plan in PLANS for recompute in (BLOCKS, NOTHING)),
+        *((*plan, ELEMENTWISE, 1) for plan in (PLANS[1], PLANS[3], PLANS[5])),
+        (*PLANS[0], BLOCKS, 3),
+        (*PLANS[4], ELEMENTWISE, 2),
     ],
 )
 def test_a_training_step_takes_what_is_planned_for_it(
-    samples: list[tuple[int, int, int]], groups: tuple[LoraGroup, ...], recompute: str
+    samples: list[tuple[int, int, int]],
+    groups: tuple[LoraGroup, ...],
+    recompute: str,
+    interval: int,
 ) -> None:
-    plan = TrainingPlan(0, 10, groups, recompute=recompute)
+    plan = TrainingPlan(0, 10, groups, recompute=recompute, recompute_interval=interval)
     transformer = fake_transformer(CPU)
     examples = _examples(samples)
     with Peak() as peak:
@@ -129,15 +141,17 @@ def test_the_fastest_way_that_fits_is_found() -> None:
     batch = [Rows(4096, 128)] * 4
     found = {
         gib: fitting(CONFIG, plan, batch, Base(2), gib * 2**30)
-        for gib in (140, 80, 40, 24, 16, 15, 12)
+        for gib in (140, 80, 40, 25, 24, 16, 15, 13.5, 12)
     }
     ways = {gib: one and (one.recompute, one.samples_at_once) for gib, one in found.items()}
     assert ways == {
         140: (NOTHING, 4),
         80: (NOTHING, 2),
         40: (NOTHING, 1),
+        25: (ELEMENTWISE, 1),
         24: (BLOCKS, 4),
         16: (BLOCKS, 1),
         15: (BLOCKS, 1),
+        13.5: (OFFLOADED, 1),
         12: None,
     }

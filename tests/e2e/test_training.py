@@ -83,6 +83,10 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
     drawn = {one["step"]: one["samples"] for one in told if "samples" in one}
     assert sorted(drawn) == [3, 6, 7]
     assert [one["prompt"] for one in drawn[7]] == [PROMPT, "a frame"]  # type: ignore[attr-defined]
+    looked_at = {step: [one["lost_detail"] for one in some] for step, some in drawn.items()}  # type: ignore[attr-defined]
+    for first, second in looked_at.values():  # the demo model counts as Turbo
+        assert first < 1
+        assert second is None
     files = sorted((tmp_path / "samples").iterdir())
     assert len(files) == 6
     assert len({file.read_bytes() for file in files}) == 6

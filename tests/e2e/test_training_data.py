@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from tests.e2e.services import Service
 from tests.e2e.trainer import (
     Services,
     at,
+    begun,
     decisive,
     learnt,
     lines,
@@ -27,6 +28,7 @@ from tests.e2e.trainer import (
 )
 from zimage_client import Client
 from zimage_client.cli.main import main as command
+from zimage_rpc.dit.v1 import training_pb2
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -109,22 +111,70 @@ def test_captions_that_come_late_or_first_change_no_loss(
 @contextmanager
 def _late(encoder: str) -> Iterator[str]:
     """The address of an encoder whose answers come after a while of chance, out of their order."""
-    with grpc.insecure_channel(encoder) as channel:
 
-        class Late(grpc.GenericRpcHandler):
+    def late(_method: str, answers: Iterator[bytes]) -> Iterator[bytes]:
+        time.sleep(random.uniform(0, 0.3))
+        yield from answers
+
+    with _behind(encoder, late) as address:
+        yield address
+
+
+@contextmanager
+def _behind(
+    service: str, heard: Callable[[str, Iterator[bytes]], Iterator[bytes]]
+) -> Iterator[str]:
+    """The address of somebody who tells what a service answers, by its methods, in another way."""
+    with grpc.insecure_channel(
+        service, options=[("grpc.max_receive_message_length", -1)]
+    ) as channel:
+
+        class Between(grpc.GenericRpcHandler):
             def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
                 def answer(requests: Iterator[bytes], context: object) -> Iterator[bytes]:
-                    time.sleep(random.uniform(0, 0.3))
                     call = channel.stream_stream(details.method)
-                    yield from call(requests, metadata=details.invocation_metadata)
+                    answers = call(requests, metadata=details.invocation_metadata)
+                    yield from heard(details.method, answers)
 
                 return grpc.stream_stream_rpc_method_handler(answer)
 
-        server = grpc.server(ThreadPoolExecutor(8), handlers=[Late()])
+        server = grpc.server(ThreadPoolExecutor(8), handlers=[Between()])
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         yield f"127.0.0.1:{port}"
         server.stop(None).wait()
+
+
+def test_a_job_rests_while_the_battery_is_low(
+    services: Services, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    percents = iter([60.0, 19.4])
+
+    def on_battery(method: str, answers: Iterator[bytes]) -> Iterator[bytes]:
+        for answer in answers:
+            if not method.endswith("/TrainSession"):
+                yield answer
+                continue
+            told = training_pb2.TrainSessionResponse.FromString(answer)
+            if told.HasField("step"):
+                told.step.battery_percent = next(percents, 20.0)
+            yield told.SerializeToString()
+
+    asked = ["train", "--replace", "--config", str(job), "--low-ram", "-B", "20"]
+    expected, _ = learnt([*asked, *services.at], capsys)
+    with (
+        _behind(services.dit.address, on_battery) as dit,
+        training_with(services.encoder.address, dit, tmp_path) as trainer,
+    ):
+        name = begun([*asked, "--detach", *at(trainer)], capsys)
+        rests = wait(name, at(trainer), capsys, lambda shown: shown["state"] == "paused")
+        assert rests["waits_for"] == ("the battery where it learns is at 19 %, and 20 is the least")
+        assert rests["checkpoints"][-1] == rests["step"] < len(expected)  # type: ignore[index,operator]
+        assert command(["jobs", "resume", name, *at(trainer)]) == 0
+        wait(name, at(trainer), capsys, lambda shown: shown["state"] == "completed")
+        capsys.readouterr()
+        assert command(["jobs", "logs", name, "--json", *at(trainer)]) == 0
+        assert decisive(lines(capsys.readouterr().out)) == expected
 
 
 def test_what_is_kept_is_not_made_again_unless_it_is_torn(
@@ -153,6 +203,9 @@ def test_what_is_kept_is_not_made_again_unless_it_is_torn(
         assert learnt(["train", "--replace", *config, *where], capsys)[0] == expected
         assert command(["cache", "verify", *where]) == 0
 
+        assert command(["cache", "prune", "--most-gb", "0.0001", *where]) == 0
+        left = _stats(where, capsys)
+        assert 0 < left["captions"] + left["latents"] < stats["captions"] + stats["latents"]
         _forget_all(str(done["id"]), where, capsys)
 
 

@@ -155,11 +155,15 @@ def test_a_batch_of_all_lengths_learns_what_its_samples_learn_alone(
     assert abs(one.gradient_norm - other.gradient_norm) <= TOLERANCE * other.gradient_norm
 
 
-def test_what_is_computed_again_changes_no_bit(model: ZImageTransformer) -> None:
-    kept, again = (
-        Training(model, "sdpa", replace(PLAN, recompute=recompute), _used(model))
-        for recompute in ("nothing", "blocks")
-    )
+@pytest.mark.parametrize(
+    ("recompute", "interval"),
+    [("elementwise", 1), ("elementwise", 3), ("blocks", 1), ("blocks", 2), ("offloaded", 1)],
+)
+def test_what_is_computed_again_changes_no_bit(
+    model: ZImageTransformer, recompute: str, interval: int
+) -> None:
+    way = replace(PLAN, recompute=recompute, recompute_interval=interval)
+    kept, again = (Training(model, "sdpa", plan, _used(model)) for plan in (PLAN, way))
     for training in (kept, again):
         _learn(training, _batch(model), 2)
     for name, gradient in _gradients(kept).items():

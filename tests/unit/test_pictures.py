@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from zimage_core.errors import InvalidRequest, ZImageError
 from zimage_core.pictures import files
@@ -122,6 +122,15 @@ def test_pictures_and_masks_are_cut_alike_and_mirrored_if_wanted() -> None:
         assert [cut.getpixel((at, 10)) for at in (4, 15)] == [(level,) * 3 for level in expected]
         cells = files.cut_mask(data, "x", (20, 20), (2, 1), flips=flips)
         assert list(cells) == expected
+
+
+def test_what_is_blurred_has_less_detail() -> None:
+    noise = Image.effect_noise((64, 64), 60).convert("RGB")
+    details = [
+        files.detail(_png(noise.filter(ImageFilter.GaussianBlur(radius))), "x")
+        for radius in (0, 1, 4)
+    ]
+    assert details[0] > 2 * details[1] > 4 * details[2] > 0
 
 
 def test_previews_are_small() -> None:

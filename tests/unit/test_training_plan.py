@@ -62,7 +62,8 @@ def test_a_plan_is_the_same_after_the_way_over_the_wire() -> None:
         optimizer=_Optimizer(beta2=0.99, largest_gradient_norm=0.0),
         learning_rate=_Rate(course=_Rate.COURSE_ONE_CYCLE, peak=1e-3),
         samples_at_once=4,
-        recompute=_Plan.RECOMPUTE_NOTHING,
+        recompute=_Plan.RECOMPUTE_ELEMENTWISE,
+        recompute_interval=3,
         average_decay=0.99,
     )
     plan = training.plan(given, PUBLISHED, "plan")
@@ -80,6 +81,7 @@ def test_a_plan_is_the_same_after_the_way_over_the_wire() -> None:
         (_Plan(step_count=1, average_decay=1.0), "plan.average_decay", "below 1"),
         (_Plan(step_count=1, learning_rate=_Rate(peak=math.nan)), "plan.learning_rate.peak", "0"),
         (_Plan(step_count=1, optimizer=_Optimizer(beta1=1.0)), "plan.optimizer.beta1", "below 1"),
+        (_Plan(step_count=1, recompute_interval=2), "plan.recompute_interval", "1 unless"),
         (_Plan(step_count=1, noise=_Noise(shift=0.0)), "plan.noise.shift", "more than 0"),
         (
             _Plan(

@@ -70,6 +70,8 @@ class Sampled:
 
     prompt: str
     picture: Named
+    lost_detail: float | None = None
+    """Which share of it, against the same with many steps; None where nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,7 @@ class Jobs:
             {
                 "job": job, "step": step, "number": number, "prompt": one.prompt,
                 "sha256": one.picture.sha256, "bytes": one.picture.size_bytes,
+                "lost_detail": one.lost_detail,
             }
             for number, one in enumerate(drawn)
         ]  # fmt: skip
@@ -252,7 +255,7 @@ class Jobs:
         )
         with self._database.reading() as connection:
             return [
-                Sampled(row["prompt"], Named(row["sha256"], row["bytes"]))
+                Sampled(row["prompt"], Named(row["sha256"], row["bytes"]), row["lost_detail"])
                 for row in connection.execute(wanted).mappings()
             ]
 
@@ -351,6 +354,7 @@ def _step(job: str, learnt: TrainStep) -> dict[str, object]:
         "skipped": learnt.skipped,
         "seconds": learnt.seconds,
         "waited_seconds": learnt.waited_seconds,
+        "device_bytes": learnt.device_bytes,
     }
 
 
@@ -364,6 +368,7 @@ def _learnt(row: RowMapping) -> TrainStep:
         skipped=row["skipped"],
         seconds=row["seconds"],
         waited_seconds=row["waited_seconds"],
+        device_bytes=row["device_bytes"],
     )
 
 

@@ -56,6 +56,7 @@ STEPS = Table(
     Column("skipped", Boolean, nullable=False),
     Column("seconds", Double, nullable=False),
     Column("waited_seconds", Double, nullable=False),
+    Column("device_bytes", BigInteger),
 )
 
 SAMPLES = Table(
@@ -67,6 +68,7 @@ SAMPLES = Table(
     Column("prompt", String, nullable=False),
     Column("sha256", String, nullable=False),
     Column("bytes", BigInteger, nullable=False),
+    Column("lost_detail", Double),
 )
 
 CHECKPOINTS = Table(

@@ -1,6 +1,7 @@
 """Jobs on the wire."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from importlib import metadata
 from typing import Any
@@ -192,11 +193,15 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: trainer_pb2.PruneCacheRequest, context: _Context
     ) -> trainer_pb2.PruneCacheResponse:
         """What is old."""
+        most_bytes = request.most_bytes if request.HasField("most_bytes") else None
+        usual = _USUAL_UNUSED_SECONDS if most_bytes is None else math.inf
         is_given = request.HasField("unused_for")
-        seconds = request.unused_for.ToNanoseconds() / 1e9 if is_given else _USUAL_UNUSED_SECONDS
+        seconds = request.unused_for.ToNanoseconds() / 1e9 if is_given else usual
         if seconds < 0:
             raise InvalidRequest.given("unused_for", f"{seconds:g} s", "0 s or more", "DURATION")
-        gone = await self._desk.aside(lambda: self._runner.prune(seconds))
+        if most_bytes is not None and most_bytes < 0:
+            raise InvalidRequest.given("most_bytes", most_bytes, "0 or more", "SIZE")
+        gone = await self._desk.aside(lambda: self._runner.prune(seconds, most_bytes))
         return trainer_pb2.PruneCacheResponse(kinds=map(_kind, gone))
 
     async def _get(self, job: str) -> Job:
@@ -277,7 +282,11 @@ def _samples(happened: Happened, drawn: list[Sampled]) -> trainer_pb2.WatchTrain
         samples=trainer_pb2.TrainSamples(
             step=happened.step,
             pictures=[
-                trainer_pb2.TrainPicture(prompt=one.prompt, picture=training.digest(one.picture))
+                trainer_pb2.TrainPicture(
+                    prompt=one.prompt,
+                    picture=training.digest(one.picture),
+                    lost_detail=one.lost_detail,
+                )
                 for one in drawn
             ],
         ),
@@ -306,4 +315,6 @@ def _step(learnt: TrainStep) -> trainer_pb2.WatchTrainJobResponse:
     step.learning_rate, step.skipped = learnt.learning_rate, learnt.skipped
     step.duration.FromNanoseconds(round(learnt.seconds * 1e9))
     step.waited.FromNanoseconds(round(learnt.waited_seconds * 1e9))
+    if learnt.device_bytes is not None:
+        step.device_bytes = learnt.device_bytes
     return message

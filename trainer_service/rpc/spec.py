@@ -23,6 +23,9 @@ _MOST_SAMPLES = 16
 _USUAL_INTERVAL = 250
 _USUAL_STATES = 2
 _LARGEST_SHARE = 0.5
+_MANY_STEPS = 30
+"""With which nothing of a distillation is seen."""
+_MOST_DRAWN, _DRAWN = 200, "0 to 200"
 _LARGEST_DATASET_BYTES = 1 << 30
 _NAMED_IN_ERRORS = 5
 
@@ -42,6 +45,9 @@ async def decided(
     )
     spec.kept_state_count = _count(spec, "kept_state_count", _USUAL_STATES, 1 << 30)
     spec.caption_dropout = asked.caption_dropout  # set from here on
+    if spec.samples.prompts and not spec.samples.HasField("many_step_count"):
+        can_drift = is_turbo(dit) and not spec.training.full
+        spec.samples.many_step_count = _MANY_STEPS if can_drift else 0
     spec.captions = spec.captions or trainer_pb2.TrainJobSpec.CAPTIONS_STREAM
     is_encoded_first = spec.only_caches or spec.captions == spec.CAPTIONS_ALL_FIRST
     most_steps = _MOST_ENCODED_FIRST // spec.batch_size if is_encoded_first else _MOST_STEPS
@@ -53,6 +59,8 @@ async def decided(
         ("validation.patience", spec.validation.patience >= 0, "0 or more"),
         ("validation.least_gain", 0 <= spec.validation.least_gain < math.inf, "0 or more"),
         ("kept_checkpoint_count", _is_enough_kept(spec), "0, or more than validation.patience"),
+        ("least_battery_percent", 0 <= spec.least_battery_percent <= 100, "0 to 100"),
+        ("samples.many_step_count", 0 <= spec.samples.many_step_count <= _MOST_DRAWN, _DRAWN),
         ("training.step_count", 1 <= spec.training.step_count <= most_steps, f"1 to {most_steps}"),
     ):
         if not is_allowed:
@@ -114,10 +122,14 @@ def _is_to_be(desk: Desk, name: str) -> bool:
     return any(trainer_pb2.TrainJobSpec.FromString(job.spec).name == name for job in jobs)
 
 
+def is_turbo(dit: DitDescription) -> bool:
+    """Whether its model was distilled to few steps."""
+    return dit.model is not None and dit.model.variant == "turbo"
+
+
 def warnings(dit: DitDescription, spec: trainer_pb2.TrainJobSpec) -> list[str]:
     """What may not be as it was meant."""
-    is_turbo = dit.model is not None and dit.model.variant == "turbo"
-    if not is_turbo or spec.only_caches or spec.training.HasField("beside"):
+    if not is_turbo(dit) or spec.only_caches or spec.training.HasField("beside"):
         return []
     return [
         "this is a Turbo model: what is learnt on it as it is makes pictures of few steps blurry; "

@@ -147,6 +147,16 @@ def decode_for_model(data: bytes, name: str, longest_side: int) -> tuple[tuple[i
         return image.size, image.convert("RGB").tobytes()
 
 
+def detail(data: bytes, name: str) -> float:
+    """How much a picture changes from pixel to pixel: less where it is blurred."""
+    from PIL import Image, ImageFilter, ImageStat
+
+    size, rgb = decode_for_model(data, name, LONGEST_SIDE_PX)
+    laplacian = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
+    edges = Image.frombytes("RGB", size, rgb).convert("L").filter(laplacian)
+    return float(ImageStat.Stat(edges).stddev[0])
+
+
 def cut(data: bytes, name: str, size_px: tuple[int, int], *, flips: bool = False) -> bytes:
     """A PNG of a picture, scaled to cover a size, cut to it around its middle, and mirrored if
     wanted."""

@@ -121,6 +121,8 @@ class TrainingPlan:
     recompute: str = "blocks"
     """What is computed again for the gradient rather than kept for it, or nothing; empty until that
     is decided."""
+    recompute_interval: int = 1
+    """In every so-manieth block."""
     average_decay: float = 0.0
     """Of the moving average of the weights, which is what is used then; 0 for none."""
     beside: Named | None = None

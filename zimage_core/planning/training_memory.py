@@ -12,11 +12,9 @@ from zimage_core.planning.linears import block_counts
 from zimage_core.planning.memory import FULL, weight_bytes
 from zimage_core.planning.training import TrainingPlan, parameter_count, targets
 
-NOTHING, BLOCKS = "nothing", "blocks"
-"""What is computed again, the fastest first."""
-FORWARDS = {NOTHING: 3, BLOCKS: 4}
-"""What a sample costs, in forwards: itself, about twice that for its gradient, and what is computed
-again."""
+NOTHING, ELEMENTWISE, BLOCKS, OFFLOADED = "nothing", "elementwise", "blocks", "offloaded"
+"""What is computed again: nothing, all but products of matrices and attention, or all of a block,
+whose input may wait in the host's memory. The fastest first."""
 
 _LEARNT_BYTES, _GRADIENT_BYTES = 4, 4
 """Of a number that is learnt, in float32."""
@@ -32,6 +30,10 @@ _INPUTS = {
 """What linears keep besides, once where any of them learns: what went in."""
 _WIDENED_BYTES = 8
 """Of a number of a narrow linear on its way to that type: two steps of it in float32."""
+_HELD = {ELEMENTWISE: 37 / 3, BLOCKS: 1.0, OFFLOADED: 1.0}
+"""What blocks hold that are computed again: what goes in, and what products give unless these are
+computed again, too."""
+WAYS = (NOTHING, ELEMENTWISE, BLOCKS, OFFLOADED)
 _OF_SEVERAL = 4.0
 """The norms' weights by the row, where samples have their own."""
 _ON_THE_WAY_BACK = 11.0
@@ -63,6 +65,8 @@ class Base:
     """Of a number in the type that it computes in."""
     form: str = FULL
     """That its large linears are in."""
+    is_apart: bool = True
+    """Whether the device's memory is not the host's, in which more may wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,7 @@ def training_bytes(
     is_apart = is_narrower or not plan.full
     of_each = _LEARNT_BYTES * (is_apart + (plan.average_decay > 0))
     gradients = _GRADIENT_BYTES * count
-    way = _way(shape, plan, samples) * shape.dim * element_bytes
+    way = _way(shape, plan, samples, base) * shape.dim * element_bytes
     way = way + gradients if accumulates else max(way, gradients)
     return TrainingBytes(
         weights=weight_bytes(shape, element_bytes, base.form).all,
@@ -109,7 +113,7 @@ def fitting(
 ) -> TrainingPlan | None:
     """The fastest way to compute such batches in so many bytes, as far as the plan leaves it open;
     None where there is no way."""
-    ways = (plan.recompute,) if plan.recompute else (NOTHING, BLOCKS)
+    ways = (plan.recompute,) if plan.recompute else WAYS[: None if base.is_apart else -1]
     counts = (plan.samples_at_once,) if plan.samples_at_once else range(len(batch), 0, -1)
     for recompute in ways:
         for at_once in counts:
@@ -138,35 +142,41 @@ def largest(
     )
 
 
-def _way(shape: DitShape, plan: TrainingPlan, samples: Sequence[Rows]) -> float:
+def forwards(plan: TrainingPlan) -> float:
+    """What a sample costs, in forwards: itself, about twice that for its gradient, and the products
+    that are computed again."""
+    return 3 + (plan.recompute in (BLOCKS, OFFLOADED)) / plan.recompute_interval
+
+
+def _way(shape: DitShape, plan: TrainingPlan, samples: Sequence[Rows], base: Base) -> float:
     """Rows as wide as the model that are kept at the peak."""
     image, caption = sum(one.image for one in samples), sum(one.caption for one in samples)
     rows = {"noise_refiner": image, "context_refiner": caption, "layers": image + caption}
+    held = 0.0 if plan.recompute == OFFLOADED and base.is_apart else _HELD.get(plan.recompute)
     kept = inside = 0.0
-    for stack, count in _blocks_with_gradients(shape, plan).items():
+    for stack, blocks in _blocks_with_gradients(shape, plan).items():
         of_block = _inside(plan, stack) + _OF_SEVERAL * (len(samples) > 1)
-        if plan.recompute == NOTHING:
-            kept += rows[stack] * count * of_block
-        else:
-            kept += rows[stack] * count
-            inside = max(inside, rows[stack] * (of_block + _ON_THE_WAY_BACK))
+        again = [] if held is None else [n for n in blocks if n % plan.recompute_interval == 0]
+        kept += rows[stack] * (len(blocks) - len(again)) * of_block
+        if held is not None and again:
+            kept += rows[stack] * len(again) * held
+            inside = max(inside, rows[stack] * (of_block + _ON_THE_WAY_BACK - (held - 1)))
     return kept + inside
 
 
-def _blocks_with_gradients(shape: DitShape, plan: TrainingPlan) -> dict[str, int]:
+def _blocks_with_gradients(shape: DitShape, plan: TrainingPlan) -> dict[str, range]:
     """Of each stack the blocks from the first on that learns: those before take no gradient. What
     comes before the layers reaches all of them."""
+    counts = block_counts(shape)
     if plan.full:
-        return block_counts(shape)
+        return {stack: range(count) for stack, count in counts.items()}
     first = {
         stack: min((one.first_block for one in plan.lora if one.stack == stack), default=count)
-        for stack, count in block_counts(shape).items()
+        for stack, count in counts.items()
     }
-    if any(
-        first[stack] < count for stack, count in block_counts(shape).items() if stack != "layers"
-    ):
+    if any(first[stack] < count for stack, count in counts.items() if stack != "layers"):
         first["layers"] = 0
-    return {stack: count - first[stack] for stack, count in block_counts(shape).items()}
+    return {stack: range(first[stack], count) for stack, count in counts.items()}
 
 
 def _inside(plan: TrainingPlan, stack: str) -> float:

@@ -74,6 +74,8 @@ SAVE_DTYPES = {
 }
 RECOMPUTES = {
     "blocks": training_pb2.TrainingPlan.RECOMPUTE_BLOCKS,
+    "elementwise": training_pb2.TrainingPlan.RECOMPUTE_ELEMENTWISE,
+    "offloaded": training_pb2.TrainingPlan.RECOMPUTE_OFFLOADED,
     "nothing": training_pb2.TrainingPlan.RECOMPUTE_NOTHING,
 }
 

@@ -38,7 +38,9 @@ from zimage_rpc.types.v1 import types_pb2
 
 _Plan = training_pb2.TrainingPlan
 _MOST_STEPS = 10_000_000
+_NOTHING = _Plan.RECOMPUTE_NOTHING
 _MOST_AT_ONCE = 256
+_MOST_INTERVAL = 64
 _MOST_GROUPS = 64
 _MOST_TOKENS = 1 << 20
 
@@ -66,6 +68,7 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
         learning_rate=_learning_rate(given.within("learning_rate"), optimizer),
         samples_at_once=_at_once(given),
         recompute=name_of(message.recompute, RECOMPUTES),
+        recompute_interval=_interval(given),
         average_decay=given.number("average_decay", 0.0, _BELOW_1),
         beside=file,
         beside_scale=beside.number("scale", 1.0, _ANY),
@@ -100,6 +103,7 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
         ),
         samples_at_once=decided.samples_at_once or None,
         recompute=RECOMPUTES.get(decided.recompute, _Plan.RECOMPUTE_UNSPECIFIED),
+        recompute_interval=decided.recompute_interval,
         average_decay=decided.average_decay,
         save=training_pb2.SavePlan(dtype=SAVE_DTYPES[decided.save_dtype]),
     )
@@ -108,6 +112,13 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
 def _at_once(given: "_Section") -> int:
     is_given = given.message.HasField("samples_at_once")
     return given.count("samples_at_once", None, 1, _MOST_AT_ONCE) if is_given else 0
+
+
+def _interval(given: "_Section") -> int:
+    interval = given.count("recompute_interval", 1, 1, _MOST_INTERVAL)
+    if interval > 1 and given.message.recompute in (_Plan.RECOMPUTE_UNSPECIFIED, _NOTHING):
+        raise given.refusal("recompute_interval", interval, "1 unless recompute says of what")
+    return interval
 
 
 def sizes(messages: Sequence[training_pb2.SampleSize], field: str) -> tuple[Rows, ...]:

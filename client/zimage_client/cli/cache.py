@@ -34,7 +34,16 @@ def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
             of_action.set_defaults(samples=None)
         if action == "prune":
             of_action.add_argument(
-                "--unused-days", type=float, default=30.0, metavar="N", help="default: 30"
+                "--unused-days",
+                type=float,
+                metavar="N",
+                help="what was not used for so long; default: 30, with --most-gb any time",
+            )
+            of_action.add_argument(
+                "--most-gb",
+                type=float,
+                metavar="N",
+                help="what was encoded and is unused the longest, until the rest takes so much",
             )
     return list(actions.choices.values())
 
@@ -49,7 +58,9 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             case "stats":
                 _show(await client.cache(), args, terminal)
             case "prune":
-                _show(await client.prune_cache(args.unused_days * _DAY_SECONDS), args, terminal)
+                seconds = None if args.unused_days is None else args.unused_days * _DAY_SECONDS
+                most = None if args.most_gb is None else round(args.most_gb * 1e9)
+                _show(await client.prune_cache(seconds, most), args, terminal)
             case "verify":
                 torn: list[str] = []
                 async with aclosing(client.verify_cache()) as pages:

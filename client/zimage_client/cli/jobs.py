@@ -24,6 +24,8 @@ from zimage_core.files import write_whole
 from zimage_core.settings import ClientSettings
 
 _FAILED = 1
+_MUCH_LOST_DETAIL = 0.3
+"""From here on blur is seen."""
 
 
 def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
@@ -149,8 +151,22 @@ async def _save(
 ) -> None:
     """Pictures by their steps and prompts, where somebody wants them."""
     if args.json:
-        files = [{"prompt": one.prompt, "sha256": one.picture.sha256} for one in drawn.pictures]
+        files = [
+            {
+                "prompt": one.prompt,
+                "sha256": one.picture.sha256,
+                "lost_detail": one.lost_detail,
+            }
+            for one in drawn.pictures
+        ]
         terminal.result(json.dumps({"step": drawn.step, "samples": files}))
+    lost = max((one.lost_detail or 0 for one in drawn.pictures), default=0)
+    if lost > _MUCH_LOST_DETAIL:
+        terminal.note(
+            f"behind step {drawn.step} pictures of few steps have lost {lost:.0%} of their detail "
+            "against those of many: the model is forgetting its distillation; stop sooner, learn "
+            "slower, or train beside a LoRA that undoes it, --training-adapter FILE"
+        )
     if args.samples is None:
         return
     args.samples.mkdir(parents=True, exist_ok=True)
@@ -183,10 +199,11 @@ class _Progress:
         each = step.seconds + step.waited_seconds
         share = self._waited / max(self._waited + self._worked, 1e-9)
         left = each * (step_count - done)
+        memory = f"{step.device_bytes / 2**30:.1f} GiB  " if step.device_bytes else ""
         return (
             f"step {done} of {step_count}  loss {step.loss:.4f} ({self._smoothed:.4f})  "
             f"gradient {step.gradient_norm:.3g}  rate {step.learning_rate:.2e}  "
-            f"{each:.2f} s  waited {share:.0%}  {_duration(left)} left"
+            f"{each:.2f} s  waited {share:.0%}  {memory}{_duration(left)} left"
         )
 
 
@@ -284,6 +301,7 @@ def _step(step: TrainStep) -> dict[str, object]:
         "skipped": step.skipped,
         "seconds": round(step.seconds, 4),
         "waited_seconds": round(step.waited_seconds, 4),
+        "device_bytes": step.device_bytes,
     }
 
 

@@ -12,12 +12,12 @@ from zimage_core.planning.limits import padded
 from zimage_core.planning.training import TrainingPlan
 from zimage_core.planning.training_memory import (
     BLOCKS,
-    FORWARDS,
-    NOTHING,
+    WAYS,
     Base,
     Rows,
     TrainingBytes,
     fitting,
+    forwards,
     largest,
 )
 from zimage_core.settings import ClientSettings
@@ -69,7 +69,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             f"{learnt} at {args.side}x{args.side}, {args.optimizer}, {args.dtype}, weights "
             f"{args.weights}, {args.vram:g} GiB of which {_told(_RESERVED_BYTES)} are for CUDA and "
             "a screen\n"
-            f"{'batch':>5} {'recompute':>10} {'at once':>8} {'weights':>9} {'learnt':>9} "
+            f"{'batch':>5} {'recompute':>12} {'at once':>8} {'weights':>9} {'learnt':>9} "
             f"{'step':>9} {'all':>9}   fits"
         )
     is_any = False
@@ -77,7 +77,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         batch = [sample] * count
         best = fitting(DIT_SHAPE, plan, batch, _base(args), room)
         is_any |= best is not None
-        ways = [(NOTHING, count), (BLOCKS, count), *([(BLOCKS, 1)] if count > 1 else [])]
+        ways = [*((way, count) for way in WAYS), *([(BLOCKS, 1)] if count > 1 else [])]
         if best and (best.recompute, best.samples_at_once) not in ways:
             ways.append((best.recompute, best.samples_at_once))
         for recompute, at_once in ways:
@@ -107,11 +107,10 @@ def _tell(  # noqa: PLR0913 - a row has these columns
         terminal.result(json.dumps(told))
         return
     said = "best" if is_best else "yes" if taken.all <= room else "no"
-    if is_best and plan.recompute == BLOCKS:
-        more = FORWARDS[BLOCKS] / FORWARDS[NOTHING] - 1
+    if is_best and (more := forwards(plan) / 3 - 1):
         said += f", {more:.0%} more arithmetic than with nothing computed again"
     terminal.result(
-        f"{count:>5} {plan.recompute:>10} {plan.samples_at_once:>8} {_told(taken.weights):>9} "
+        f"{count:>5} {plan.recompute:>12} {plan.samples_at_once:>8} {_told(taken.weights):>9} "
         f"{_told(taken.learnt):>9} {_told(taken.step):>9} {_told(taken.all):>9}   {said}"
     )
 

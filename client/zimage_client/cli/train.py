@@ -36,6 +36,8 @@ _OF_SPEC = {
     "captions": "captions",
     "replace": "replaces_adapter",
     "sample": "samples.prompts",
+    "low_ram": "low_memory",
+    "battery": "least_battery_percent",
 }
 """Where the flags' values belong."""
 _FLAGS = {"job_file": "config"}
@@ -144,6 +146,19 @@ def add_job_flags(parser: ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="end behind N checkpoints in a row that are no better on those",
+    )
+    how.add_argument(
+        "--low-ram",
+        action="store_true",
+        default=None,
+        help="read what is learnt from disk each time, rather than keep it in the host's memory",
+    )
+    how.add_argument(
+        "-B",
+        "--battery",
+        type=int,
+        metavar="N",
+        help="rest behind a checkpoint when the battery of the machine that learns is below N %%",
     )
     how.add_argument("--keep", type=int, metavar="N", help="the last N checkpoints; default: all")
 

@@ -110,6 +110,7 @@ class OpenTraining(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     KNOWN_STEP_COUNT_FIELD_NUMBER: _builtins.int
     LARGEST_BATCH_FIELD_NUMBER: _builtins.int
+    LOW_MEMORY_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job it belongs to, by a name that nobody else uses; 1 to 128 letters, digits, '.', '_' and '-'."""
     session_epoch: _builtins.int
@@ -119,6 +120,8 @@ class OpenTraining(_message.Message):
     last ten minutes, then goes on where that is, and tells what the client has not heard of before it says opened.
     Unset goes on from `state` in any case.
     """
+    low_memory: _builtins.bool
+    """Whether what batches name is read from disk each time rather than kept in the host's memory."""
     @_builtins.property
     def plan(self) -> Global___TrainingPlan:
         """What is trained, and how. A stretch that goes on has the plan of the one before."""
@@ -142,10 +145,11 @@ class OpenTraining(_message.Message):
         state: _abc.Iterable[_types_pb2.Digest] | None = ...,
         known_step_count: _builtins.int | None = ...,
         largest_batch: _abc.Iterable[Global___SampleSize] | None = ...,
+        low_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "known_step_count", b"known_step_count", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "job", b"job", "known_step_count", b"known_step_count", "largest_batch", b"largest_batch", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "job", b"job", "known_step_count", b"known_step_count", "largest_batch", b"largest_batch", "low_memory", b"low_memory", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__known_step_count: _TypeAlias = _typing.Literal["known_step_count"]  # noqa: Y015
     _WhichOneofArgType__known_step_count: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count"]  # noqa: Y015
@@ -192,21 +196,29 @@ class TrainingPlan(_message.Message):
     class _RecomputeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TrainingPlan._Recompute.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         RECOMPUTE_UNSPECIFIED: TrainingPlan._Recompute.ValueType  # 0
-        """Not given: nothing where there is room for it, else blocks."""
+        """Not given: the first that there is room for of nothing, elementwise, blocks and offloaded."""
         RECOMPUTE_NOTHING: TrainingPlan._Recompute.ValueType  # 1
         """Nothing: the fastest, and the most memory."""
         RECOMPUTE_BLOCKS: TrainingPlan._Recompute.ValueType  # 2
         """All that is inside of blocks."""
+        RECOMPUTE_ELEMENTWISE: TrainingPlan._Recompute.ValueType  # 3
+        """All that is inside of blocks but products of matrices and attention: next to no time, about half of the memory."""
+        RECOMPUTE_OFFLOADED: TrainingPlan._Recompute.ValueType  # 4
+        """All that is inside of blocks; what goes into them waits in the host's memory."""
 
     class Recompute(_Recompute, metaclass=_RecomputeEnumTypeWrapper):
         """What is computed again for the gradient rather than kept for it."""
 
     RECOMPUTE_UNSPECIFIED: TrainingPlan.Recompute.ValueType  # 0
-    """Not given: nothing where there is room for it, else blocks."""
+    """Not given: the first that there is room for of nothing, elementwise, blocks and offloaded."""
     RECOMPUTE_NOTHING: TrainingPlan.Recompute.ValueType  # 1
     """Nothing: the fastest, and the most memory."""
     RECOMPUTE_BLOCKS: TrainingPlan.Recompute.ValueType  # 2
     """All that is inside of blocks."""
+    RECOMPUTE_ELEMENTWISE: TrainingPlan.Recompute.ValueType  # 3
+    """All that is inside of blocks but products of matrices and attention: next to no time, about half of the memory."""
+    RECOMPUTE_OFFLOADED: TrainingPlan.Recompute.ValueType  # 4
+    """All that is inside of blocks; what goes into them waits in the host's memory."""
 
     SEED_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
@@ -216,6 +228,7 @@ class TrainingPlan(_message.Message):
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     SAMPLES_AT_ONCE_FIELD_NUMBER: _builtins.int
     RECOMPUTE_FIELD_NUMBER: _builtins.int
+    RECOMPUTE_INTERVAL_FIELD_NUMBER: _builtins.int
     AVERAGE_DECAY_FIELD_NUMBER: _builtins.int
     SAVE_FIELD_NUMBER: _builtins.int
     BESIDE_FIELD_NUMBER: _builtins.int
@@ -228,6 +241,8 @@ class TrainingPlan(_message.Message):
     """How many samples of a batch are computed together: changes time and memory. Unset means as many as there is room for."""
     recompute: Global___TrainingPlan.Recompute.ValueType
     """What is computed again."""
+    recompute_interval: _builtins.int
+    """In every so-manieth block, 1 to 64; the others keep all. Unset means 1."""
     average_decay: _builtins.float
     """Keeps a moving average of the weights with this decay, below 1, which is what checkpoints hold then. Unset or 0: none."""
     full: _builtins.bool
@@ -267,21 +282,26 @@ class TrainingPlan(_message.Message):
         learning_rate: Global___LearningRatePlan | None = ...,
         samples_at_once: _builtins.int | None = ...,
         recompute: Global___TrainingPlan.Recompute.ValueType = ...,
+        recompute_interval: _builtins.int | None = ...,
         average_decay: _builtins.float | None = ...,
         save: Global___SavePlan | None = ...,
         beside: Global___TrainingAdapter | None = ...,
         full: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "samples_at_once", b"samples_at_once", "save", b"save"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_recompute_interval", b"_recompute_interval", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute_interval", b"recompute_interval", "samples_at_once", b"samples_at_once", "save", b"save"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "full", b"full", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_recompute_interval", b"_recompute_interval", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "full", b"full", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "recompute_interval", b"recompute_interval", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__average_decay: _TypeAlias = _typing.Literal["average_decay"]  # noqa: Y015
     _WhichOneofArgType__average_decay: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay"]  # noqa: Y015
+    _WhichOneofReturnType__recompute_interval: _TypeAlias = _typing.Literal["recompute_interval"]  # noqa: Y015
+    _WhichOneofArgType__recompute_interval: _TypeAlias = _typing.Literal["_recompute_interval", b"_recompute_interval"]  # noqa: Y015
     _WhichOneofReturnType__samples_at_once: _TypeAlias = _typing.Literal["samples_at_once"]  # noqa: Y015
     _WhichOneofArgType__samples_at_once: _TypeAlias = _typing.Literal["_samples_at_once", b"_samples_at_once"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__average_decay) -> _WhichOneofReturnType__average_decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recompute_interval) -> _WhichOneofReturnType__recompute_interval | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__samples_at_once) -> _WhichOneofReturnType__samples_at_once | None: ...
 
@@ -922,6 +942,8 @@ class StepReport(_message.Message):
     SKIPPED_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     WAITED_FIELD_NUMBER: _builtins.int
+    BATTERY_PERCENT_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step."""
     loss: _builtins.float
@@ -932,6 +954,10 @@ class StepReport(_message.Message):
     """How far the step went."""
     skipped: _builtins.bool
     """Whether the gradient was no finite number: then nothing has changed."""
+    battery_percent: _builtins.float
+    """How full the battery of the service's machine is, in percent. Unset where there is none, or it is being charged."""
+    device_bytes: _builtins.int
+    """What the device's memory held at most since the step before. Unset where the device does not tell."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """How long the device worked on it."""
@@ -950,12 +976,21 @@ class StepReport(_message.Message):
         skipped: _builtins.bool = ...,
         duration: _duration_pb2.Duration | None = ...,
         waited: _duration_pb2.Duration | None = ...,
+        battery_percent: _builtins.float | None = ...,
+        device_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "waited", b"waited"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_battery_percent", b"_battery_percent", "_device_bytes", b"_device_bytes", "battery_percent", b"battery_percent", "device_bytes", b"device_bytes", "duration", b"duration", "waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "skipped", b"skipped", "step", b"step", "waited", b"waited"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_battery_percent", b"_battery_percent", "_device_bytes", b"_device_bytes", "battery_percent", b"battery_percent", "device_bytes", b"device_bytes", "duration", b"duration", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "skipped", b"skipped", "step", b"step", "waited", b"waited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__battery_percent: _TypeAlias = _typing.Literal["battery_percent"]  # noqa: Y015
+    _WhichOneofArgType__battery_percent: _TypeAlias = _typing.Literal["_battery_percent", b"_battery_percent"]  # noqa: Y015
+    _WhichOneofReturnType__device_bytes: _TypeAlias = _typing.Literal["device_bytes"]  # noqa: Y015
+    _WhichOneofArgType__device_bytes: _TypeAlias = _typing.Literal["_device_bytes", b"_device_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__battery_percent) -> _WhichOneofReturnType__battery_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__device_bytes) -> _WhichOneofReturnType__device_bytes | None: ...
 
 Global___StepReport: _TypeAlias = StepReport  # noqa: Y015
 

@@ -115,6 +115,8 @@ class TrainJobSpec(_message.Message):
     KEPT_CHECKPOINT_COUNT_FIELD_NUMBER: _builtins.int
     KEPT_STATE_COUNT_FIELD_NUMBER: _builtins.int
     VALIDATION_FIELD_NUMBER: _builtins.int
+    LOW_MEMORY_FIELD_NUMBER: _builtins.int
+    LEAST_BATTERY_PERCENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that each checkpoint gets as an adapter, in the place of the one before; 1 to 128 letters, digits, '.', '_'
     and '-'. What full training learns is no adapter: there it is the job's name alone.
@@ -141,6 +143,12 @@ class TrainJobSpec(_message.Message):
     """How many checkpoints are kept, the latest. Unset or 0: all."""
     kept_state_count: _builtins.int
     """Of how many of them all that training goes on from is kept, the latest. Unset means 2."""
+    low_memory: _builtins.bool
+    """Whether captions and pictures that are learnt from are read from disk each time rather than kept in the host's memory."""
+    least_battery_percent: _builtins.int
+    """Lets the job rest, behind a checkpoint, when the battery of the machine that learns is less full, in percent, 100 at
+    most, and not being charged. Unset or 0: never.
+    """
     @_builtins.property
     def dataset(self) -> _types_pb2.Digest:
         """The samples: the digest of a dataset file, JSON lines of pictures by their digests, and captions."""
@@ -188,10 +196,12 @@ class TrainJobSpec(_message.Message):
         kept_checkpoint_count: _builtins.int = ...,
         kept_state_count: _builtins.int | None = ...,
         validation: Global___ValidationPlan | None = ...,
+        low_memory: _builtins.bool = ...,
+        least_battery_percent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "kept_state_count", b"kept_state_count", "samples", b"samples", "start", b"start", "training", b"training", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "kept_checkpoint_count", b"kept_checkpoint_count", "kept_state_count", b"kept_state_count", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "kept_checkpoint_count", b"kept_checkpoint_count", "kept_state_count", b"kept_state_count", "least_battery_percent", b"least_battery_percent", "low_memory", b"low_memory", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training", "validation", b"validation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -254,12 +264,17 @@ class SamplePlan(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    MANY_STEP_COUNT_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Where their noise comes from."""
     step_count: _builtins.int
     """Their steps. Unset means the model's default."""
     guidance_scale: _builtins.float
     """Their guidance. Unset means the model's default."""
+    many_step_count: _builtins.int
+    """Draws the first prompt with so many steps as well, to tell whether pictures of few steps lose detail against it. Unset
+    means 30 for a Turbo model, and 0, which is never, for others.
+    """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What they show, 16 at most."""
@@ -271,17 +286,22 @@ class SamplePlan(_message.Message):
         seed: _builtins.int = ...,
         step_count: _builtins.int | None = ...,
         guidance_scale: _builtins.float | None = ...,
+        many_step_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "guidance_scale", b"guidance_scale", "step_count", b"step_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_many_step_count", b"_many_step_count", "_step_count", b"_step_count", "guidance_scale", b"guidance_scale", "many_step_count", b"many_step_count", "step_count", b"step_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "guidance_scale", b"guidance_scale", "prompts", b"prompts", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_many_step_count", b"_many_step_count", "_step_count", b"_step_count", "guidance_scale", b"guidance_scale", "many_step_count", b"many_step_count", "prompts", b"prompts", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    _WhichOneofReturnType__many_step_count: _TypeAlias = _typing.Literal["many_step_count"]  # noqa: Y015
+    _WhichOneofArgType__many_step_count: _TypeAlias = _typing.Literal["_many_step_count", b"_many_step_count"]  # noqa: Y015
     _WhichOneofReturnType__step_count: _TypeAlias = _typing.Literal["step_count"]  # noqa: Y015
     _WhichOneofArgType__step_count: _TypeAlias = _typing.Literal["_step_count", b"_step_count"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__many_step_count) -> _WhichOneofReturnType__many_step_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_count) -> _WhichOneofReturnType__step_count | None: ...
 
@@ -346,7 +366,7 @@ class TrainJob(_message.Message):
     state: Global___TrainJob.State.ValueType
     """How it is."""
     waits_for: _builtins.str
-    """What it waits for; empty unless it does."""
+    """What it waits for, or why it rests where nobody asked for that; otherwise empty."""
     step: _builtins.int
     """How many steps are behind it."""
     @_builtins.property
@@ -903,20 +923,28 @@ class PruneCacheRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     UNUSED_FOR_FIELD_NUMBER: _builtins.int
+    MOST_BYTES_FIELD_NUMBER: _builtins.int
+    most_bytes: _builtins.int
+    """Of captions and pictures that were encoded, takes away what was used the longest ago, until the rest takes no more than
+    so many bytes. Unset means no such bound.
+    """
     @_builtins.property
     def unused_for(self) -> _duration_pb2.Duration:
-        """For how long. Unset means 30 days."""
+        """For how long. Unset means 30 days, or any time with most_bytes."""
 
     def __init__(
         self,
         *,
         unused_for: _duration_pb2.Duration | None = ...,
+        most_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["unused_for", b"unused_for"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_most_bytes", b"_most_bytes", "most_bytes", b"most_bytes", "unused_for", b"unused_for"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["unused_for", b"unused_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_most_bytes", b"_most_bytes", "most_bytes", b"most_bytes", "unused_for", b"unused_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__most_bytes: _TypeAlias = _typing.Literal["most_bytes"]  # noqa: Y015
+    _WhichOneofArgType__most_bytes: _TypeAlias = _typing.Literal["_most_bytes", b"_most_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__most_bytes) -> _WhichOneofReturnType__most_bytes | None: ...
 
 Global___PruneCacheRequest: _TypeAlias = PruneCacheRequest  # noqa: Y015
 
@@ -1076,8 +1104,13 @@ class TrainPicture(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     PICTURE_FIELD_NUMBER: _builtins.int
+    LOST_DETAIL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What it shall show."""
+    lost_detail: _builtins.float
+    """Which share of its detail it has lost against the same with many steps, since before the training: above 0.3 a model
+    that was distilled to few steps is forgetting them. Unset where nobody looked.
+    """
     @_builtins.property
     def picture(self) -> _types_pb2.Digest:
         """Its file, a PNG in the service's store."""
@@ -1087,12 +1120,15 @@ class TrainPicture(_message.Message):
         *,
         prompt: _builtins.str = ...,
         picture: _types_pb2.Digest | None = ...,
+        lost_detail: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lost_detail", b"_lost_detail", "lost_detail", b"lost_detail", "picture", b"picture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lost_detail", b"_lost_detail", "lost_detail", b"lost_detail", "picture", b"picture", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__lost_detail: _TypeAlias = _typing.Literal["lost_detail"]  # noqa: Y015
+    _WhichOneofArgType__lost_detail: _TypeAlias = _typing.Literal["_lost_detail", b"_lost_detail"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lost_detail) -> _WhichOneofReturnType__lost_detail | None: ...
 
 Global___TrainPicture: _TypeAlias = TrainPicture  # noqa: Y015
 
@@ -1135,6 +1171,7 @@ class TrainStep(_message.Message):
     SKIPPED_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     WAITED_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step, counted from 0."""
     loss: _builtins.float
@@ -1145,6 +1182,8 @@ class TrainStep(_message.Message):
     """How far the step went."""
     skipped: _builtins.bool
     """Whether the gradient was no finite number: then nothing has changed."""
+    device_bytes: _builtins.int
+    """What the device's memory held at most since the step before. Unset where the device does not tell."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """How long the device worked on it."""
@@ -1163,11 +1202,14 @@ class TrainStep(_message.Message):
         skipped: _builtins.bool = ...,
         duration: _duration_pb2.Duration | None = ...,
         waited: _duration_pb2.Duration | None = ...,
+        device_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "waited", b"waited"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device_bytes", b"_device_bytes", "device_bytes", b"device_bytes", "duration", b"duration", "waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "skipped", b"skipped", "step", b"step", "waited", b"waited"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_bytes", b"_device_bytes", "device_bytes", b"device_bytes", "duration", b"duration", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "skipped", b"skipped", "step", b"step", "waited", b"waited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__device_bytes: _TypeAlias = _typing.Literal["device_bytes"]  # noqa: Y015
+    _WhichOneofArgType__device_bytes: _TypeAlias = _typing.Literal["_device_bytes", b"_device_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__device_bytes) -> _WhichOneofReturnType__device_bytes | None: ...
 
 Global___TrainStep: _TypeAlias = TrainStep  # noqa: Y015
