@@ -53,6 +53,7 @@ _PART_BYTES = 4 << 30
 _LOOK_SECONDS = 0.02
 _OPENING_SECONDS, _SLOWEST_BYTES_PER_SECOND = 60.0, 5e7
 """What the watchdog is told of a training that begins: its state comes from disks."""
+_COMPILING_SECONDS = 600.0
 _TAKEN_SECONDS = 30.0
 """Until the next try, while another learns the model."""
 
@@ -229,6 +230,7 @@ class Trainings:
             beside = self._beside(asked)
             begun = Training(self._model, self._backend, asked.plan, state, step, beside)
         try:
+            self._compile(begun, asked.plan)
             self._company.follow(asked)
         except BaseException:
             begun.close()
@@ -242,6 +244,20 @@ class Trainings:
         count = sum(weight.numel() for weight in begun.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
         return messages.TrainingOpened(step, count, asked.plan)
+
+    def _compile(self, begun: Training, plan: TrainingPlan) -> None:
+        if not plan.compiled:
+            return
+        self._announce("compile", _COMPILING_SECONDS)
+        try:
+            with torch.inference_mode(mode=False):
+                begun.try_out()
+        except Exception as error:  # whatever a compiler says, a plan without it is there
+            what = str(error).strip().partition("\n")[0]
+            raise NotReady(
+                f"this service cannot train with compiled blocks: {type(error).__name__}: {what}",
+                reason="CANNOT_TRAIN",
+            ) from error
 
     def _largest_part(self, asked: messages.OpenTraining) -> tuple[Rows, ...]:
         """Of such a batch, the most that one of the devices computes."""

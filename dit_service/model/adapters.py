@@ -82,10 +82,21 @@ class BesidePart:
         """The linear's output for all tokens with what adapters add to it."""
         y_TO: Tensor = linear(x_TI)
         if not self.is_nothing:
+            if torch.compiler.is_compiling() and torch.is_grad_enabled():
+                return self._added(y_TO, x_TI, name)
             if torch.compiler.is_compiling():
                 _opaque_add(y_TO, x_TI, self.handle, name)
             else:
                 self.add(y_TO, x_TI, name)
+        return y_TO
+
+    def _added(self, y_TO: Tensor, x_TI: Tensor, name: str) -> Tensor:
+        """The same for those who learn: all samples use the same, and gradients reach it."""
+        for stretch, changes in self._changes:
+            if change := changes.get(name):
+                scale = stretch.scale * change.strength
+                low_TR = x_TI @ change.down_RI.T
+                y_TO = torch.addmm(y_TO, low_TR, change.up_OR.T, alpha=scale)
         return y_TO
 
     def add(self, y_TO: Tensor, x_TI: Tensor, name: str) -> None:

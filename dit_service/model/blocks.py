@@ -53,12 +53,18 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_dim, _HEAD_NORM_EPS)
         self.norm_k = RMSNorm(config.head_dim, _HEAD_NORM_EPS)
 
-    def forward(self, x_TD: Tensor, segments: Segments, backend: str, beside: BesidePart) -> Tensor:
-        """Each token looks at all tokens of its own sample."""
+    def looks(
+        self, x_TD: Tensor, segments: Segments, beside: BesidePart
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: what each token wants of all tokens of its own sample, and
+        gives."""
         q_THE = rotate(self.norm_q(self._heads("to_q", x_TD, beside)), segments.rope)
         k_THE = rotate(self.norm_k(self._heads("to_k", x_TD, beside)), segments.rope)
-        v_THE = self._heads("to_v", x_TD, beside)
-        attended_TD = attend(backend, q_THE, k_THE, v_THE, segments).flatten(1)
+        return q_THE, k_THE, self._heads("to_v", x_TD, beside)
+
+    def gets(self, attended_THE: Tensor, beside: BesidePart) -> Tensor:
+        """What comes of what it got."""
+        attended_TD = attended_THE.flatten(1)
         return beside.through(self.to_out[0], "attention.to_out.0", _shared(attended_TD))
 
     def _heads(self, name: str, x_TD: Tensor, beside: BesidePart) -> Tensor:
@@ -125,16 +131,39 @@ class Block(nn.Module):
     ) -> Tensor:
         """One step of the residual stream; `norm_weights_S4D` may be one row for all samples. What
         has no name here is gone at once: the feed-forward part wants the memory."""
-        before_attention, after_attention, before_ffn, after_ffn = norm_weights_S4D.unbind(1)
+        return self.behind_attention(
+            x_TD,
+            attend(
+                backend,
+                *self.before_attention(x_TD, norm_weights_S4D, segments, beside),
+                segments,
+            ),
+            norm_weights_S4D,
+            segments,
+            beside,
+        )
+
+    def before_attention(
+        self, x_TD: Tensor, norm_weights_S4D: Tensor, segments: Segments, beside: BesidePart
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        before, *_ = norm_weights_S4D.unbind(1)
+        normed_TD = self.attention_norm1.normalised(x_TD).mul_(per_token(before, segments))
+        return self.attention.looks(normed_TD, segments, beside)
+
+    def behind_attention(
+        self,
+        x_TD: Tensor,
+        attended_THE: Tensor,
+        norm_weights_S4D: Tensor,
+        segments: Segments,
+        beside: BesidePart,
+    ) -> Tensor:
+        """What comes of what they found."""
+        _, after_attention, before_ffn, after_ffn = norm_weights_S4D.unbind(1)
         share = _share(x_TD.dtype)
         attended_TD = self.attention_norm2.normalised(
-            self.attention(
-                self.attention_norm1.normalised(x_TD).mul_(per_token(before_attention, segments)),
-                segments,
-                backend,
-                beside,
-            ),
-            share,
+            self.attention.gets(attended_THE, beside), share
         )
         x_TD = torch.addcmul(x_TD, per_token(after_attention, segments), attended_TD)
         del attended_TD

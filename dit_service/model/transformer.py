@@ -28,11 +28,13 @@ from zimage_core.planning.limits import padded
 from zimage_core.planning.linears import block_linears
 from zimage_core.planning.memory import FULL
 
+Run = Callable[..., Tensor]
+"""What runs a block."""
 Call = Callable[..., Tensor]
-"""How a block is run: called with what runs it, and with what that takes."""
+"""How that is called: with what runs it, and with what that takes."""
 
 
-def plainly(run: Callable[..., Tensor], *given: object) -> Tensor:
+def plainly(run: Run, *given: object) -> Tensor:
     """At once; others keep less for the gradient."""
     return run(*given)
 
@@ -83,7 +85,7 @@ class ZImageTransformer(nn.Module):
         self.noise_refiner = _blocks(config, config.n_refiner_layers, modulated=True)
         self.context_refiner = _blocks(config, config.n_refiner_layers, modulated=False)
         self.layers = _blocks(config, config.n_layers, modulated=True)
-        self._run: Callable[..., Tensor] = run_block
+        self._run: Run = run_block
         self._streaming: Streaming | None = None
         self.weights = FULL
         """The form that its large linears are in."""

@@ -45,7 +45,9 @@ class Lora:
         for linear, target in self._targets.items():
             down_RI, up_OR = _halves(linear, weights)
             part, name = place_of(linear)
-            change = Change(down_RI.to(self._dtype), up_OR.to(self._dtype), target.strength)
+            # Copies: compiled code would be of another form once a weight itself has a gradient.
+            down_RI, up_OR = (half.to(self._dtype, copy=True) for half in (down_RI, up_OR))
+            change = Change(down_RI, up_OR, target.strength)
             parts[part][name] = change
         return (Use(Adapter(dict(parts)), 1.0),)
 

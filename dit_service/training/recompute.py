@@ -1,7 +1,7 @@
-"""What a step computes again for its gradient rather than keep it: less memory, more arithmetic,
-the same bits."""
+"""How a training runs a model's blocks, and what of them it computes again for the gradient rather
+than keep it: less memory, more arithmetic, the same bits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,18 @@ from torch.utils.checkpoint import (
 )
 
 from dit_service.model.blocks import run_block
-from dit_service.model.transformer import Call, ZImageTransformer
+from dit_service.model.transformer import Call, Run, ZImageTransformer, plainly
+from dit_service.training.compiled import compiled
 from zimage_core.planning.linears import block_counts
 from zimage_core.planning.training import TrainingPlan
 from zimage_core.planning.training_memory import BLOCKS, ELEMENTWISE, NOTHING, OFFLOADED
 
-Run = Callable[..., Tensor]
-
 
 def caller(plan: TrainingPlan, model: ZImageTransformer) -> Call:
-    """How a training runs the model's blocks, of which every so-manieth computes again."""
-    way = _WAYS[plan.recompute]
+    """Every so-manieth block computes again."""
+    run = compiled() if plan.compiled else run_block
+    is_known_to_compiler = plan.compiled and plan.recompute == ELEMENTWISE
+    way = plainly if is_known_to_compiler else _WAYS[plan.recompute]
     ours = {
         model.get_submodule(f"{stack}.{index}")
         for stack, count in block_counts(model.config).items()
@@ -32,22 +33,20 @@ def caller(plan: TrainingPlan, model: ZImageTransformer) -> Call:
     }
 
     def call(_run: Run, block: Any, *given: Any) -> Tensor:
-        """Compiled blocks, with which pictures are drawn, have no gradient."""
-        return (way if block in ours else run_block)(block, *given)
+        """With code that pictures are drawn with gradients are lost."""
+        return (way if block in ours else plainly)(run, block, *given)
 
     return call
 
 
-def _again(block: Any, *given: Any, **how: Any) -> Tensor:
-    done: Tensor = checkpoint(
-        run_block, block, *given, use_reentrant=False, preserve_rng_state=False, **how
-    )
+def _again(run: Run, *given: Any, **how: Any) -> Tensor:
+    done: Tensor = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False, **how)
     return done
 
 
-def _offloaded(block: Any, x_TD: Tensor, *given: Any) -> Tensor:
+def _offloaded(run: Run, block: Any, x_TD: Tensor, *given: Any) -> Tensor:
     with save_on_cpu(pin_memory=x_TD.is_cuda):
-        return _again(block, x_TD, *given)
+        return _again(run, block, x_TD, *given)
 
 
 def _is_dear(_context: Any, operation: Any, *_given: Any, **_named: Any) -> CheckpointPolicy:
@@ -63,15 +62,14 @@ _PRODUCTS = ("mm", "addmm", "addmm_", "bmm")
 """With those in place: adapters add themselves to what linears give, which is then kept as it is
 behind them."""
 
-_elementwise = partial(
-    _again,
-    context_fn=partial(
-        create_selective_checkpoint_contexts, _is_dear, allow_cache_entry_mutation=True
+_WAYS: Mapping[str, Call] = {
+    NOTHING: plainly,
+    ELEMENTWISE: partial(
+        _again,
+        context_fn=partial(
+            create_selective_checkpoint_contexts, _is_dear, allow_cache_entry_mutation=True
+        ),
     ),
-)
-_WAYS: Mapping[str, Run] = {
-    NOTHING: run_block,
-    ELEMENTWISE: _elementwise,
     BLOCKS: _again,
     OFFLOADED: _offloaded,
 }

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dit_service.model.adapters import Uses
-from dit_service.model.transformer import Sample, ZImageTransformer
+from dit_service.model.transformer import Call, Sample, ZImageTransformer, plainly
 from dit_service.training import flow
 from dit_service.training.flow import Noised
 from dit_service.training.lora import Lora, halves
@@ -24,6 +25,11 @@ from zimage_core.planning.training import TrainingPlan, targets
 
 _WEIGHTS, _AVERAGE, _OPTIMIZER = "weights/", "average/", "optimizer/"
 """Where the tensors of a state belong, by the beginnings of their names."""
+_SMALL = ([(8, 8, 20)], [(8, 8, 20), (8, 8, 21)], [(8, 8, 20), (16, 12, 40)])
+"""Height and width of latents, tokens of a caption: one sample, two alike at once, and two that are
+not."""
+_LEAST_LIKENESS = 0.99
+"""Rounding is another where operations are one; a compiler's fault is no rounding."""
 LEVELS = 4
 """Of noise, at which examples are looked at that are not learnt."""
 
@@ -180,6 +186,39 @@ class Training:
             flow.loss(velocity, one.velocity_CHW, example.mask_HW)
             for velocity, one, example in zip(velocities, noised, examples, strict=True)
         ]
+
+    def try_out(self) -> None:
+        """Has code made that is made while it runs, by small gradients; raises what a compiler
+        raises, and ArithmeticError where its code computes something else."""
+        made, computed = (self._small_gradient(call) for call in (self._call, plainly))
+        likeness = float(functional.cosine_similarity(made, computed, dim=0))
+        if not likeness >= _LEAST_LIKENESS:  # nor is what is no number
+            raise ArithmeticError(f"compiled code computes something else: cosine {likeness:.3f}")
+
+    def _small_gradient(self, call: Call) -> Tensor:
+        """Of all kinds of batches, one after the other."""
+        usual, self._call = self._call, call
+        try:
+            for sizes in _SMALL:
+                examples = [self._small(*size) for size in sizes]
+                noised = [
+                    flow.noised(one.latents_CHW, self._plan.noise, 0, 0, number)
+                    for number, one in enumerate(examples)
+                ]
+                self.go_back(noised, examples)
+            gradients = [one.grad for one in self.weights.values() if one.grad is not None]
+            return torch.cat([one.flatten() for one in gradients])
+        finally:
+            self._call = usual
+            for weight in self.weights.values():
+                weight.grad = None
+
+    def _small(self, height: int, width: int, length: int) -> Example:
+        drawn, config = torch.Generator().manual_seed(length), self._model.config
+        latents_CHW = torch.randn(config.in_channels, height, width, generator=drawn)
+        features_LF = torch.randn(length, config.cap_feat_dim, generator=drawn)
+        device, dtype = self._model.device, self._model.dtype
+        return Example(latents_CHW.to(device), features_LF.to(device, dtype), 1.0)
 
     def take_step(self, share: Share = alone) -> Outcome:
         """Goes where the gradient of all parts of the batch says."""

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,18 @@ import torch
 from torch import Tensor
 
 from demo_model.random_model import Shape
+from dit_service import messages
 from dit_service.engine.compiling import compile_blocks
+from dit_service.engine.diary import Diary
+from dit_service.engine.training import Means, Trainings
 from dit_service.model.adapters import Adapter, Change, Use, Uses
 from dit_service.model.config import TransformerConfig
 from dit_service.model.transformer import Modulation, Sample, ZImageTransformer
+from dit_service.training.training import Training
+from tests.training_examples import drawn_batch
+from zimage_core.errors import NotReady
+from zimage_core.planning.linears import block_linears
+from zimage_core.planning.training import LoraGroup, TrainingPlan
 
 CONFIG = TransformerConfig.from_values(
     {
@@ -147,3 +156,55 @@ def test_a_compiler_that_fails_costs_no_picture(model: ZImageTransformer) -> Non
 def test_a_cpu_compiles_only_where_it_is_asked_to(model: ZImageTransformer) -> None:
     assert not compile_blocks(model, "auto", "sdpa").is_compiled
     assert not compile_blocks(model, "off", "sdpa").is_compiled
+
+
+LEARNT = TrainingPlan(
+    seed=3,
+    step_count=4,
+    lora=(LoraGroup("layers", 0, CONFIG.n_layers, tuple(block_linears(CONFIG)), 4, 4.0),),
+    samples_at_once=2,
+    compiled=True,
+)
+
+
+def _learn(
+    model: ZImageTransformer, plan: TrainingPlan, first: int, state: dict[str, Tensor]
+) -> tuple[list[float], list[dict[str, Tensor]]]:
+    """The losses of steps from one on, and the states behind them."""
+    training = Training(model, "sdpa", plan, state, first)
+    if plan.compiled:
+        training.try_out()
+    torch._dynamo.utils.counters.clear()
+    losses, states = [], []
+    for step in range(first, plan.step_count):
+        batch = drawn_batch(CONFIG.cap_feat_dim, [(8, 12), (16, 16), (10, 8)], [31, 70, 1], step)
+        training.learn(batch[:2], 0)
+        training.learn(batch[2:], 2)
+        losses.append(training.take_step().loss)
+        states.append({name: one.clone() for name, one in training.state().items()})
+    assert not torch._dynamo.utils.counters["stats"]  # all code was made before
+    return losses, states
+
+
+@needs_compiler
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_learn_the_same_and_go_on_bit_for_bit(model: ZImageTransformer) -> None:
+    expected, _ = _learn(model, replace(LEARNT, compiled=False), 0, {})
+    losses, states = _learn(model, LEARNT, 0, {})
+    assert losses == pytest.approx(expected, rel=1e-5)
+    again, other = _learn(model, LEARNT, 2, states[1])
+    assert again == losses[2:]
+    assert all(torch.equal(one, other[-1][name]) for name, one in states[-1].items())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_training_that_cannot_be_compiled_is_refused_by_name(model: ZImageTransformer) -> None:
+    trainings = Trainings(model, "sdpa", lambda *_told: None, Diary(), Means())
+    asked = messages.OpenTraining("job/1", replace(LEARNT), (), None)
+    broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with (
+        torch._inductor.config.patch(broken),
+        pytest.raises(NotReady, match="cannot train with compiled blocks: "),
+    ):
+        list(trainings.turn_to(asked, lambda _told: None))

@@ -123,6 +123,8 @@ class TrainingPlan:
     is decided."""
     recompute_interval: int = 1
     """In every so-manieth block."""
+    compiled: bool = False
+    """Whether blocks run as compiled code: other last bits."""
     average_decay: float = 0.0
     """Of the moving average of the weights, which is what is used then; 0 for none."""
     beside: Named | None = None

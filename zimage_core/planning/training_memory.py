@@ -89,7 +89,7 @@ def training_bytes(
     in_model, element_bytes = dit_parameter_count(shape), base.element_bytes
     count = in_model if plan.full else parameter_count(targets(plan.lora, shape))
     is_narrower = element_bytes < _LEARNT_BYTES
-    copies = count * element_bytes if is_narrower and not plan.full else 0
+    copies = 0 if plan.full else count * element_bytes
     is_apart = is_narrower or not plan.full
     of_each = _LEARNT_BYTES * (is_apart + (plan.average_decay > 0))
     gradients = _GRADIENT_BYTES * count
@@ -113,7 +113,8 @@ def fitting(
 ) -> TrainingPlan | None:
     """The fastest way to compute such batches in so many bytes, as far as the plan leaves it open;
     None where there is no way."""
-    ways = (plan.recompute,) if plan.recompute else WAYS[: None if base.is_apart else -1]
+    open_ways = WAYS[plan.compiled : None if base.is_apart else -1]
+    ways = (plan.recompute,) if plan.recompute else open_ways
     counts = (plan.samples_at_once,) if plan.samples_at_once else range(len(batch), 0, -1)
     for recompute in ways:
         for at_once in counts:

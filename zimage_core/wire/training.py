@@ -67,8 +67,9 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
         optimizer=optimizer,
         learning_rate=_learning_rate(given.within("learning_rate"), optimizer),
         samples_at_once=_at_once(given),
-        recompute=name_of(message.recompute, RECOMPUTES),
+        recompute=_recompute(message),
         recompute_interval=_interval(given),
+        compiled=message.compiled,
         average_decay=given.number("average_decay", 0.0, _BELOW_1),
         beside=file,
         beside_scale=beside.number("scale", 1.0, _ANY),
@@ -104,6 +105,7 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
         samples_at_once=decided.samples_at_once or None,
         recompute=RECOMPUTES.get(decided.recompute, _Plan.RECOMPUTE_UNSPECIFIED),
         recompute_interval=decided.recompute_interval,
+        compiled=decided.compiled,
         average_decay=decided.average_decay,
         save=training_pb2.SavePlan(dtype=SAVE_DTYPES[decided.save_dtype]),
     )
@@ -112,6 +114,12 @@ def message(decided: TrainingPlan) -> training_pb2.TrainingPlan:
 def _at_once(given: "_Section") -> int:
     is_given = given.message.HasField("samples_at_once")
     return given.count("samples_at_once", None, 1, _MOST_AT_ONCE) if is_given else 0
+
+
+def _recompute(message: training_pb2.TrainingPlan) -> str:
+    """Compiled code computes what costs little again by itself."""
+    name = name_of(message.recompute, RECOMPUTES)
+    return "elementwise" if message.compiled and name == "nothing" else name
 
 
 def _interval(given: "_Section") -> int:

@@ -229,6 +229,7 @@ class TrainingPlan(_message.Message):
     SAMPLES_AT_ONCE_FIELD_NUMBER: _builtins.int
     RECOMPUTE_FIELD_NUMBER: _builtins.int
     RECOMPUTE_INTERVAL_FIELD_NUMBER: _builtins.int
+    COMPILED_FIELD_NUMBER: _builtins.int
     AVERAGE_DECAY_FIELD_NUMBER: _builtins.int
     SAVE_FIELD_NUMBER: _builtins.int
     BESIDE_FIELD_NUMBER: _builtins.int
@@ -243,6 +244,10 @@ class TrainingPlan(_message.Message):
     """What is computed again."""
     recompute_interval: _builtins.int
     """In every so-manieth block, 1 to 64; the others keep all. Unset means 1."""
+    compiled: _builtins.bool
+    """Runs blocks as compiled code, which is made when the training is opened and computes other last bits. A service that
+    cannot make it refuses. Such code computes again what costs little: recompute nothing becomes elementwise.
+    """
     average_decay: _builtins.float
     """Keeps a moving average of the weights with this decay, below 1, which is what checkpoints hold then. Unset or 0: none."""
     full: _builtins.bool
@@ -283,6 +288,7 @@ class TrainingPlan(_message.Message):
         samples_at_once: _builtins.int | None = ...,
         recompute: Global___TrainingPlan.Recompute.ValueType = ...,
         recompute_interval: _builtins.int | None = ...,
+        compiled: _builtins.bool = ...,
         average_decay: _builtins.float | None = ...,
         save: Global___SavePlan | None = ...,
         beside: Global___TrainingAdapter | None = ...,
@@ -290,7 +296,7 @@ class TrainingPlan(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_recompute_interval", b"_recompute_interval", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute_interval", b"recompute_interval", "samples_at_once", b"samples_at_once", "save", b"save"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_recompute_interval", b"_recompute_interval", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "full", b"full", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "recompute_interval", b"recompute_interval", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay", "_recompute_interval", b"_recompute_interval", "_samples_at_once", b"_samples_at_once", "average_decay", b"average_decay", "beside", b"beside", "compiled", b"compiled", "full", b"full", "learning_rate", b"learning_rate", "lora", b"lora", "noise", b"noise", "optimizer", b"optimizer", "recompute", b"recompute", "recompute_interval", b"recompute_interval", "samples_at_once", b"samples_at_once", "save", b"save", "seed", b"seed", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__average_decay: _TypeAlias = _typing.Literal["average_decay"]  # noqa: Y015
     _WhichOneofArgType__average_decay: _TypeAlias = _typing.Literal["_average_decay", b"_average_decay"]  # noqa: Y015
