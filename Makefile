@@ -91,8 +91,8 @@ bench-engine: ## C8: eight clients against a plain gRPC server around diffusers'
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.sharing
 
-bench-gpu: ## G1 to G5 on the GPU that is here, in parts of less than eight minutes; SMALL=1 runs them on anything
-	for part in forward weights picture prompt throughput; do \
+bench-gpu: ## G1 to G8 on the GPU that is here, in parts of less than eight minutes; SMALL=1 runs them on anything
+	for part in forward weights picture prompt throughput training; do \
 	  $(BIN)/python -m bench.gpu $$part $(if $(SMALL),--small,--write) || exit 1; done
 
 gpu-status: ## what changed of a GPU's code since its figures were taken

@@ -1,6 +1,6 @@
-"""The engine on one GPU: G1 to G5, at full size with random weights, which are as fast as trained.
+"""The engine on one GPU: G1 to G8, at full size with random weights, which are as fast as trained.
 
-    python -m bench.gpu forward|weights|picture|prompt|throughput [--small] [--write]
+    python -m bench.gpu forward|weights|picture|prompt|throughput|training [--small] [--write]
 
 Each part takes less than eight minutes. It wants torch, diffusers, pydantic and platformdirs,
 `prompt` transformers and tokenizers, too, and no gRPC: pictures come of the engine, from an
@@ -36,13 +36,28 @@ from dit_service.model.config import TransformerConfig
 from dit_service.model.narrow import FORMS, obstacle
 from dit_service.model.transformer import Sample, ZImageTransformer
 from dit_service.model.vae import Vae
+from dit_service.training.training import Example, Training
 from zimage_core.pictures import files
 from zimage_core.planning import schedule
 from zimage_core.planning.flops import dit_step_flops
+from zimage_core.planning.limits import padded
+from zimage_core.planning.linears import block_linears
 from zimage_core.planning.memory import FULL, turn_count, turning_blocks, weight_bytes
+from zimage_core.planning.training import LoraGroup, TrainingPlan
+from zimage_core.planning.training_memory import (
+    BLOCKS,
+    ELEMENTWISE,
+    NOTHING,
+    OFFLOADED,
+    Base,
+    Rows,
+    forwards,
+    largest,
+)
 from zimage_core.tensors import TensorData
 
 TOKENS, STEPS, SHIFT = 128, 8, 3.0
+RANK = 32
 FLOOR_FLOPS = 790e12
 """Of bfloat16 matmuls, as measured on an H200."""
 _FULL = {
@@ -359,6 +374,73 @@ def throughput(bench: Bench) -> Iterator[dict[str, Any]]:
             }
 
 
+def training(bench: Bench) -> Iterator[dict[str, Any]]:
+    """G6 to G8, and the other ways to compute the same steps."""
+    with torch.inference_mode(mode=False):
+        yield from [row for case in _TRAININGS for row in _training(bench, *case)]
+
+
+_TRAININGS = (
+    ("G6", 0, 1, BLOCKS),
+    ("G7", 0, 4, BLOCKS),
+    ("G8", 1, 1, NOTHING),
+    ("", 0, 1, NOTHING),
+    ("", 0, 1, ELEMENTWISE),
+    ("", 0, 1, OFFLOADED),
+    ("", 0, 4, ELEMENTWISE),
+)
+"""What is asked for, whether of the large side or the small one, how many samples, what is computed
+again."""
+
+
+def _training(
+    bench: Bench, asked: str, which_side: int, count: int, recompute: str
+) -> Iterator[dict[str, Any]]:
+    """Steps of a LoRA of rank 32, as they are and compiled."""
+    side_px, config, model = bench.sides_px[which_side], bench.config, bench.transformer()
+    attention = choose("auto", bench.place, config.n_heads)
+    tokens = (side_px // 16) ** 2
+    lora = LoraGroup("layers", 0, config.n_layers, tuple(block_linears(config)), RANK, RANK)
+    for compiled in (False, True):
+        plan = TrainingPlan(
+            0, 100, (lora,), samples_at_once=count, recompute=recompute, compiled=compiled
+        )
+        course = Training(model, attention.backend, plan)
+        if compiled:
+            course.try_out()
+        examples = [
+            Example(
+                torch.randn(16, side_px // 8, side_px // 8, device=bench.device),
+                torch.randn(TOKENS, config.cap_feat_dim, device=bench.device, dtype=bench.dtype),
+                1 / count,
+            )
+            for _ in range(count)
+        ]
+
+        def step(course: Training = course, examples: list[Example] = examples) -> None:
+            course.learn(examples, 0)
+            course.take_step()
+
+        _peak_gb(bench)
+        timings = compare(7, step=step)
+        rows = [Rows(padded(tokens), padded(TOKENS))] * count
+        base = Base(bench.dtype.itemsize, is_apart=bench.device.type == "cuda")
+        flops = forwards(plan) * dit_step_flops(config, [(tokens, TOKENS)] * count)
+        yield {
+            "asked": asked,
+            "side_px": side_px,
+            "batch": count,
+            "recompute": recompute,
+            "compiled": compiled,
+            "attention": attention.backend,
+            "step_seconds": round(timings.median("step"), 4),
+            "floor_seconds": round(flops / FLOOR_FLOPS, 4),
+            "peak_gb": _peak_gb(bench),
+            "planned_gb": round(largest(config, plan, rows, base).all / 1e9, 2),
+        }
+        course.close()
+
+
 def _peak_gb(bench: Bench) -> float | None:
     if bench.device.type != "cuda":
         return None
@@ -373,6 +455,7 @@ PARTS = {
     "picture": picture,
     "prompt": prompt,
     "throughput": throughput,
+    "training": training,
 }
 
 

@@ -230,8 +230,12 @@ class Feeding:
 
     async def _decide(self, plan: training_pb2.TrainingPlan) -> None:
         """What was left open until the service decided it stays so, whatever a later one would."""
-        if plan != self._spec.training:
+        is_open = self._spec.batch_size == 0
+        if plan != self._spec.training or is_open:
             self._spec.training.CopyFrom(plan)
+            if is_open:
+                self._spec.batch_size = plan.samples_at_once
+                self.preparing.hear_batch_size()
             spec = self._spec.SerializeToString(deterministic=True)
             await self._desk.aside(lambda: self._desk.jobs.decide(self._job.id, spec))
 

@@ -13,6 +13,7 @@ from zimage_client import AsyncClient, DitDescription, EncoderDescription, train
 from zimage_core.errors import InvalidRequest, ZImageError
 from zimage_core.formats.dataset_file import Example
 from zimage_core.planning.curriculum import Curriculum, Habits, Look, held_out, size_px
+from zimage_core.planning.training_memory import MOST_AT_ONCE
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
 
@@ -65,9 +66,8 @@ class Preparing:
         self._job = job
         self._spec = spec
         self._listener = listener
-        seed = spec.training.seed
-        learnt, held = held_out(examples, seed, spec.validation.share)
-        self._curriculum = Curriculum(learnt, seed, _habits(spec))
+        self._learnt, held = held_out(examples, spec.training.seed, spec.validation.share)
+        self._curriculum = self._ordered()
         self.held = [Look(one, one.caption, spec.sides_px[0], False) for one in held]
         """What is looked at and not learnt."""
         self.caching: Caching | None = None
@@ -81,6 +81,13 @@ class Preparing:
     def begin(self, services: Services) -> None:
         """With those that there are."""
         self._services = services
+
+    def hear_batch_size(self) -> None:
+        """The spec says it by now."""
+        self._curriculum = self._ordered()
+
+    def _ordered(self) -> Curriculum:
+        return Curriculum(self._learnt, self._spec.training.seed, _habits(self._spec))
 
     async def check_held(self) -> None:
         """What cannot be looked at is to be known before anything is learnt."""
@@ -194,14 +201,14 @@ class Preparing:
         multiple, longest = limits.side_multiple_px, limits.max_token_count
         sizes = {
             size_px(one.width_px, one.height_px, side, multiple)
-            for one in self._curriculum.examples
+            for one in self._learnt
             for side in self._spec.sides_px
         }
         image = max(width * height for width, height in sizes) // multiple**2
-        said = max(len(one.caption.encode()) for one in self._curriculum.examples)
+        said = max(len(one.caption.encode()) for one in self._learnt)
         caption = min(longest, _TEMPLATE_TOKENS + said // _LEAST_BYTES_OF_A_TOKEN)
         one = training_pb2.SampleSize(image_tokens=image, caption_tokens=caption)
-        return [one] * self._spec.batch_size
+        return [one] * (self._spec.batch_size or MOST_AT_ONCE)
 
     async def _is_back(self) -> None:
         """Whoever was waited for is there again."""

@@ -24,6 +24,8 @@ _MOST_STEPS = 2**31 - 1
 
 _DATA, _EPOCHS, _BESIDE = "data", "epochs", "training_adapter"
 """What a file says beside the fields of the spec."""
+_BATCH_SIZE, _AUTO = "batch_size", "auto"
+"""What is 0 on the wire."""
 _EACH = "[]"
 
 
@@ -146,7 +148,8 @@ def spec(
         if value is not None:
             values = _with(values, path.split("."), value)
     made = trainer_pb2.TrainJobSpec()
-    plain.fill(made, values)
+    is_open = values.get(_BATCH_SIZE) == _AUTO
+    plain.fill(made, {**values, _BATCH_SIZE: 0} if is_open else values)
     is_given = "step_count" in values.get("training", {})
     if job.epochs is not None:
         if is_given:
@@ -154,7 +157,8 @@ def spec(
             raise InvalidRequest.given(_EPOCHS, "beside training.step_count", allowed, "FIELD")
         batch_size = made.batch_size if made.HasField("batch_size") else 1
         if batch_size < 1:
-            raise InvalidRequest.given("batch_size", batch_size, "1 or more", "FIELD")
+            given, allowed = values["batch_size"], "1 or more with epochs"
+            raise InvalidRequest.given("batch_size", given, allowed, "FIELD")
         learnt, _ = held_out(examples, made.training.seed, made.validation.share)
         made.training.step_count = min(
             math.ceil(epoch_length(learnt) * job.epochs / batch_size), _MOST_STEPS

@@ -141,17 +141,19 @@ def test_the_fastest_way_that_fits_is_found() -> None:
     batch = [Rows(4096, 128)] * 4
     found = {
         gib: fitting(CONFIG, plan, batch, Base(2), gib * 2**30)
-        for gib in (140, 80, 40, 25, 24, 16, 15, 13.5, 12)
+        for gib in (140, 80, 40, 24, 16, 15, 13.5, 12)
     }
     ways = {gib: one and (one.recompute, one.samples_at_once) for gib, one in found.items()}
     assert ways == {
         140: (NOTHING, 4),
         80: (NOTHING, 2),
         40: (NOTHING, 1),
-        25: (ELEMENTWISE, 1),
         24: (BLOCKS, 4),
         16: (BLOCKS, 1),
         15: (BLOCKS, 1),
         13.5: (OFFLOADED, 1),
         12: None,
     }
+    compiled = fitting(CONFIG, replace(plan, compiled=True), batch, Base(2), 70 * 2**30)
+    assert compiled
+    assert (compiled.recompute, compiled.samples_at_once) == (ELEMENTWISE, 4)

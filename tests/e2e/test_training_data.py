@@ -26,7 +26,7 @@ from tests.e2e.trainer import (
     training_with,
     wait,
 )
-from zimage_client import Client
+from zimage_client import Client, Trainer
 from zimage_client.cli.main import main as command
 from zimage_rpc.dit.v1 import training_pb2
 
@@ -287,6 +287,20 @@ def test_a_mask_is_learnt_through(
     whole, _ = learnt([*plain, *services.at], capsys)
     masked, _ = learnt([*plain, *masks, *services.at], capsys)
     assert all(one != other for one, other in zip(whole, masked, strict=True))
+
+
+def test_a_batch_can_be_as_large_as_there_is_room_for(
+    services: Services, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = "--images", str(job.parent / "new"), "--side", "64", "--name", "roomy", "--replace"
+    asked = ["train", *images, "--batch-size", "auto", "--json", *services.at]
+    assert command([*asked, "--steps", "1", "--captions", "all-first"]) == 3
+    assert "spec.batch_size: 0 given" in capsys.readouterr().out
+    losses, done = learnt([*asked, "--steps", "1"], capsys)
+    assert len(losses) == 1
+    with Trainer(services.trainer.address) as trainer:
+        spec = trainer.get(str(done["id"])).spec
+    assert spec.batch_size == spec.training.samples_at_once == 64  # of so small pictures
 
 
 def test_what_gets_no_better_ends_early_and_is_told(

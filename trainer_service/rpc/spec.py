@@ -39,7 +39,9 @@ async def decided(
     spec = trainer_pb2.TrainJobSpec()
     spec.CopyFrom(asked)
     check_name(spec.name, "spec.name")
-    spec.batch_size = _count(spec, "batch_size", 1, _LARGEST_BATCH)
+    is_open = spec.HasField("batch_size") and spec.batch_size == 0
+    if not is_open:
+        spec.batch_size = _count(spec, "batch_size", 1, _LARGEST_BATCH)
     spec.checkpoint_interval_steps = _count(
         spec, "checkpoint_interval_steps", _USUAL_INTERVAL, 1 << 30
     )
@@ -50,6 +52,9 @@ async def decided(
         spec.samples.many_step_count = _MANY_STEPS if can_drift else 0
     spec.captions = spec.captions or trainer_pb2.TrainJobSpec.CAPTIONS_STREAM
     is_encoded_first = spec.only_caches or spec.captions == spec.CAPTIONS_ALL_FIRST
+    if is_open and (is_encoded_first or spec.training.HasField("samples_at_once")):
+        allowed = "1 to 256 with everything encoded first, or with training.samples_at_once"
+        raise InvalidRequest.given("spec.batch_size", "0", allowed, "TRAINING_PLAN")
     most_steps = _MOST_ENCODED_FIRST // spec.batch_size if is_encoded_first else _MOST_STEPS
     for name, is_allowed, allowed in (
         ("caption_dropout", 0 <= spec.caption_dropout <= 1, "0 to 1"),

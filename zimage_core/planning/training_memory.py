@@ -14,7 +14,11 @@ from zimage_core.planning.training import TrainingPlan, parameter_count, targets
 
 NOTHING, ELEMENTWISE, BLOCKS, OFFLOADED = "nothing", "elementwise", "blocks", "offloaded"
 """What is computed again: nothing, all but products of matrices and attention, or all of a block,
-whose input may wait in the host's memory. The fastest first."""
+whose input may wait in the host's memory. Which products are to be kept is found out operation by
+operation, which takes the host some milliseconds a block; compiled code knows."""
+
+MOST_AT_ONCE = 64
+"""Samples of a batch whose size is left open."""
 
 _LEARNT_BYTES, _GRADIENT_BYTES = 4, 4
 """Of a number that is learnt, in float32."""
@@ -113,8 +117,7 @@ def fitting(
 ) -> TrainingPlan | None:
     """The fastest way to compute such batches in so many bytes, as far as the plan leaves it open;
     None where there is no way."""
-    open_ways = WAYS[plan.compiled : None if base.is_apart else -1]
-    ways = (plan.recompute,) if plan.recompute else open_ways
+    ways = (plan.recompute,) if plan.recompute else _open_ways(plan, base)
     counts = (plan.samples_at_once,) if plan.samples_at_once else range(len(batch), 0, -1)
     for recompute in ways:
         for at_once in counts:
@@ -123,6 +126,20 @@ def fitting(
             if most.all <= room_bytes:
                 return tried
     return None
+
+
+def _open_ways(plan: TrainingPlan, base: Base) -> list[str]:
+    """The fastest first."""
+    cheapest = ELEMENTWISE if plan.compiled else NOTHING
+    return [cheapest, BLOCKS, *([OFFLOADED] if base.is_apart else [])]
+
+
+def best_batch(
+    shape: DitShape, plan: TrainingPlan, sample: Rows, base: Base, room_bytes: float
+) -> TrainingPlan | None:
+    """The plan with as many such samples at once as the fastest way has room for: so many are a
+    batch that costs no more for each than one. None where not even one fits."""
+    return fitting(shape, plan, [sample] * MOST_AT_ONCE, base, room_bytes)
 
 
 def careful(plan: TrainingPlan) -> TrainingPlan:

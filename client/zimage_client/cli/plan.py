@@ -16,6 +16,7 @@ from zimage_core.planning.training_memory import (
     Base,
     Rows,
     TrainingBytes,
+    best_batch,
     fitting,
     forwards,
     largest,
@@ -84,6 +85,10 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             tried = replace(plan, recompute=recompute, samples_at_once=at_once)
             taken = largest(DIT_SHAPE, tried, batch, _base(args))
             _tell(count, tried, taken, room, args, terminal, is_best=tried == best)
+    largest_one = best_batch(DIT_SHAPE, plan, sample, _base(args), room)
+    if largest_one and not args.json:
+        way = f"recompute {largest_one.recompute}"
+        terminal.result(f"batch auto: {largest_one.samples_at_once}, {way}")
     return None if is_any else _NOT_FITTING
 
 

@@ -129,7 +129,12 @@ def add_job_flags(parser: ArgumentParser) -> None:
     how.add_argument("--rank", type=int, metavar="N", help="default: 16")
     how.add_argument("--steps", type=int, metavar="N", help=f"default: {_job_file.USUAL_STEPS}")
     how.add_argument("--epochs", type=int, metavar="N", help="in the place of --steps")
-    how.add_argument("--batch-size", type=int, metavar="N", help="default: 1")
+    how.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        metavar="N",
+        help="default: 1; auto: as many as the DiT service has room for at once",
+    )
     how.add_argument("--learning-rate", type=float, metavar="RATE", help="default: 1e-4")
     how.add_argument("--seed", type=int, metavar="N", help="default: 0")
     how.add_argument(
@@ -161,6 +166,10 @@ def add_job_flags(parser: ArgumentParser) -> None:
         help="rest behind a checkpoint when the battery of the machine that learns is below N %%",
     )
     how.add_argument("--keep", type=int, metavar="N", help="the last N checkpoints; default: all")
+
+
+def _batch_size(said: str) -> int | str:
+    return said if said == "auto" else int(said)
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int | None:

@@ -196,13 +196,15 @@ class TrainingPlan(_message.Message):
     class _RecomputeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TrainingPlan._Recompute.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         RECOMPUTE_UNSPECIFIED: TrainingPlan._Recompute.ValueType  # 0
-        """Not given: the first that there is room for of nothing, elementwise, blocks and offloaded."""
+        """Not given: the first that there is room for of nothing, or elementwise for compiled blocks, blocks and offloaded."""
         RECOMPUTE_NOTHING: TrainingPlan._Recompute.ValueType  # 1
         """Nothing: the fastest, and the most memory."""
         RECOMPUTE_BLOCKS: TrainingPlan._Recompute.ValueType  # 2
         """All that is inside of blocks."""
         RECOMPUTE_ELEMENTWISE: TrainingPlan._Recompute.ValueType  # 3
-        """All that is inside of blocks but products of matrices and attention: next to no time, about half of the memory."""
+        """All that is inside of blocks but products of matrices and attention: little arithmetic, under half of the memory; a
+        few milliseconds of the host's time a block, and none where blocks are compiled.
+        """
         RECOMPUTE_OFFLOADED: TrainingPlan._Recompute.ValueType  # 4
         """All that is inside of blocks; what goes into them waits in the host's memory."""
 
@@ -210,13 +212,15 @@ class TrainingPlan(_message.Message):
         """What is computed again for the gradient rather than kept for it."""
 
     RECOMPUTE_UNSPECIFIED: TrainingPlan.Recompute.ValueType  # 0
-    """Not given: the first that there is room for of nothing, elementwise, blocks and offloaded."""
+    """Not given: the first that there is room for of nothing, or elementwise for compiled blocks, blocks and offloaded."""
     RECOMPUTE_NOTHING: TrainingPlan.Recompute.ValueType  # 1
     """Nothing: the fastest, and the most memory."""
     RECOMPUTE_BLOCKS: TrainingPlan.Recompute.ValueType  # 2
     """All that is inside of blocks."""
     RECOMPUTE_ELEMENTWISE: TrainingPlan.Recompute.ValueType  # 3
-    """All that is inside of blocks but products of matrices and attention: next to no time, about half of the memory."""
+    """All that is inside of blocks but products of matrices and attention: little arithmetic, under half of the memory; a
+    few milliseconds of the host's time a block, and none where blocks are compiled.
+    """
     RECOMPUTE_OFFLOADED: TrainingPlan.Recompute.ValueType  # 4
     """All that is inside of blocks; what goes into them waits in the host's memory."""
 

@@ -122,7 +122,9 @@ class TrainJobSpec(_message.Message):
     and '-'. What full training learns is no adapter: there it is the job's name alone.
     """
     batch_size: _builtins.int
-    """How many samples a step learns from, 1 to 256. Unset means 1."""
+    """How many samples a step learns from, 1 to 256. Unset means 1; 0 as many, 64 at most, as the DiT service has room for
+    at once in the fastest way, decided when the job begins.
+    """
     caption_dropout: _builtins.float
     """How often captions are left out, 0 to 1. Unset means 0."""
     checkpoint_interval_steps: _builtins.int
