@@ -4,7 +4,6 @@ gRPC tells of a connection that fails only that it failed; so the links below it
 """
 
 import asyncio
-import os
 import socket
 import ssl
 import statistics
@@ -14,13 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from zimage_client._channel import Place
 from zimage_client._client import AsyncClient
 from zimage_client._description import DitDescription, EncoderDescription
+from zimage_client._placing import speed
 from zimage_core.drift import least_cosine
 from zimage_core.errors import (
     Forbidden,
@@ -34,10 +32,6 @@ from zimage_core.tls import Tls
 _CONNECT_SECONDS = 3.0
 _ROUND_TRIPS = 9
 _SOON_DAYS = 14
-_SAMPLE_BYTES = (1 << 20, 16 << 20)
-_SAMPLE_SECONDS = 60.0
-_LONG_ENOUGH_SECONDS = 0.5
-"""A sample that takes so long needs no larger one after it."""
 _LONG_EMBEDDING_BYTES = 512 * 2560 * 2
 """Of the real model, in bfloat16."""
 _PROBE = "a red circle on a blue background, and beside it a small green square under a yellow star"
@@ -134,25 +128,13 @@ async def chain(client: AsyncClient) -> AsyncIterator[Finding]:
 
 
 async def bandwidth(client: AsyncClient) -> Finding:
-    """How fast files go to the DiT service and back. What is sent stays there as a blob, until the
-    service sweeps what nobody uses."""
-    with TemporaryDirectory(prefix="zimage-") as folder:
-        there, back = Path(folder, "there"), Path(folder, "back")
-        for size in _SAMPLE_BYTES:
-            await asyncio.to_thread(there.write_bytes, os.urandom(size))
-            began = time.monotonic()
-            try:
-                sha256 = await client.put_blob(there, timeout=_SAMPLE_SECONDS)
-                sent = time.monotonic()
-                await client.get_blob(sha256, back, timeout=_SAMPLE_SECONDS)
-            except ZImageError as error:
-                return Finding("bandwidth", "note", f"not measured: {error.message}")
-            took = time.monotonic() - began
-            up, down = (size / seconds / 1e6 for seconds in (sent - began, began + took - sent))
-            if took > _LONG_ENOUGH_SECONDS:
-                break
-    embedding_seconds = _LONG_EMBEDDING_BYTES / 1e6 / up
-    said = f"{up:.1f} MB/s there, {down:.1f} MB/s back"
+    """How fast files go to the DiT service and back."""
+    try:
+        found = await speed(client)
+    except ZImageError as error:
+        return Finding("bandwidth", "note", f"not measured: {error.message}")
+    embedding_seconds = _LONG_EMBEDDING_BYTES / found.there
+    said = f"{found.there / 1e6:.1f} MB/s there, {found.back / 1e6:.1f} MB/s back"
     if embedding_seconds < 1:
         return Finding("bandwidth", "ok", said)
     advice = (

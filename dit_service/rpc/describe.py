@@ -67,7 +67,7 @@ def numeric_plan(model: messages.Model) -> types_pb2.NumericPlan:
         thread_count=model.thread_count,
         compiled=model.is_compiled,
         vae_tile_px=model.vae_tile_px,
-        weights=model.weights,
+        weights=model.weights + ", as learnt until then" * model.is_learnt,
         fused_adapter=model.fused_adapter,
         fused_adapter_scale=model.fused_adapter_scale,
         library_versions=model.library_versions,

@@ -382,6 +382,20 @@ def test_doctor_tells_an_encoder_of_another_model(
     assert "the DiT service takes" in wrong["said"]
 
 
+def test_what_best_goes_where_is_measured(
+    dit: Service, encoder: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    between = ["--server", dit.address, "--encoder", encoder.address]
+    assert command(["plan", "--here", "--json", *between]) == 0
+    told = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    measured, advised = told[:2], told[2:]
+    assert [one["address"] for one in measured] == [encoder.address, dit.address]
+    seconds = [one[name] for one in measured for name in one if name.endswith("_seconds")]
+    assert len(seconds) == 4
+    assert all(0 < one < 60 for one in seconds)
+    assert [one["part"] for one in advised] == ["DiT", "VAE", "encoder", "trainer"]
+
+
 def test_what_is_not_done_by_the_end_of_grace_is_cut(model_folder: Path, encoder: Service) -> None:
     flags = "--model", str(model_folder), "--encoder", encoder.address
     with running("dit_service", *flags, "--grace-seconds", "0.5") as dit:

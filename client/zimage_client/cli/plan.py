@@ -1,9 +1,11 @@
-"""`zimage-client plan`: what a training takes of a card's memory, by arithmetic."""
+"""`zimage-client plan`: what a training takes of a card's memory, by arithmetic; or where what best
+goes."""
 
 import json
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 
+from zimage_client.cli import here
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.errors import InvalidRequest
@@ -40,6 +42,11 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--vram", type=float, metavar="GIB", help="memory of the card, as it is sold"
     )
+    parser.add_argument(
+        "--here",
+        action="store_true",
+        help="instead: measure the services and the links to them, and say what best goes where",
+    )
     parser.add_argument("--side", type=int, default=1024, metavar="PX", help="default: 1024")
     parser.add_argument("--rank", type=int, default=16, metavar="N", help="default: 16")
     parser.add_argument("--full", action="store_true", help="of learning the transformer itself")
@@ -59,7 +66,10 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int | None:
-    """Arithmetic alone; needs no service and no card."""
+    """Arithmetic alone, which needs no service and no card; or a look at the services."""
+    if args.here:
+        await here.run(args, settings, terminal)
+        return None
     if args.vram is None or not 0 < args.vram < _MOST_GIB:
         raise wrong("--vram", "give the card's memory in GiB, such as --vram 24")
     plan, sample = _plan(args), _sample(args.side, args.tokens)
