@@ -84,6 +84,7 @@ bench-dit: ## C5, C6, C7, C9: a forward against diffusers and the bare matmuls; 
 
 bench-train: ## a training step against diffusers with peft in a plain loop; C10, C11
 	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.training --ways
 	$(BIN)/python -m bench.training_memory
 	$(BIN)/python -m bench.training_claims
 

@@ -1,9 +1,9 @@
 """Training: what a step costs against a plain loop over diffusers' module with peft, in seconds and
 memory; how long the device waits for data (C10); how soon the first step begins (C11).
 
-    python -m bench.training [--write]
+    python -m bench.training [--ways] [--write]
 
-The first part runs in a process of its own for each case, whose peak memory is its own; the second
+With --ways, how blocks may be computed instead, at a batch of four. The first part runs in a process of its own for each case, whose peak memory is its own; the second
 goes through all three services.
 """
 
@@ -33,6 +33,15 @@ from zimage_core.errors import ZImageError
 BATCHES = (1, 2, 4, 8)
 WAYS = ("diffusers", "one_by_one", "packed", "packed_blocks")
 """The plain loop; ours, one sample at a time; all at once; the same, blocks computed again."""
+_COMPUTED = {
+    "one_by_one": ("blocks", False),
+    "packed": ("nothing", False),
+    "packed_elementwise": ("elementwise", False),
+    "packed_blocks": ("blocks", False),
+    "packed_compiled": ("elementwise", True),
+    "packed_blocks_compiled": ("blocks", True),
+}
+"""What is computed again, and whether blocks are compiled."""
 LINEARS = (
     *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
     *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
@@ -103,13 +112,17 @@ def _ours(folder: Path, way: str, batch: int) -> Callable[[], object]:
     from zimage_core.planning.training import LoraGroup, TrainingPlan
 
     model = load_transformer(folder, torch.device("cpu"), torch.float32).requires_grad_(False)
+    recompute, compiled = _COMPUTED[way]
     plan = TrainingPlan(
         seed=0,
         step_count=1000,
         lora=(LoraGroup("layers", 0, model.config.n_layers, LINEARS, RANK, RANK),),
-        recompute="nothing" if way == "packed" else "blocks",
+        recompute=recompute,
+        compiled=compiled,
     )
     training = Training(model, "sdpa", plan)
+    if compiled:
+        training.try_out()
     examples = [
         Example(
             torch.randn(16, SIDE, SIDE), torch.randn(length, model.config.cap_feat_dim), 1 / batch
@@ -143,26 +156,28 @@ def _peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def compare(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """All ways in turn, round by round; medians of seconds and of their ratios."""
+def compare(
+    folder: Path, rounds: int, batches: Sequence[int] = BATCHES, ways: Sequence[str] = WAYS
+) -> list[dict[str, Any]]:
+    """All ways in turn, round by round; medians of seconds and of their ratios to the first."""
     from demo_model.random_model import Shape, build
 
     build(folder, Shape(transformer=SIZES))
     rows = []
-    for batch in BATCHES:
-        runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for batch in batches:
+        runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for _ in range(rounds):
-            for way in WAYS:
+            for way in ways:
                 command = [sys.executable, "-m", "bench.training", "--case"]
                 command += [str(folder), way, str(batch)]
                 runs[way].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
         row: dict[str, Any] = {"batch": batch}
         for way, told in runs.items():
-            pairs = zip(runs["diffusers"], told, strict=True)
+            pairs = zip(runs[ways[0]], told, strict=True)
             row[way] = {
                 "seconds": round(statistics.median(one["seconds"] for one in told), 3),
                 "gigabytes": round(statistics.median(one["bytes"] for one in told) / 1e9, 3),
-                "speed_over_diffusers": round(
+                f"speed_over_{ways[0]}": round(
                     statistics.median(peer["seconds"] / one["seconds"] for peer, one in pairs), 2
                 ),
             }
@@ -255,6 +270,7 @@ async def through_services() -> dict[str, Any]:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the figures in bench/results")
+    parser.add_argument("--ways", action="store_true", help="ways to compute blocks alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", nargs=3, metavar=("MODEL", "WAY", "BATCH"))
     arguments = parser.parse_args()
@@ -263,6 +279,13 @@ def main() -> None:
         print(json.dumps(one_case(Path(folder), way, int(batch))))
         return
     results: dict[str, Any] = {"machine": machine("torch", "diffusers", "peft"), "threads": 2}
+    if arguments.ways:
+        with tempfile.TemporaryDirectory() as scratch:
+            ways = [way for way in _COMPUTED if way.startswith("packed")]
+            results["ways"] = compare(Path(scratch), arguments.rounds, [4], ways)
+        if arguments.write:
+            print(write_results("training_ways", results))
+        return
     results["services"] = asyncio.run(through_services())
     print(results["services"], flush=True)
     with tempfile.TemporaryDirectory() as scratch:
