@@ -3,8 +3,9 @@ memory; how long the device waits for data (C10); how soon the first step begins
 
     python -m bench.training [--ways] [--write]
 
-With --ways, how blocks may be computed instead, at a batch of four. The first part runs in a process of its own for each case, whose peak memory is its own; the second
-goes through all three services.
+The first part runs in a process of its own for each case, whose peak memory is its own; the second
+goes through all three services. With --ways, how blocks may be computed instead, at a batch of
+four.
 """
 
 import asyncio

@@ -28,6 +28,8 @@ _WEIGHTS, _AVERAGE, _OPTIMIZER = "weights/", "average/", "optimizer/"
 _SMALL = ([(8, 8, 20)], [(8, 8, 20), (8, 8, 21)], [(8, 8, 20), (16, 12, 40)])
 """Height and width of latents, tokens of a caption: one sample, two alike at once, and two that are
 not."""
+_LOOKED_AT = 1 << 12
+"""Of each weight's gradient: whole models have more than there is room for twice."""
 _LEAST_LIKENESS = 0.99
 """Rounding is another where operations are one; a compiler's fault is no rounding."""
 LEVELS = 4
@@ -207,7 +209,7 @@ class Training:
                 ]
                 self.go_back(noised, examples)
             gradients = [one.grad for one in self.weights.values() if one.grad is not None]
-            return torch.cat([one.flatten() for one in gradients])
+            return torch.cat([one.flatten()[:_LOOKED_AT] for one in gradients])
         finally:
             self._call = usual
             for weight in self.weights.values():

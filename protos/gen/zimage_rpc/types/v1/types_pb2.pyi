@@ -493,7 +493,9 @@ class NumericPlan(_message.Message):
     vae_tile_px: _builtins.int
     """The side of the tiles in which the VAE works on larger pictures, in pixels; 0 for what is usual."""
     weights: _builtins.str
-    """The form of the transformer's large weights: "full", "int8", "fp8" or "fp8_matmul"."""
+    """The form of the transformer's large weights: "full", "int8", "fp8", "fp8_matmul" or "nf4"; of a model that is being
+    learnt, that they were what had been learnt until then.
+    """
     fused_adapter: _builtins.str
     """The SHA-256 of the adapter that is part of the weights; empty for none."""
     fused_adapter_scale: _builtins.float
