@@ -95,6 +95,8 @@ class OpenTraining:
     """A batch that takes as much as any: what the plan leaves open is decided by it."""
     low_memory: bool = False
     """Whether samples are read from disk each time."""
+    batch_is_open: bool = False
+    """Whether batches are as large as there is room for at once, rather than the largest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class TrainingOpened:
     parameter_count: int
     plan: TrainingPlan
     """With everything decided."""
+    batch_size: int
+    """What all devices compute at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,8 @@ class Learnt:
     seconds: float
     waited_seconds: float
     device_bytes: int | None
-    """What the device held at most since the step before; None where it does not tell."""
+    """What the device held at most since the last step of any training, for pictures, too; None
+    where it does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class Feeding:
     async def run(self, epoch: int) -> bool:
         """From the last checkpoint until all is learnt, or rest is due; whether all is. Raises what
         broke it."""
-        if self._is_learnt:
+        if self._is_learnt and not await self._lacks_pictures():
             return True
         encoder = await self._desk.client.describe_encoder()
         if not encoder.ready:
@@ -106,6 +106,9 @@ class Feeding:
         assert dit.model is not None
         self._guidance = dit.model.default_guidance
         self._side_px, _ = size_px(1, 1, self._spec.sides_px[0], dit.limits.side_multiple_px)
+        if self._is_learnt:
+            await self._draw_last()
+            return True
         spec = self._spec
         if spec.only_caches or spec.captions == trainer_pb2.TrainJobSpec.CAPTIONS_ALL_FIRST:
             await self._listener.runs(self._job.id)
@@ -123,6 +126,7 @@ class Feeding:
             session_epoch=epoch,
             plan=self._spec.training,
             low_memory=self._spec.low_memory,
+            batch_is_open=self._spec.batch_size == 0,
         )
         if last:
             opening.state.extend(map(training.digest, last.state))
@@ -139,7 +143,7 @@ class Feeding:
                     if isinstance(event, training.Checkpoint):
                         self._kept_step = event.step
             await self._all_kept()
-            if not self.shall_rest.is_set():
+            if self._is_learnt or not self.shall_rest.is_set():
                 await self._all_drawn()
         except ZImageError:
             with suppress(ZImageError):
@@ -164,9 +168,10 @@ class Feeding:
                 self._desk.places[self._job.id] = self._dit
                 self._begun_step = event.step
                 self._has_begun.set()
-                await self._decide(event.plan)
+                await self._decide(event)
                 await self._listener.runs(self._job.id)
-                await self._draw_what_was_not()
+                if await self._lacks_pictures():
+                    self._drawing.append(asyncio.create_task(self._draw_last()))
             case TrainStep():
                 await self._enter(event)
                 self._look_after_battery(event.battery_percent)
@@ -187,14 +192,19 @@ class Feeding:
                     await self._all_drawn()
                 self._is_shown.set()
 
-    async def _draw_what_was_not(self) -> None:
-        """Pictures of the last checkpoint that a break took."""
-        if not self._job.checkpoints or self._spec.training.full:
-            return
+    async def _lacks_pictures(self) -> bool:
+        """Whether a break took those of the last checkpoint, and they can be drawn now."""
+        if not self._job.checkpoints or not self._spec.samples.prompts or self._spec.training.full:
+            return False
         last = self._job.checkpoints[-1]
-        drawn = await self._desk.aside(lambda: self._desk.jobs.samples(self._job.id, last.step))
-        if self._spec.samples.prompts and not drawn:
-            self._drawing.append(asyncio.create_task(self._show(last)))
+        return not await self._desk.aside(lambda: self._desk.jobs.samples(self._job.id, last.step))
+
+    async def _draw_last(self) -> None:
+        """Without them it goes on, too."""
+        try:
+            await self._draw(self._job.checkpoints[-1])
+        except Exception:  # noqa: BLE001 - whatever it is, what is learnt is worth more
+            _log.exception("job %s: its last checkpoint cannot be drawn with", self._job.id)
 
     def _look_after_battery(self, percent: float | None) -> None:
         least = self._spec.least_battery_percent
@@ -228,14 +238,12 @@ class Feeding:
         """A file of the store; raises NotFound."""
         return Named(sha256, self._desk.blobs.local(sha256).stat().st_size)
 
-    async def _decide(self, plan: training_pb2.TrainingPlan) -> None:
+    async def _decide(self, opened: training.Opened) -> None:
         """What was left open until the service decided it stays so, whatever a later one would."""
-        is_open = self._spec.batch_size == 0
-        if plan != self._spec.training or is_open:
-            self._spec.training.CopyFrom(plan)
-            if is_open:
-                self._spec.batch_size = plan.samples_at_once
-                self.preparing.hear_batch_size()
+        batch_size = self._spec.batch_size or min(opened.batch_size, self.preparing.sample_count)
+        if opened.plan != self._spec.training or batch_size != self._spec.batch_size:
+            self._spec.training.CopyFrom(opened.plan)
+            self._spec.batch_size = batch_size
             spec = self._spec.SerializeToString(deterministic=True)
             await self._desk.aside(lambda: self._desk.jobs.decide(self._job.id, spec))
 

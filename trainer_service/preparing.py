@@ -12,8 +12,14 @@ from trainer_service.desk import Desk, Listener, is_passing, pause_seconds
 from zimage_client import AsyncClient, DitDescription, EncoderDescription, training
 from zimage_core.errors import InvalidRequest, ZImageError
 from zimage_core.formats.dataset_file import Example
-from zimage_core.planning.curriculum import Curriculum, Habits, Look, held_out, size_px
-from zimage_core.planning.training_memory import MOST_AT_ONCE
+from zimage_core.planning.curriculum import (
+    Curriculum,
+    Habits,
+    Look,
+    epoch_length,
+    held_out,
+    size_px,
+)
 from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
 
@@ -67,7 +73,6 @@ class Preparing:
         self._spec = spec
         self._listener = listener
         self._learnt, held = held_out(examples, spec.training.seed, spec.validation.share)
-        self._curriculum = self._ordered()
         self.held = [Look(one, one.caption, spec.sides_px[0], False) for one in held]
         """What is looked at and not learnt."""
         self.caching: Caching | None = None
@@ -82,21 +87,25 @@ class Preparing:
         """With those that there are."""
         self._services = services
 
-    def hear_batch_size(self) -> None:
-        """The spec says it by now."""
-        self._curriculum = self._ordered()
+    @property
+    def sample_count(self) -> int:
+        """How many an epoch has."""
+        return epoch_length(self._learnt)
 
-    def _ordered(self) -> Curriculum:
+    def _curriculum(self) -> Curriculum:
+        """By what is decided now."""
         return Curriculum(self._learnt, self._spec.training.seed, _habits(self._spec))
 
     async def check_held(self) -> None:
         """What cannot be looked at is to be known before anything is learnt."""
-        await self._encode(self.held)
+        if self.caching is None:  # or they are encoded already
+            await self._encode(self.held)
 
     async def encode_all(self) -> bool:
         """Until everything that will be learnt is kept, or rest is due; whether everything is."""
         step_count = self._spec.training.step_count
-        learnt = await self._desk.aside(lambda: list(self._curriculum.until(step_count)))
+        curriculum = self._curriculum()
+        learnt = await self._desk.aside(lambda: list(curriculum.until(step_count)))
         looks = [*self.held, *learnt]
         self.caching = Caching(0, len(looks))
         return await self._encode(looks)
@@ -131,12 +140,12 @@ class Preparing:
 
     async def batches(self, first: int) -> AsyncGenerator[training.Batch, None]:
         """Those from a step on, prepared ahead, until rest is due."""
-        count = self._spec.training.step_count
+        curriculum, count = self._curriculum(), self._spec.training.step_count
         ahead: deque[asyncio.Task[training.Batch]] = deque()
         try:
             for following in range(first, count):
                 while len(ahead) < min(_PREPARED_AHEAD, count - following):
-                    preparing = self._prepared(following + len(ahead))
+                    preparing = self._prepared(curriculum, following + len(ahead))
                     ahead.append(asyncio.create_task(preparing))
                 self._awaited_step = following
                 if not await self._done_of({ahead[0]}):
@@ -158,9 +167,9 @@ class Preparing:
 
             yield training.Evaluate(first, await self._patiently(self._awaited_step, make))
 
-    async def _prepared(self, step: int) -> training.Batch:
+    async def _prepared(self, curriculum: Curriculum, step: int) -> training.Batch:
         async def make() -> training.Batch:
-            looks = await self._desk.aside(lambda: self._curriculum.batch(step))
+            looks = await self._desk.aside(lambda: curriculum.batch(step))
             samples = [self._sample(look) for look in looks]
             return training.Batch(step, await asyncio.gather(*samples))
 
@@ -208,7 +217,7 @@ class Preparing:
         said = max(len(one.caption.encode()) for one in self._learnt)
         caption = min(longest, _TEMPLATE_TOKENS + said // _LEAST_BYTES_OF_A_TOKEN)
         one = training_pb2.SampleSize(image_tokens=image, caption_tokens=caption)
-        return [one] * (self._spec.batch_size or MOST_AT_ONCE)
+        return [one] * (self._spec.batch_size or 1)
 
     async def _is_back(self) -> None:
         """Whoever was waited for is there again."""

@@ -2,12 +2,14 @@
 
 import asyncio
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Unpack
 
 from trainer_service.jobs.jobs import Sampled
 from zimage_client import AsyncClient, Options
 from zimage_core.digests import Named
+from zimage_core.errors import ZImageError
 from zimage_core.pictures import files
 from zimage_core.store.blobs import Blobs
 from zimage_rpc.trainer.v1 import trainer_pb2
@@ -30,10 +32,12 @@ class Sampler:
     out once."""
 
     async def draw(self, dit: AsyncClient, adapter: Named | None) -> list[Sampled]:
-        """A picture of each prompt, with an adapter that lies at that service or with its model as
-        it is; the same prompt is drawn from the same noise each time."""
-        found = []
-        options = self._options(adapter)
+        """A picture of each prompt, with an adapter or with the service's model as it is; the same
+        prompt is drawn from the same noise each time."""
+        found, options = [], self._options()
+        if adapter:
+            file = await asyncio.to_thread(self.blobs.local, adapter.sha256)
+            options["adapters"] = {file: 1.0}
         if options.get("guidance", self.usual_guidance):
             options["negative"] = await self.encoder.encode("")
         for prompt in self.plan.prompts:
@@ -41,45 +45,39 @@ class Sampler:
             sha256 = hashlib.sha256(data).hexdigest()
             await asyncio.to_thread(self.blobs.keep, sha256, data)
             found.append(Sampled(prompt, Named(sha256, len(data))))
-            if self.plan.many_step_count and len(found) == 1:
-                lost = await self._lost_detail(dit, prompt, data, options)
-                found[0] = replace(found[0], lost_detail=lost)
+        if self.plan.many_step_count:
+            with suppress(ZImageError):  # pictures are worth more than what is told of them
+                found[0] = replace(found[0], lost_detail=await self._lost_detail(dit, options))
         return found
 
-    async def _lost_detail(
-        self, dit: AsyncClient, prompt: str, picture: bytes, options: Options
-    ) -> float:
-        """A model that forgets its few steps draws blurred pictures in them, and sharp ones in
-        many."""
+    async def _lost_detail(self, dit: AsyncClient, options: Options) -> float:
+        """Of the first prompt: a model that forgets its few steps draws blurred pictures in them,
+        and sharp ones in many."""
+        prompt = self.plan.prompts[0]
         if prompt not in self.usual_share:
             plain = Options(**{**options, "adapters": {}})
-            before = await self._picture(dit, prompt, **plain)
-            self.usual_share[prompt] = await self._share(dit, prompt, before, plain)
-        share = await self._share(dit, prompt, picture, options)
-        return 1 - share / self.usual_share[prompt]
+            self.usual_share[prompt] = await self._share(dit, prompt, plain)
+        return 1 - await self._share(dit, prompt, options) / self.usual_share[prompt]
 
-    async def _share(
-        self, dit: AsyncClient, prompt: str, picture: bytes, options: Options
-    ) -> float:
-        """How much detail it has of that of the same with many steps."""
-        options = Options(**{**options, "steps": self.plan.many_step_count})
-        many = await self._picture(dit, prompt, **options)
-        few_detail, many_detail = (
-            max(files.detail(data, prompt), _LEAST_DETAIL) for data in (picture, many)
-        )
-        return few_detail / many_detail
+    async def _share(self, dit: AsyncClient, prompt: str, options: Options) -> float:
+        """How much detail pictures of few steps have of that of many."""
+        many = Options(**{**options, "steps": self.plan.many_step_count})
+        few_detail, many_detail = [
+            await asyncio.to_thread(files.detail, await self._picture(dit, prompt, **one), prompt)
+            for one in (options, many)
+        ]
+        return max(few_detail, _LEAST_DETAIL) / max(many_detail, _LEAST_DETAIL)
 
     async def _picture(self, dit: AsyncClient, prompt: str, **options: Unpack[Options]) -> bytes:
         made = await dit.generate(await self.encoder.encode(prompt), **options)
         return made.pictures[0].data
 
-    def _options(self, adapter: Named | None) -> Options:
+    def _options(self) -> Options:
         plan = self.plan
         options = Options(
             seed=plan.seed,
             width=self.side_px,
             height=self.side_px,
-            adapters={adapter.sha256: 1.0} if adapter else {},
             priority="background",
         )
         if plan.HasField("step_count"):

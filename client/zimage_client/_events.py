@@ -174,6 +174,8 @@ class NumericPlan:
     fused_adapter: str
     """The SHA-256 of the adapter that is part of the weights; empty for none."""
     fused_adapter_scale: float
+    learning: bool
+    """Whether the model was there to be learnt: nobody has its weights of then."""
 
 
 @dataclass(frozen=True, slots=True)

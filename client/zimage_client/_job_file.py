@@ -149,6 +149,8 @@ def spec(
             values = _with(values, path.split("."), value)
     made = trainer_pb2.TrainJobSpec()
     is_open = values.get(_BATCH_SIZE) == _AUTO
+    if values.get(_BATCH_SIZE) == 0:
+        raise InvalidRequest.given(_BATCH_SIZE, 0, f"1 or more, or {_AUTO}", "FIELD")
     plain.fill(made, {**values, _BATCH_SIZE: 0} if is_open else values)
     is_given = "step_count" in values.get("training", {})
     if job.epochs is not None:

@@ -36,6 +36,7 @@ class TrainJob:
     """"waiting", "running", "paused", "completed", "failed" or "cancelled"; empty for one that is
     newer than this client."""
     waits_for: str
+    """Or why it rests where nobody asked for that; else empty."""
     failure: ZImageError | None
     step: int
     """How many are behind it."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from zimage_client._client import AsyncClient
-from zimage_core.errors import Unavailable
+from zimage_core.errors import Unavailable, ZImageError
+from zimage_core.planning.training_memory import LEAST_FORWARDS
 
 SAMPLE_SECONDS = 60.0
 _SAMPLE_BYTES = (1 << 20, 16 << 20)
@@ -20,7 +21,7 @@ _LONG_ENOUGH_SECONDS = 0.5
 _PROMPT = "a lighthouse on a cliff at dusk, waves below, and number {} painted on its door"
 _PROMPTS = 3
 _STEPS = 2
-_LEARNING_FORWARDS = 4
+_LEARNING_FORWARDS = LEAST_FORWARDS + 1
 """What a training step costs where blocks are computed again."""
 _LATENTS_SHARE = 16 * 4 / 64
 """Bytes of latents, float32, of 16 channels for 8 by 8 pixels, for each pixel."""
@@ -104,8 +105,9 @@ async def dit_here(client: AsyncClient, address: str) -> DitHere:
         )
     picture, usage = made.pictures[0].data, made.completed.usage
     began = time.monotonic()
-    async for _ in client.encode_images([picture]):
-        pass
+    [(_, latents)] = [one async for one in client.encode_images([picture])]
+    if isinstance(latents, ZImageError):
+        raise latents
     return DitHere(
         address=address,
         device=f"{found.numeric_plan.device}, {found.numeric_plan.compute_type}",

@@ -309,6 +309,7 @@ def numeric_plan(message: types_pb2.NumericPlan) -> NumericPlan:
         weights=message.weights,
         fused_adapter=message.fused_adapter,
         fused_adapter_scale=message.fused_adapter_scale,
+        learning=message.learning,
     )
 
 

@@ -74,5 +74,6 @@ class Trainer(Face):
     def prune_cache(
         self, unused_seconds: float | None = None, most_bytes: int | None = None
     ) -> list[CacheKind]:
-        """Takes away what was not used for so long, 30 days if that is not said; what is gone."""
+        """Takes away what was not used for so long, and the longest unused until the rest takes so
+        many bytes; 30 days if nothing is said. What is gone."""
         return self._work.run(self._trainer.prune_cache(unused_seconds, most_bytes))

@@ -68,6 +68,8 @@ class Opened:
     step: int
     """How many are behind it."""
     parameter_count: int
+    batch_size: int
+    """What all devices compute at once."""
     numeric_plan: NumericPlan
 
 
@@ -282,6 +284,7 @@ def _opened(message: training_pb2.TrainingOpened) -> Opened:
         plan=message.plan,
         step=message.step,
         parameter_count=message.parameter_count,
+        batch_size=message.batch_size,
         numeric_plan=_reading.numeric_plan(message.numeric_plan),
     )
 

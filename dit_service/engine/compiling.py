@@ -5,17 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dit_service.model.adapters import Adapter, Change, Use, Uses
+from dit_service.model.likeness import check_likeness
 from dit_service.model.transformer import Sample, ZImageTransformer
 
 _log = logging.getLogger(__name__)
 
 _SIZES = ((8, 8, 20), (4, 12, 40))
 """Height and width of latents, prompt tokens: one sample, and beside it another."""
-_LEAST_LIKENESS = 0.99
-"""Rounding is another where operations are one; a compiler's fault is no rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +38,8 @@ def compile_blocks(model: ZImageTransformer, wanted: str, backend: str) -> Compi
     model.compile_blocks()
     try:
         compiled = [_run(model, *form, backend) for form in forms]
-        likeness = min(map(_likeness, compiled, eager))
-        if not likeness >= _LEAST_LIKENESS:  # nor is what is no number
-            raise ArithmeticError(f"compiled code computes something else: cosine {likeness:.3f}")
+        for made, computed in zip(compiled, eager, strict=True):
+            check_likeness(made, computed)
     except Exception as error:  # noqa: BLE001 - whatever a compiler says, eager blocks are there
         model.compile_blocks(compiled=False)
         torch.compiler.reset()
@@ -52,10 +49,6 @@ def compile_blocks(model: ZImageTransformer, wanted: str, backend: str) -> Compi
     # A form that was not thought of runs eagerly: nobody waits for a compiler.
     torch.compiler.set_stance("eager_on_recompile")
     return Compilation(True, "it worked")
-
-
-def _likeness(one: Tensor, other: Tensor) -> float:
-    return float(functional.cosine_similarity(one, other, dim=0))
 
 
 def _run(model: ZImageTransformer, samples: int, uses: Uses, backend: str) -> Tensor:

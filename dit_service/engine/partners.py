@@ -78,10 +78,10 @@ class Partners:
             )
         self._folder = tempfile.TemporaryDirectory(prefix="zimage-")
         meeting = Path(self._folder.name) / "meeting"
-        self._count = settings.train_devices
+        self.device_count = settings.train_devices
         self._partners = [
-            _Partner(_Begin(rank, self._count, meeting, settings, model, room_bytes))
-            for rank in range(1, self._count)
+            _Partner(_Begin(rank, self.device_count, meeting, settings, model, room_bytes))
+            for rank in range(1, self.device_count)
         ]
         self.is_busy = False
         """Whether they are at a step: another training's waits for it."""
@@ -89,15 +89,15 @@ class Partners:
             _raise(error)
         for partner in self._partners:
             partner.tell(_Go(is_given_up=False))
-        _meet(0, self._count, meeting, model)
+        _meet(0, self.device_count, meeting, model)
 
     def part(self, count: int) -> range:
         """Which samples of a batch are computed here."""
-        return _part(0, self._count, count)
+        return _part(0, self.device_count, count)
 
     def largest_part(self, count: int) -> int:
         """How many of a batch one of them computes at most."""
-        return -(-count // self._count)
+        return -(-count // self.device_count)
 
     def follow(self, asked: messages.OpenTraining | messages.CloseTraining) -> None:
         """They do the same; raises what went wrong with one."""
@@ -170,7 +170,7 @@ class _Company:
     def __init__(self, worker: socket.socket) -> None:
         self._worker = worker
         self._told: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._rank, self._count = 0, 1
+        self._rank, self.device_count = 0, 1
         self._owes = True
         threading.Thread(target=self._receive, name="worker", daemon=True).start()
 
@@ -178,7 +178,7 @@ class _Company:
         """The first that the worker says."""
         begin = self._told.get()
         assert isinstance(begin, _Begin)
-        self._rank, self._count = begin.rank, begin.count
+        self._rank, self.device_count = begin.rank, begin.count
         return begin
 
     def told(self) -> Iterator[object]:
@@ -190,11 +190,11 @@ class _Company:
 
     def part(self, count: int) -> range:
         """Which samples of a batch are computed here."""
-        return _part(self._rank, self._count, count)
+        return _part(self._rank, self.device_count, count)
 
     def largest_part(self, count: int) -> int:
         """How many of a batch one of them computes at most."""
-        return -(-count // self._count)
+        return -(-count // self.device_count)
 
     def follow(self, asked: object) -> None:
         """Nobody follows this one."""

@@ -37,12 +37,14 @@ from zimage_core.planning.training_memory import (
     Base,
     Rows,
     TrainingBytes,
+    best_batch,
     careful,
     fitting,
     forwards,
     largest,
     training_bytes,
 )
+from zimage_core.serving.child import is_sticky
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class Company(Protocol):
 
     is_busy: bool
     """Whether they are at a step: another training's waits for it."""
+    device_count: int
+    """With this one."""
 
     def part(self, count: int) -> range:
         """Which samples of a batch are computed here."""
@@ -95,7 +99,7 @@ class Company(Protocol):
 class Alone:
     """There are none."""
 
-    is_busy = False
+    is_busy, device_count = False, 1
 
     def part(self, count: int) -> range:
         """All."""
@@ -243,7 +247,8 @@ class Trainings:
             course.step_bytes = largest(self._model.config, asked.plan, own, self._base).step
         count = sum(weight.numel() for weight in begun.weights.values())
         _log.info("training %s: %s numbers, from step %s on", asked.session, count, step)
-        return messages.TrainingOpened(step, count, asked.plan)
+        batch_size = asked.plan.samples_at_once * self._company.device_count
+        return messages.TrainingOpened(step, count, asked.plan, batch_size)
 
     def _compile(self, begun: Training, plan: TrainingPlan) -> None:
         if not plan.compiled:
@@ -253,6 +258,8 @@ class Trainings:
             with torch.inference_mode(mode=False):
                 begun.try_out()
         except Exception as error:  # whatever a compiler says, a plan without it is there
+            if is_sticky(error) or isinstance(error, torch.OutOfMemoryError | ZImageError):
+                raise
             what = str(error).strip().partition("\n")[0]
             raise NotReady(
                 f"this service cannot train with compiled blocks: {type(error).__name__}: {what}",
@@ -271,7 +278,11 @@ class Trainings:
         config, base = self._model.config, self._base
         weights = weight_bytes(config, base.element_bytes, base.form).all
         room = weights + self._usual_bytes - sum(one.learnt_bytes for one in self._courses.values())
-        return fitting(config, asked.plan, own, base, room) or careful(asked.plan)
+        if asked.batch_is_open:
+            found = best_batch(config, asked.plan, own[0], base, room)
+        else:
+            found = fitting(config, asked.plan, own, base, room)
+        return found or careful(asked.plan)
 
     @property
     def _base(self) -> Base:
@@ -375,7 +386,7 @@ class Trainings:
             accumulates = len(examples) > at_once
             taken = self._taken(plan, examples[first:end], accumulates=accumulates).step
             what = f"{len(examples[first:end])} samples at once, recompute {plan.recompute}"
-            instead = "; fewer samples_at_once, or recompute blocks"
+            instead = "; fewer samples_at_once, or recompute blocks or offloaded"
             self._refuse_too_much(taken, what, instead, own=course.learnt_bytes)
             course.step_bytes = max(course.step_bytes, taken)
             yield Lesson(Load(sum(flops[first:end]), taken), flops_left=sum(flops[first:]))
@@ -530,7 +541,7 @@ class _Samples:
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def tensors(self, sha256: str, file: Path) -> dict[str, Tensor]:
-        """Those of a file."""
+        """Those of a file; raises InvalidRequest for one that is none."""
         if sha256 in self._kept:
             self._kept.move_to_end(sha256)
             return self._kept[sha256]

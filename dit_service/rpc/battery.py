@@ -18,6 +18,13 @@ class Battery:
         """As it was of late; None without one, and while it is being charged."""
         if time.monotonic() - self._looked > _LOOK_SECONDS:
             self._looked = time.monotonic()
-            battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-            self._percent = battery.percent if battery and not battery.power_plugged else None
+            self._percent = _percent()
         return self._percent
+
+
+def _percent() -> float | None:
+    try:
+        battery = psutil.sensors_battery()
+    except (AttributeError, OSError, NotImplementedError, RuntimeError, ValueError):
+        return None  # not every system tells, and none is worth a training
+    return battery.percent if battery and battery.power_plugged is False else None

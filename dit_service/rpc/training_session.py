@@ -124,6 +124,7 @@ class TrainingSession:
         self._next_step = self._learnt_step
         for report in self._reports:
             if report.step >= opening.known_step_count:
+                report.ClearField("battery_percent")  # it was that of then
                 self._tell(step=report)
         known, kept = [part.sha256 for part in opening.state], self._checkpoint
         is_new = kept is not None and [part.sha256 for part in kept.state] != known
@@ -250,7 +251,13 @@ class TrainingSession:
             [(_, beside)] = await self._sent(files)
         largest = plans.sizes(opening.largest_batch, "open.largest_batch")
         asked = messages.OpenTraining(
-            self._name, plan, tuple(state), beside, largest, opening.low_memory
+            self._name,
+            plan,
+            tuple(state),
+            beside,
+            largest,
+            opening.low_memory,
+            opening.batch_is_open and len(largest) == 1,
         )
         try:
             opened = await self._one(asked)
@@ -264,6 +271,7 @@ class TrainingSession:
         return training_pb2.TrainingOpened(
             plan=plans.message(opened.plan),
             step=opened.step,
+            batch_size=opened.batch_size,
             parameter_count=opened.parameter_count,
             batches_ahead=_BATCHES_AHEAD,
             numeric_plan=numeric_plan(model),

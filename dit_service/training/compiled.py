@@ -12,6 +12,7 @@ from dit_service.model.blocks import Block
 from dit_service.model.layout import Segments
 from dit_service.model.transformer import Run
 
+_MOST_FORMS_OF_ALL = 1 << 20
 _MOST_FORMS = 64
 """Of code: blocks that learn this or that, one sample or several, with gradients before or not."""
 
@@ -19,6 +20,8 @@ _MOST_FORMS = 64
 def compiled() -> Run:
     """What runs a block, of one training: each has its own code, made while it is first run, so
     that no other changes what it computes with."""
+    # A service opens many trainings in its life, and each has its own code.
+    torch._dynamo.config.accumulated_recompile_limit = _MOST_FORMS_OF_ALL
     how = partial(
         torch.compile,
         fullgraph=True,

@@ -6,14 +6,15 @@ goes on from its state computes what it would have computed without the break.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dit_service.model.adapters import Uses
-from dit_service.model.transformer import Call, Sample, ZImageTransformer, plainly
+from dit_service.model.blocks import run_block
+from dit_service.model.likeness import check_likeness
+from dit_service.model.transformer import Call, Run, Sample, ZImageTransformer
 from dit_service.training import flow
 from dit_service.training.flow import Noised
 from dit_service.training.lora import Lora, halves
@@ -30,8 +31,6 @@ _SMALL = ([(8, 8, 20)], [(8, 8, 20), (8, 8, 21)], [(8, 8, 20), (16, 12, 40)])
 not."""
 _LOOKED_AT = 1 << 12
 """Of each weight's gradient: whole models have more than there is room for twice."""
-_LEAST_LIKENESS = 0.99
-"""Rounding is another where operations are one; a compiler's fault is no rounding."""
 LEVELS = 4
 """Of noise, at which examples are looked at that are not learnt."""
 
@@ -125,10 +124,10 @@ class Training:
             self._stepper = Stepper(
                 plan.optimizer, self.weights, _within(state, _OPTIMIZER), is_sparing=plan.full
             )
+            self._call = caller(plan, model)
         except BaseException:
             self.close()
             raise
-        self._call = caller(plan, model)
         self._loss = 0.0
         """Of the batch, as far as it is computed."""
 
@@ -145,7 +144,7 @@ class Training:
     def go_back(self, noised: Sequence[Noised], examples: Sequence[Example]) -> Tensor:
         """Forwards, and back along the gradient, for which nobody waits; their part of the loss."""
         uses = (*self._learnt.uses(self.weights), *self._beside)
-        losses = self._losses(noised, examples, uses)
+        losses = self._losses(noised, examples, uses, self._call)
         loss = torch.stack(
             [example.share * one for example, one in zip(examples, losses, strict=True)]
         ).sum()
@@ -164,16 +163,16 @@ class Training:
             for level in range(LEVELS)
         ]  # fmt: skip
         uses = self._learnt.uses(self._average or self.weights)
-        losses = [float(self._losses([one], [example], uses)[0]) for one in noised]
+        losses = [float(self._losses([one], [example], uses, _computed)[0]) for one in noised]
         return sum(losses) / LEVELS
 
     def _losses(
-        self, noised: Sequence[Noised], examples: Sequence[Example], uses: Uses
+        self, noised: Sequence[Noised], examples: Sequence[Example], uses: Uses, call: Call
     ) -> list[Tensor]:
         """Of each, in one forward."""
         times_N = torch.tensor([one.time for one in noised], device=self._model.device)
         captions = self._model.encode_captions(
-            [example.features_LF for example in examples], self._backend, uses, self._call
+            [example.features_LF for example in examples], self._backend, uses, call
         )
         samples = [
             Sample(one.latents_CHW, caption, moment, uses)
@@ -183,7 +182,7 @@ class Training:
         ]
         shapes = [self._model.shape_of(one.latents_CHW, one.caption) for one in samples]
         layout = self._model.layout(shapes)
-        velocities = self._model(samples, layout, self._backend, self._call)
+        velocities = self._model(samples, layout, self._backend, call)
         return [
             flow.loss(velocity, one.velocity_CHW, example.mask_HW)
             for velocity, one, example in zip(velocities, noised, examples, strict=True)
@@ -192,10 +191,7 @@ class Training:
     def try_out(self) -> None:
         """Has code made that is made while it runs, by small gradients; raises what a compiler
         raises, and ArithmeticError where its code computes something else."""
-        made, computed = (self._small_gradient(call) for call in (self._call, plainly))
-        likeness = float(functional.cosine_similarity(made, computed, dim=0))
-        if not likeness >= _LEAST_LIKENESS:  # nor is what is no number
-            raise ArithmeticError(f"compiled code computes something else: cosine {likeness:.3f}")
+        check_likeness(*(self._small_gradient(call) for call in (self._call, _computed)))
 
     def _small_gradient(self, call: Call) -> Tensor:
         """Of all kinds of batches, one after the other."""
@@ -258,6 +254,11 @@ class Training:
     def close(self) -> None:
         """It is over."""
         self._learnt.close()
+
+
+def _computed(_run: Run, *given: Any) -> Tensor:
+    """As it is, whatever pictures are drawn with."""
+    return run_block(*given)
 
 
 def _learnt(model: ZImageTransformer, plan: TrainingPlan, state: Mapping[str, Tensor]) -> Learnt:

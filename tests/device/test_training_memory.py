@@ -18,6 +18,7 @@ from zimage_core.planning.linears import block_linears
 from zimage_core.planning.memory import weight_bytes
 from zimage_core.planning.training import (
     LoraGroup,
+    Optimizer,
     TrainingPlan,
     parameter_count,
     targets,
@@ -29,6 +30,7 @@ from zimage_core.planning.training_memory import (
     OFFLOADED,
     Base,
     Rows,
+    best_batch,
     fitting,
     largest,
     training_bytes,
@@ -154,6 +156,10 @@ def test_the_fastest_way_that_fits_is_found() -> None:
         13.5: (OFFLOADED, 1),
         12: None,
     }
+    roomy = replace(plan, full=True, lora=(), optimizer=Optimizer("adafactor"))
+    alone = best_batch(CONFIG, roomy, batch[0], Base(2), 64 * 2**30)  # no gradient beside the way
+    assert alone
+    assert (alone.recompute, alone.samples_at_once) == (NOTHING, 1)
     compiled = fitting(CONFIG, replace(plan, compiled=True), batch, Base(2), 70 * 2**30)
     assert compiled
     assert (compiled.recompute, compiled.samples_at_once) == (ELEMENTWISE, 4)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from tests.e2e.trainer import (
     training_with,
     wait,
 )
-from zimage_client import Client, Trainer
+from zimage_client import Client, Trainer, TrainSamples
 from zimage_client.cli.main import main as command
 from zimage_rpc.dit.v1 import training_pb2
 
@@ -206,6 +207,7 @@ def test_what_is_kept_is_not_made_again_unless_it_is_torn(
         assert command(["cache", "prune", "--most-gb", "0.0001", *where]) == 0
         left = _stats(where, capsys)
         assert 0 < left["captions"] + left["latents"] < stats["captions"] + stats["latents"]
+        assert command(["cache", "prune", "--most-gb", "nan", *where]) == 2
         _forget_all(str(done["id"]), where, capsys)
 
 
@@ -300,7 +302,29 @@ def test_a_batch_can_be_as_large_as_there_is_room_for(
     assert len(losses) == 1
     with Trainer(services.trainer.address) as trainer:
         spec = trainer.get(str(done["id"])).spec
-    assert spec.batch_size == spec.training.samples_at_once == 64  # of so small pictures
+    assert (spec.batch_size, spec.training.samples_at_once) == (3, 64)  # of so few and small ones
+
+
+def test_pictures_that_a_break_took_are_drawn(
+    services: Services, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = "--images", str(job.parent / "new"), "--side", "64", "--steps", "1", "--replace"
+    with training_with(services.encoder.address, services.dit.address, tmp_path) as trainer:
+        name = begun(["train", *images, "--sample", "a bar", "--detach", *at(trainer)], capsys)
+        wait(name, at(trainer), capsys, lambda shown: shown["state"] == "completed")
+    with sqlite3.connect(tmp_path / "jobs") as database:  # as it is before they are drawn
+        for change in (
+            "DELETE FROM samples",
+            "DELETE FROM events WHERE kind = 'drawn'",
+            "UPDATE jobs SET state = 'running'",
+        ):
+            database.execute(change)
+    with training_with(services.encoder.address, services.dit.address, tmp_path) as trainer:
+        wait(name, at(trainer), capsys, lambda shown: shown["state"] == "completed")
+        with Trainer(trainer.address) as client:
+            told = list(client.watch(name, only_past=True))
+    [drawn] = [one for one in told if isinstance(one, TrainSamples)]
+    assert [one.prompt for one in drawn.pictures] == ["a bar"]
 
 
 def test_what_gets_no_better_ends_early_and_is_told(

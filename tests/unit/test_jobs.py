@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import alembic.command
 import pytest
 import sqlalchemy as sql
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 
 from trainer_service.jobs.database import Database
-from trainer_service.jobs.jobs import CHANGED, CHECKPOINT, Jobs, Kept
+from trainer_service.jobs.jobs import CHANGED, CHECKPOINT, Jobs, Kept, Sampled
 from trainer_service.jobs.tables import METADATA
 from zimage_client import TrainStep
 from zimage_core.digests import Named
@@ -162,6 +164,25 @@ def test_migrations_make_the_tables_that_the_code_knows(tmp_path: Path) -> None:
     with sql.create_engine(url).connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, METADATA) == []
+
+
+def test_jobs_of_an_older_trainer_are_read(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs"
+    with sql.create_engine(url).begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", "trainer_service:jobs/migrations")
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0001")
+        for row in (
+            "INSERT INTO jobs VALUES ('j', 'p', 'r', '', '', 'running', '', NULL, 1, 1, 1.0, 1.0)",
+            "INSERT INTO steps VALUES ('j', 0, 0.5, 1.0, 0.1, 0, 0.1, 0.0)",
+            "INSERT INTO samples VALUES ('j', 1, 0, 'a dog', 'ab', 7)",
+        ):
+            connection.execute(sql.text(row))
+    jobs = Jobs(Database(url))
+    assert jobs.read("j").step == 1
+    assert jobs.steps("j", -1, 10)[0].device_bytes is None
+    assert jobs.samples("j", 1) == [Sampled("a dog", Named("ab", 7))]
 
 
 def test_a_database_of_a_newer_trainer_is_refused(tmp_path: Path) -> None:

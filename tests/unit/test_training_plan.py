@@ -82,6 +82,16 @@ def test_a_plan_is_the_same_after_the_way_over_the_wire() -> None:
         (_Plan(step_count=1, learning_rate=_Rate(peak=math.nan)), "plan.learning_rate.peak", "0"),
         (_Plan(step_count=1, optimizer=_Optimizer(beta1=1.0)), "plan.optimizer.beta1", "below 1"),
         (_Plan(step_count=1, recompute_interval=2), "plan.recompute_interval", "1 unless"),
+        (
+            _Plan(
+                step_count=1,
+                recompute=_Plan.RECOMPUTE_NOTHING,
+                compiled=True,
+                recompute_interval=2,
+            ),
+            "plan.recompute_interval",
+            "1 unless",
+        ),
         (_Plan(step_count=1, noise=_Noise(shift=0.0)), "plan.noise.shift", "more than 0"),
         (
             _Plan(

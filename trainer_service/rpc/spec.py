@@ -25,7 +25,7 @@ _USUAL_STATES = 2
 _LARGEST_SHARE = 0.5
 _MANY_STEPS = 30
 """With which nothing of a distillation is seen."""
-_MOST_DRAWN, _DRAWN = 200, "0 to 200"
+_MOST_DRAWN, _DRAWN = 200, "0 to 200; 0 in full training, which has no picture of before"
 _LARGEST_DATASET_BYTES = 1 << 30
 _NAMED_IN_ERRORS = 5
 
@@ -65,7 +65,7 @@ async def decided(
         ("validation.least_gain", 0 <= spec.validation.least_gain < math.inf, "0 or more"),
         ("kept_checkpoint_count", _is_enough_kept(spec), "0, or more than validation.patience"),
         ("least_battery_percent", 0 <= spec.least_battery_percent <= 100, "0 to 100"),
-        ("samples.many_step_count", 0 <= spec.samples.many_step_count <= _MOST_DRAWN, _DRAWN),
+        ("samples.many_step_count", _can_be_drawn(spec), _DRAWN),
         ("training.step_count", 1 <= spec.training.step_count <= most_steps, f"1 to {most_steps}"),
     ):
         if not is_allowed:
@@ -94,6 +94,10 @@ def _is_share_right(spec: trainer_pb2.TrainJobSpec) -> bool:
 def _is_enough_kept(spec: trainer_pb2.TrainJobSpec) -> bool:
     kept = spec.kept_checkpoint_count
     return kept == 0 or kept > spec.validation.patience
+
+
+def _can_be_drawn(spec: trainer_pb2.TrainJobSpec) -> bool:
+    return 0 <= spec.samples.many_step_count <= (0 if spec.training.full else _MOST_DRAWN)
 
 
 def _check_start(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> None:

@@ -3,6 +3,7 @@ anything is prepared, so that neither a break nor the order of arrivals changes 
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,8 @@ class Curriculum:
             for copy in range(example.repeats)
         ]
         self._orders: dict[int, list[int]] = {}
+        self._ordering = threading.Lock()
+        """Held while an epoch is put in order, which takes a while where it is long."""
 
     def batch(self, step: int) -> tuple[Look, ...]:
         """The samples of a step, counted from 0: in every epoch each example as often as it
@@ -92,12 +95,13 @@ class Curriculum:
 
     def _order(self, epoch: int) -> list[int]:
         """The numbers of examples."""
-        if epoch not in self._orders:
-            while len(self._orders) >= _KEPT_ORDERS:
-                del self._orders[min(self._orders)]
-            copies = sorted(self._copies, key=lambda copy: self._drawn("order", epoch, *copy))
-            self._orders[epoch] = [number for number, _ in copies]
-        return self._orders[epoch]
+        with self._ordering:
+            if epoch not in self._orders:
+                while len(self._orders) >= _KEPT_ORDERS:
+                    del self._orders[min(self._orders)]
+                copies = sorted(self._copies, key=lambda copy: self._drawn("order", epoch, *copy))
+                self._orders[epoch] = [number for number, _ in copies]
+            return self._orders[epoch]
 
     def _share(self, *what: object) -> float:
         return int.from_bytes(self._drawn(*what)[:8], "little") / 2**64

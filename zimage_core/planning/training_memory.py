@@ -17,6 +17,8 @@ NOTHING, ELEMENTWISE, BLOCKS, OFFLOADED = "nothing", "elementwise", "blocks", "o
 whose input may wait in the host's memory. Which products are to be kept is found out operation by
 operation, which takes the host some milliseconds a block; compiled code knows."""
 
+LEAST_FORWARDS = 3
+"""What a sample costs: itself, and about twice that for its gradient."""
 MOST_AT_ONCE = 64
 """Samples of a batch whose size is left open."""
 
@@ -139,11 +141,17 @@ def best_batch(
 ) -> TrainingPlan | None:
     """The plan with as many such samples at once as the fastest way has room for: so many are a
     batch that costs no more for each than one. None where not even one fits."""
-    return fitting(shape, plan, [sample] * MOST_AT_ONCE, base, room_bytes)
+    ways = (plan.recompute,) if plan.recompute else _open_ways(plan, base)
+    for recompute in ways:
+        for count in range(MOST_AT_ONCE, 0, -1):
+            tried = replace(plan, recompute=recompute, samples_at_once=count)
+            if largest(shape, tried, [sample] * count, base).all <= room_bytes:
+                return tried
+    return None
 
 
 def careful(plan: TrainingPlan) -> TrainingPlan:
-    """What a plan leaves open in the way that takes the least."""
+    """What a plan leaves open in a way that takes little, on every device."""
     at_once, recompute = plan.samples_at_once or 1, plan.recompute or BLOCKS
     return replace(plan, samples_at_once=at_once, recompute=recompute)
 
@@ -161,9 +169,9 @@ def largest(
 
 
 def forwards(plan: TrainingPlan) -> float:
-    """What a sample costs, in forwards: itself, about twice that for its gradient, and the products
-    that are computed again."""
-    return 3 + (plan.recompute in (BLOCKS, OFFLOADED)) / plan.recompute_interval
+    """What a sample costs, in forwards, with the products that are computed again."""
+    again = plan.recompute in (BLOCKS, OFFLOADED)
+    return LEAST_FORWARDS + again / plan.recompute_interval
 
 
 def _way(shape: DitShape, plan: TrainingPlan, samples: Sequence[Rows], base: Base) -> float:
@@ -174,6 +182,8 @@ def _way(shape: DitShape, plan: TrainingPlan, samples: Sequence[Rows], base: Bas
     kept = inside = 0.0
     for stack, blocks in _blocks_with_gradients(shape, plan).items():
         of_block = _inside(plan, stack) + _OF_SEVERAL * (len(samples) > 1)
+        if plan.compiled:  # it does so by itself
+            of_block = _HELD[ELEMENTWISE]
         again = [] if held is None else [n for n in blocks if n % plan.recompute_interval == 0]
         kept += rows[stack] * (len(blocks) - len(again)) * of_block
         if held is not None and again:

@@ -38,7 +38,6 @@ from zimage_rpc.types.v1 import types_pb2
 
 _Plan = training_pb2.TrainingPlan
 _MOST_STEPS = 10_000_000
-_NOTHING = _Plan.RECOMPUTE_NOTHING
 _MOST_AT_ONCE = 256
 _MOST_INTERVAL = 64
 _MOST_GROUPS = 64
@@ -52,7 +51,7 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
     for other in ("lora", "beside"):
         if message.full and message.HasField(other):
             raise given.refusal(other, "one beside full", "either of both")
-    optimizer = _optimizer(given.within("optimizer"))
+    optimizer, recompute = _optimizer(given.within("optimizer")), _recompute(message)
     beside, file = given.within("beside"), None
     if message.HasField("beside"):
         digest = message.beside.digest
@@ -67,8 +66,8 @@ def plan(message: training_pb2.TrainingPlan, shape: DitShape, field: str) -> Tra
         optimizer=optimizer,
         learning_rate=_learning_rate(given.within("learning_rate"), optimizer),
         samples_at_once=_at_once(given),
-        recompute=_recompute(message),
-        recompute_interval=_interval(given),
+        recompute=recompute,
+        recompute_interval=_interval(given, recompute),
         compiled=message.compiled,
         average_decay=given.number("average_decay", 0.0, _BELOW_1),
         beside=file,
@@ -122,9 +121,11 @@ def _recompute(message: training_pb2.TrainingPlan) -> str:
     return "elementwise" if message.compiled and name == "nothing" else name
 
 
-def _interval(given: "_Section") -> int:
+def _interval(given: "_Section", recompute: str) -> int:
     interval = given.count("recompute_interval", 1, 1, _MOST_INTERVAL)
-    if interval > 1 and given.message.recompute in (_Plan.RECOMPUTE_UNSPECIFIED, _NOTHING):
+    is_for_all = recompute in ("", "nothing")
+    is_for_all |= given.message.compiled and recompute == "elementwise"
+    if interval > 1 and is_for_all:
         raise given.refusal("recompute_interval", interval, "1 unless recompute says of what")
     return interval
 

@@ -8,10 +8,12 @@ from contextlib import aclosing
 from zimage_client import CacheKind
 from zimage_client.cli import jobs, train
 from zimage_client.cli.terminal import Terminal
+from zimage_client.cli.usage import wrong
 from zimage_core.settings import ClientSettings
 
 _DAY_SECONDS = 86_400.0
 _TORN = 1
+_MOST_GB = 1e9
 
 
 def add_flags(parser: ArgumentParser) -> list[ArgumentParser]:
@@ -59,6 +61,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
                 _show(await client.cache(), args, terminal)
             case "prune":
                 seconds = None if args.unused_days is None else args.unused_days * _DAY_SECONDS
+                if args.most_gb is not None and not 0 <= args.most_gb < _MOST_GB:
+                    raise wrong("--most-gb", f"{args.most_gb} given, allowed is 0 or more")
                 most = None if args.most_gb is None else round(args.most_gb * 1e9)
                 _show(await client.prune_cache(seconds, most), args, terminal)
             case "verify":

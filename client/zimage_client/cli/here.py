@@ -2,12 +2,15 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from zimage_client import AsyncClient
 from zimage_client._placing import DitHere, EncoderHere, advice, dit_here, encoder_here
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
+from zimage_core.errors import ZImageError
 from zimage_core.settings import ClientSettings
 from zimage_core.wire.addresses import several
 
@@ -20,13 +23,13 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     dits: list[DitHere] = []
     credentials = settings.credentials
     for address in several(settings.encoder):
-        terminal.live(f"measuring {address}")
-        async with AsyncClient(encoder=address, **credentials) as client:
-            encoders.append(await encoder_here(client, address))
+        with _noted(address, terminal):
+            async with AsyncClient(encoder=address, **credentials) as client:
+                encoders.append(await encoder_here(client, address))
     for address in several(settings.server):
-        terminal.live(f"measuring {address}")
-        async with AsyncClient(address, settings.encoder, **credentials) as client:
-            dits.append(await dit_here(client, address))
+        with _noted(address, terminal):
+            async with AsyncClient(address, settings.encoder, **credentials) as client:
+                dits.append(await dit_here(client, address))
     services: list[EncoderHere | DitHere] = [*encoders, *dits]
     for found in services:
         terminal.result(json.dumps(asdict(found)) if args.json else _told(found))
@@ -34,6 +37,16 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         terminal.result(
             json.dumps({"part": what, "advice": said}) if args.json else f"{what:8} {said}"
         )
+
+
+@contextmanager
+def _noted(address: str, terminal: Terminal) -> Iterator[None]:
+    """The others are measured, too, where one cannot be."""
+    terminal.live(f"measuring {address}")
+    try:
+        yield
+    except ZImageError as error:
+        terminal.note(f"{address}: not measured: {error.message}")
 
 
 def _told(found: EncoderHere | DitHere) -> str:

@@ -51,6 +51,7 @@ def _lines(receipt: Receipt) -> Iterator[tuple[str, object]]:
         yield "fused", f"{plan.fused_adapter}, {plan.fused_adapter_scale:g}"
     yield "model", f"{receipt.model_name}, encoder {receipt.positive_provenance.identity[:12]}"
     weights = f" with weights in {plan.weights}" if plan.weights not in ("", "full") else ""
+    weights += " as they were learnt by then" if plan.learning else ""
     how = f"{plan.attention_backend}, {plan.packing}"
     yield "computed", f"{plan.compute_type}{weights} on {plan.device}, {how}"
     versions = {"zimage-grpc": receipt.version, **plan.library_versions}

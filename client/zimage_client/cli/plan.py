@@ -14,6 +14,7 @@ from zimage_core.planning.limits import padded
 from zimage_core.planning.training import TrainingPlan
 from zimage_core.planning.training_memory import (
     BLOCKS,
+    LEAST_FORWARDS,
     WAYS,
     Base,
     Rows,
@@ -96,7 +97,10 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             taken = largest(DIT_SHAPE, tried, batch, _base(args))
             _tell(count, tried, taken, room, args, terminal, is_best=tried == best)
     largest_one = best_batch(DIT_SHAPE, plan, sample, _base(args), room)
-    if largest_one and not args.json:
+    if largest_one and args.json:
+        told = {"batch_auto": largest_one.samples_at_once, "recompute": largest_one.recompute}
+        terminal.result(json.dumps(told))
+    elif largest_one:
         way = f"recompute {largest_one.recompute}"
         terminal.result(f"batch auto: {largest_one.samples_at_once}, {way}")
     return None if is_any else _NOT_FITTING
@@ -122,7 +126,8 @@ def _tell(  # noqa: PLR0913 - a row has these columns
         terminal.result(json.dumps(told))
         return
     said = "best" if is_best else "yes" if taken.all <= room else "no"
-    if is_best and (more := forwards(plan) / 3 - 1):
+    more = forwards(plan) / LEAST_FORWARDS - 1
+    if is_best and more:
         said += f", {more:.0%} more arithmetic than with nothing computed again"
     terminal.result(
         f"{count:>5} {plan.recompute:>12} {plan.samples_at_once:>8} {_told(taken.weights):>9} "

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,7 +169,9 @@ def add_job_flags(parser: ArgumentParser) -> None:
 
 
 def _batch_size(said: str) -> int | str:
-    return said if said == "auto" else int(said)
+    if said == "auto" or said.isdecimal():
+        return said if said == "auto" else int(said)
+    raise ArgumentTypeError(f"{said}: a number or auto is wanted")
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int | None:

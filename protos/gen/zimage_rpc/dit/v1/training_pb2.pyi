@@ -111,6 +111,7 @@ class OpenTraining(_message.Message):
     KNOWN_STEP_COUNT_FIELD_NUMBER: _builtins.int
     LARGEST_BATCH_FIELD_NUMBER: _builtins.int
     LOW_MEMORY_FIELD_NUMBER: _builtins.int
+    BATCH_IS_OPEN_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job it belongs to, by a name that nobody else uses; 1 to 128 letters, digits, '.', '_' and '-'."""
     session_epoch: _builtins.int
@@ -122,6 +123,10 @@ class OpenTraining(_message.Message):
     """
     low_memory: _builtins.bool
     """Whether what batches name is read from disk each time rather than kept in the host's memory."""
+    batch_is_open: _builtins.bool
+    """Whether batches are to be as large as there is room for at once in the fastest way, 64 samples for each device at most:
+    the answer says how large. `largest_batch` is one sample then, that takes as much as any.
+    """
     @_builtins.property
     def plan(self) -> Global___TrainingPlan:
         """What is trained, and how. A stretch that goes on has the plan of the one before."""
@@ -146,10 +151,11 @@ class OpenTraining(_message.Message):
         known_step_count: _builtins.int | None = ...,
         largest_batch: _abc.Iterable[Global___SampleSize] | None = ...,
         low_memory: _builtins.bool = ...,
+        batch_is_open: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "known_step_count", b"known_step_count", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "job", b"job", "known_step_count", b"known_step_count", "largest_batch", b"largest_batch", "low_memory", b"low_memory", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count", "batch_is_open", b"batch_is_open", "job", b"job", "known_step_count", b"known_step_count", "largest_batch", b"largest_batch", "low_memory", b"low_memory", "plan", b"plan", "session_epoch", b"session_epoch", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__known_step_count: _TypeAlias = _typing.Literal["known_step_count"]  # noqa: Y015
     _WhichOneofArgType__known_step_count: _TypeAlias = _typing.Literal["_known_step_count", b"_known_step_count"]  # noqa: Y015
@@ -196,7 +202,9 @@ class TrainingPlan(_message.Message):
     class _RecomputeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TrainingPlan._Recompute.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         RECOMPUTE_UNSPECIFIED: TrainingPlan._Recompute.ValueType  # 0
-        """Not given: the first that there is room for of nothing, or elementwise for compiled blocks, blocks and offloaded."""
+        """Not given: the first that there is room for of nothing (elementwise for compiled blocks), blocks, and offloaded on a
+        device with memory of its own.
+        """
         RECOMPUTE_NOTHING: TrainingPlan._Recompute.ValueType  # 1
         """Nothing: the fastest, and the most memory."""
         RECOMPUTE_BLOCKS: TrainingPlan._Recompute.ValueType  # 2
@@ -212,7 +220,9 @@ class TrainingPlan(_message.Message):
         """What is computed again for the gradient rather than kept for it."""
 
     RECOMPUTE_UNSPECIFIED: TrainingPlan.Recompute.ValueType  # 0
-    """Not given: the first that there is room for of nothing, or elementwise for compiled blocks, blocks and offloaded."""
+    """Not given: the first that there is room for of nothing (elementwise for compiled blocks), blocks, and offloaded on a
+    device with memory of its own.
+    """
     RECOMPUTE_NOTHING: TrainingPlan.Recompute.ValueType  # 1
     """Nothing: the fastest, and the most memory."""
     RECOMPUTE_BLOCKS: TrainingPlan.Recompute.ValueType  # 2
@@ -247,7 +257,9 @@ class TrainingPlan(_message.Message):
     recompute: Global___TrainingPlan.Recompute.ValueType
     """What is computed again."""
     recompute_interval: _builtins.int
-    """In every so-manieth block, 1 to 64; the others keep all. Unset means 1."""
+    """In every so-manieth block, 1 to 64; the others keep all. Unset means 1, as it is without blocks or offloaded where
+    blocks are compiled.
+    """
     compiled: _builtins.bool
     """Runs blocks as compiled code, which is made when the training is opened and computes other last bits. A service that
     cannot make it refuses. Such code computes again what costs little: recompute nothing becomes elementwise.
@@ -908,12 +920,15 @@ class TrainingOpened(_message.Message):
     PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     BATCHES_AHEAD_FIELD_NUMBER: _builtins.int
     NUMERIC_PLAN_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """How many steps are behind it."""
     parameter_count: _builtins.int
     """How many numbers are learnt."""
     batches_ahead: _builtins.int
     """How many batches, evaluations and checkpoints may be asked for ahead of their answers."""
+    batch_size: _builtins.int
+    """How many samples all devices compute at once."""
     @_builtins.property
     def plan(self) -> Global___TrainingPlan:
         """The plan with everything that was left out."""
@@ -930,10 +945,11 @@ class TrainingOpened(_message.Message):
         parameter_count: _builtins.int = ...,
         batches_ahead: _builtins.int = ...,
         numeric_plan: _types_pb2.NumericPlan | None = ...,
+        batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["numeric_plan", b"numeric_plan", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches_ahead", b"batches_ahead", "numeric_plan", b"numeric_plan", "parameter_count", b"parameter_count", "plan", b"plan", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "batches_ahead", b"batches_ahead", "numeric_plan", b"numeric_plan", "parameter_count", b"parameter_count", "plan", b"plan", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -967,7 +983,9 @@ class StepReport(_message.Message):
     battery_percent: _builtins.float
     """How full the battery of the service's machine is, in percent. Unset where there is none, or it is being charged."""
     device_bytes: _builtins.int
-    """What the device's memory held at most since the step before. Unset where the device does not tell."""
+    """What the device's memory held at most since the last step of any training, for pictures, too. Unset where the device
+    does not tell.
+    """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """How long the device worked on it."""

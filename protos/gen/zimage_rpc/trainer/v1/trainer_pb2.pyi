@@ -122,8 +122,8 @@ class TrainJobSpec(_message.Message):
     and '-'. What full training learns is no adapter: there it is the job's name alone.
     """
     batch_size: _builtins.int
-    """How many samples a step learns from, 1 to 256. Unset means 1; 0 as many, 64 at most, as the DiT service has room for
-    at once in the fastest way, decided when the job begins.
+    """How many samples a step learns from, 1 to 256. Unset means 1; 0 as many as the DiT service has room for at once in the
+    fastest way, 64 for each device at most and no more than there are, decided when the job begins.
     """
     caption_dropout: _builtins.float
     """How often captions are left out, 0 to 1. Unset means 0."""
@@ -275,7 +275,7 @@ class SamplePlan(_message.Message):
     """Their guidance. Unset means the model's default."""
     many_step_count: _builtins.int
     """Draws the first prompt with so many steps as well, to tell whether pictures of few steps lose detail against it. Unset
-    means 30 for a Turbo model, and 0, which is never, for others.
+    means 30 for a LoRA on a Turbo model, and 0, which is never, for others; full training has no picture of before.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -476,6 +476,7 @@ class NumericPlan(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     FUSED_ADAPTER_FIELD_NUMBER: _builtins.int
     FUSED_ADAPTER_SCALE_FIELD_NUMBER: _builtins.int
+    LEARNING_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device's kind and name, such as "cpu AVX512"."""
     compute_type: Global___ElementType.ValueType
@@ -493,13 +494,13 @@ class NumericPlan(_message.Message):
     vae_tile_px: _builtins.int
     """The side of the tiles in which the VAE works on larger pictures, in pixels; 0 for what is usual."""
     weights: _builtins.str
-    """The form of the transformer's large weights: "full", "int8", "fp8", "fp8_matmul" or "nf4"; of a model that is being
-    learnt, that they were what had been learnt until then.
-    """
+    """The form of the transformer's large weights: "full", "int8", "fp8", "fp8_matmul" or "nf4"."""
     fused_adapter: _builtins.str
     """The SHA-256 of the adapter that is part of the weights; empty for none."""
     fused_adapter_scale: _builtins.float
     """How strong it is: 1 as it was trained."""
+    learning: _builtins.bool
+    """Whether the model was there to be learnt: its weights were what had been learnt by then, and are not kept."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The libraries that matter and their versions, such as "torch" to "2.13.0"."""
@@ -519,10 +520,11 @@ class NumericPlan(_message.Message):
         weights: _builtins.str = ...,
         fused_adapter: _builtins.str = ...,
         fused_adapter_scale: _builtins.float = ...,
+        learning: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "compiled", b"compiled", "compute_type", b"compute_type", "device", b"device", "fused_adapter", b"fused_adapter", "fused_adapter_scale", b"fused_adapter_scale", "library_versions", b"library_versions", "packing", b"packing", "thread_count", b"thread_count", "vae_compute_type", b"vae_compute_type", "vae_tile_px", b"vae_tile_px", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "compiled", b"compiled", "compute_type", b"compute_type", "device", b"device", "fused_adapter", b"fused_adapter", "fused_adapter_scale", b"fused_adapter_scale", "learning", b"learning", "library_versions", b"library_versions", "packing", b"packing", "thread_count", b"thread_count", "vae_compute_type", b"vae_compute_type", "vae_tile_px", b"vae_tile_px", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
