@@ -14,6 +14,7 @@ from typing import TypeVar
 from zimage_client import AsyncClient, DitDescription, EncoderDescription
 from zimage_core.digests import Named
 from zimage_core.errors import InvalidRequest, NotFound, Unavailable, ZImageError
+from zimage_core.formats import eight_bits
 from zimage_core.formats import embedding as embedding_file
 from zimage_core.formats.embedding import EmbeddingFile
 from zimage_core.pictures import files
@@ -46,24 +47,30 @@ class Caches:
         self._making: dict[str, asyncio.Task[Named]] = {}
         self._turns = {kind: asyncio.Semaphore(count) for kind, count in _AT_ONCE.items()}
 
-    async def caption(self, text: str, encoder: EncoderDescription) -> Named:
-        """The file of a caption's embedding. Encoded alone: in company its last bits would depend
-        on whose."""
+    async def caption(
+        self, text: str, encoder: EncoderDescription, *, is_narrow: bool = False
+    ) -> Named:
+        """The file of a caption's embedding, in eight bits a number if wanted. Encoded alone: in
+        company its last bits would depend on whose."""
         if encoder.model is None:
             raise loading("the encoder")
         model = encoder.model
-        key = {
+        key: dict[str, object] = {
             "text": text,
             "identity": model.identity,
             "recipe": asdict(model.recipe),
             "numerics": asdict(model.numerics),
         }
+        if is_narrow:
+            key["form"] = "e4m3 by rows"
 
         async def make() -> bytes:
             embedding = await self._client.encode(text, timeout=None)
             said = embedding.identity, embedding.recipe, embedding.numerics
             if said != (model.identity, model.recipe, model.numerics):
                 raise Unavailable("the encoder was replaced by another one", reason=REPLACED)
+            if is_narrow:
+                return await self._aside(lambda: eight_bits.file(embedding.tensor))
             return embedding_file.dump(EmbeddingFile(embedding))
 
         return await self._kept(CAPTIONS, key, make)

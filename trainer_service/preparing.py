@@ -196,7 +196,9 @@ class Preparing:
         try:
             latents, embedding = await asyncio.gather(
                 self._desk.caches.latents(look, services.client, services.dit),
-                self._desk.caches.caption(look.caption, services.encoder),
+                self._desk.caches.caption(
+                    look.caption, services.encoder, is_narrow=self._spec.narrow_captions
+                ),
             )
         except InvalidRequest as error:
             said = f"{look.example.name} cannot be learnt from: {error.message}"

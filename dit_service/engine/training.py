@@ -29,6 +29,7 @@ from dit_service.model.narrow import MULTIPLIED
 from dit_service.model.transformer import ZImageTransformer
 from dit_service.training.training import LEVELS, Example, Training, alone
 from zimage_core.errors import InvalidRequest, NotReady, Unavailable, ZImageError
+from zimage_core.formats import eight_bits
 from zimage_core.planning.flops import dit_step_flops
 from zimage_core.planning.limits import padded
 from zimage_core.planning.memory import FULL, weight_bytes
@@ -49,7 +50,7 @@ from zimage_core.serving.child import is_sticky
 _log = logging.getLogger(__name__)
 
 _SLOWEST_SECONDS_PER_FLOP = 1e-9
-_LEARNT_FROM = ("latents", "mask", "embeddings")
+_LEARNT_FROM = ("latents", "mask", eight_bits.TENSOR, eight_bits.SCALE)
 _PART_BYTES = 4 << 30
 """Of a state, in a file of its own."""
 _LOOK_SECONDS = 0.02
@@ -221,7 +222,7 @@ class Trainings:
         job, _, _ = asked.session.rpartition("/")
         for session in [one for one in self._courses if one.rpartition("/")[0] == job]:
             self._end(session)  # an earlier stretch; its call still ends
-        asked = replace(asked, plan=self._decided(asked))
+        asked = replace(asked, plan=self._decided(asked), batch_is_open=False)
         if asked.plan.full:
             self._make_ready(is_new=not asked.state)
         learnt_bytes = self._taken(asked.plan, []).learnt
@@ -419,7 +420,7 @@ class Trainings:
         read = _read_sample if course.low_memory else self._samples.tensors
         picture = read(*sample.latents)
         latents_CHW, mask_HW = picture.get("latents"), picture.get("mask")
-        features_LF = read(*sample.caption).get("embeddings")
+        features_LF = _embeddings(read(*sample.caption))
         latents_CHW = _checked(
             "latents", latents_CHW, (config.in_channels, None, None), config.patch_size
         )
@@ -553,6 +554,15 @@ class _Samples:
         return found
 
 
+def _embeddings(found: dict[str, Tensor]) -> Tensor | None:
+    """Those of a caption, whichever form they are kept in."""
+    features_LF, scale_L1 = found.get(eight_bits.TENSOR), found.get(eight_bits.SCALE)
+    if features_LF is None or scale_L1 is None:
+        return features_LF
+    scale_L1 = _checked(eight_bits.SCALE, scale_L1, (len(features_LF), 1))
+    return features_LF.float() * scale_L1
+
+
 def _read_sample(sha256: str, file: Path) -> dict[str, Tensor]:
     """Those of the file's tensors that steps learn from, by their names; raises InvalidRequest for
     a file that is none."""
@@ -585,7 +595,7 @@ def _checked(
         more = f" by multiples of {multiple}" if multiple else ""
         given = f"{tensor.dtype} {list(tensor.shape)}"
         raise InvalidRequest.given(name, given, f"floats [{wanted}]{more}", "TRAIN_SAMPLE")
-    if not tensor.isfinite().all():
+    if not tensor.float().isfinite().all():
         raise InvalidRequest.given(name, "values that are no numbers", "numbers", "TRAIN_SAMPLE")
     return tensor
 

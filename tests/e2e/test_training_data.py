@@ -107,6 +107,9 @@ def test_captions_that_come_late_or_first_change_no_loss(
         assert told[: len(encoded)] == encoded
         assert encoded[-1]["encoded"] == encoded[-1]["of"]
         assert decisive(told[len(encoded) : -1]) == expected
+        narrow, _ = learnt([*asked, "--narrow-captions", *at(first)], capsys)
+        apart = [abs(one[1] / other[1] - 1) for one, other in zip(narrow, expected, strict=True)]
+        assert 0 < max(apart) < 0.1
 
 
 @contextmanager

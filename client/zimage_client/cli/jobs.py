@@ -22,6 +22,8 @@ from zimage_client.cli.usage import wrong
 from zimage_core.errors import NotFound
 from zimage_core.files import write_whole
 from zimage_core.settings import ClientSettings
+from zimage_core.wire.names import RECOMPUTES, name_of
+from zimage_rpc.trainer.v1.trainer_pb2 import TrainJobSpec
 
 _FAILED = 1
 _MUCH_LOST_DETAIL = 0.3
@@ -123,11 +125,9 @@ async def watch(client: AsyncTrainer, job_id: str, args: Namespace, terminal: Te
         async for event in events:
             match event:
                 case TrainJob():
-                    is_new = (event.state, event.waits_for) != (last.state, last.waits_for)
+                    if (event.state, event.waits_for) != (last.state, last.waits_for):
+                        _tell_state(event, terminal)
                     last = event
-                    if is_new and not event.has_ended:
-                        waits = f": {event.waits_for}" if event.waits_for else ""
-                        terminal.note(f"{event.state}{waits}")
                 case TrainStep():
                     progress.enter(event)
                     if args.json:
@@ -223,6 +223,29 @@ async def _logs(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> No
     if args.plot:
         write_whole(args.plot, svg(f"{job.name}: loss", losses).encode())
         terminal.note(f"{args.plot}: the losses, and their running mean")
+
+
+def _tell_state(job: TrainJob, terminal: Terminal) -> None:
+    if not job.has_ended:
+        terminal.note(job.state + (f": {job.waits_for}" if job.waits_for else ""))
+    if job.state == "running" and not job.spec.only_caches:
+        terminal.note(_learns(job.spec))
+
+
+def _learns(spec: TrainJobSpec) -> str:
+    """What is really learnt, and how, once that is decided."""
+    plan = spec.training
+    groups = [
+        f"rank {one.rank} in {one.stack} {one.first_block} to {one.end_block - 1}, "
+        f"{len(one.linears)} linears each"
+        for one in plan.lora.groups
+    ]
+    what = "the transformer itself" if plan.full else "a LoRA, " + "; ".join(groups)
+    recompute = name_of(plan.recompute, RECOMPUTES) or "as there is room"
+    return (
+        f"learns {what}; {spec.batch_size} samples a step, {plan.samples_at_once} at once, "
+        f"recompute {recompute}"
+    )
 
 
 def _tell_kept(checkpoint: TrainCheckpoint, args: Namespace, terminal: Terminal) -> None:

@@ -37,6 +37,7 @@ _OF_SPEC = {
     "replace": "replaces_adapter",
     "sample": "samples.prompts",
     "low_ram": "low_memory",
+    "narrow_captions": "narrow_captions",
     "battery": "least_battery_percent",
 }
 """Where the flags' values belong."""
@@ -157,6 +158,12 @@ def add_job_flags(parser: ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="read what is learnt from disk each time, rather than keep it in the host's memory",
+    )
+    how.add_argument(
+        "--narrow-captions",
+        action="store_true",
+        default=None,
+        help="keep embeddings of captions in eight bits a number, half the room",
     )
     how.add_argument(
         "-B",

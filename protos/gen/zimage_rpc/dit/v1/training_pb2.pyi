@@ -813,7 +813,9 @@ class TrainSample(_message.Message):
 
     @_builtins.property
     def caption(self) -> _types_pb2.Digest:
-        """The caption's embedding: a tensor "embeddings" of [tokens, width]."""
+        """The caption's embedding: a tensor "embeddings" of [tokens, width]; with a tensor "embeddings_scale" of [tokens, 1]
+        beside it, each row times its scale.
+        """
 
     def __init__(
         self,

@@ -117,6 +117,7 @@ class TrainJobSpec(_message.Message):
     VALIDATION_FIELD_NUMBER: _builtins.int
     LOW_MEMORY_FIELD_NUMBER: _builtins.int
     LEAST_BATTERY_PERCENT_FIELD_NUMBER: _builtins.int
+    NARROW_CAPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that each checkpoint gets as an adapter, in the place of the one before; 1 to 128 letters, digits, '.', '_'
     and '-'. What full training learns is no adapter: there it is the job's name alone.
@@ -151,6 +152,8 @@ class TrainJobSpec(_message.Message):
     """Lets the job rest, behind a checkpoint, when the battery of the machine that learns is less full, in percent, 100 at
     most, and not being charged. Unset or 0: never.
     """
+    narrow_captions: _builtins.bool
+    """Keeps the embeddings of captions in eight bits a number, half the room: what is learnt differs a little."""
     @_builtins.property
     def dataset(self) -> _types_pb2.Digest:
         """The samples: the digest of a dataset file, JSON lines of pictures by their digests, and captions."""
@@ -200,10 +203,11 @@ class TrainJobSpec(_message.Message):
         validation: Global___ValidationPlan | None = ...,
         low_memory: _builtins.bool = ...,
         least_battery_percent: _builtins.int = ...,
+        narrow_captions: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "kept_state_count", b"kept_state_count", "samples", b"samples", "start", b"start", "training", b"training", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "kept_checkpoint_count", b"kept_checkpoint_count", "kept_state_count", b"kept_state_count", "least_battery_percent", b"least_battery_percent", "low_memory", b"low_memory", "name", b"name", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_kept_state_count", b"_kept_state_count", "base_model", b"base_model", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "captions", b"captions", "checkpoint_interval_steps", b"checkpoint_interval_steps", "dataset", b"dataset", "fixed_tag_count", b"fixed_tag_count", "kept_checkpoint_count", b"kept_checkpoint_count", "kept_state_count", b"kept_state_count", "least_battery_percent", b"least_battery_percent", "low_memory", b"low_memory", "name", b"name", "narrow_captions", b"narrow_captions", "only_caches", b"only_caches", "replaces_adapter", b"replaces_adapter", "samples", b"samples", "shuffle_tags", b"shuffle_tags", "sides_px", b"sides_px", "start", b"start", "training", b"training", "validation", b"validation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
