@@ -243,7 +243,7 @@ def _learns(spec: TrainJobSpec) -> str:
     what = "the transformer itself" if plan.full else "a LoRA, " + "; ".join(groups)
     recompute = name_of(plan.recompute, RECOMPUTES) or "as there is room"
     return (
-        f"learns {what}; {spec.batch_size} samples a step, {plan.samples_at_once} at once, "
+        f"learns {what}; samples a step: {spec.batch_size}, at once: {plan.samples_at_once}; "
         f"recompute {recompute}"
     )
 
