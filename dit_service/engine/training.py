@@ -261,6 +261,7 @@ class Trainings:
         except Exception as error:  # whatever a compiler says, a plan without it is there
             if is_sticky(error) or isinstance(error, torch.OutOfMemoryError | ZImageError):
                 raise
+            _log.warning("blocks of a training are not compiled", exc_info=True)
             what = str(error).strip().partition("\n")[0]
             raise NotReady(
                 f"this service cannot train with compiled blocks: {type(error).__name__}: {what}",

@@ -119,9 +119,8 @@ def fitting(
 ) -> TrainingPlan | None:
     """The fastest way to compute such batches in so many bytes, as far as the plan leaves it open;
     None where there is no way."""
-    ways = (plan.recompute,) if plan.recompute else _open_ways(plan, base)
     counts = (plan.samples_at_once,) if plan.samples_at_once else range(len(batch), 0, -1)
-    for recompute in ways:
+    for recompute in _ways(plan, base):
         for at_once in counts:
             tried = replace(plan, recompute=recompute, samples_at_once=at_once)
             most = largest(shape, tried, batch, base)
@@ -130,8 +129,10 @@ def fitting(
     return None
 
 
-def _open_ways(plan: TrainingPlan, base: Base) -> list[str]:
-    """The fastest first."""
+def _ways(plan: TrainingPlan, base: Base) -> list[str]:
+    """What the plan says, or what it leaves open, the fastest first."""
+    if plan.recompute:
+        return [plan.recompute]
     cheapest = ELEMENTWISE if plan.compiled else NOTHING
     return [cheapest, BLOCKS, *([OFFLOADED] if base.is_apart else [])]
 
@@ -141,8 +142,7 @@ def best_batch(
 ) -> TrainingPlan | None:
     """The plan with as many such samples at once as the fastest way has room for: so many are a
     batch that costs no more for each than one. None where not even one fits."""
-    ways = (plan.recompute,) if plan.recompute else _open_ways(plan, base)
-    for recompute in ways:
+    for recompute in _ways(plan, base):
         for count in range(MOST_AT_ONCE, 0, -1):
             tried = replace(plan, recompute=recompute, samples_at_once=count)
             if largest(shape, tried, [sample] * count, base).all <= room_bytes:
