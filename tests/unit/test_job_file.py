@@ -220,6 +220,10 @@ def test_mflux_s_full_example_is_read_as_it_is(tmp_path: Path) -> None:
     assert (spec.batch_size, training.samples_at_once) == (32, 8)
     assert training.step_count == 4  # five epochs of twenty by 32
     assert training.learning_rate.peak == 1e-5
+    assert training.recompute == training_pb2.TrainingPlan.RECOMPUTE_UNSPECIFIED
+    kept = json.dumps({**json.loads(FULL), "full_finetune": {"gradient_checkpointing": False}})
+    job = _job_file.read(_file(tmp_path, kept, "kept.json"))
+    assert job.values["training"]["recompute"] == "nothing"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     given = _Table(values, "")
     given.one_of("model", _MODELS, "z-image")
     is_full = given.one_of("mode", ("lora", "full"), "lora") == "full"
-    _refuse_parts(given.table("full_finetune"))
+    full = given.table("full_finetune")
+    _refuse_parts(full)
     given.take("guidance", 0.0)  # of the pictures that it would draw meanwhile
     loop, save = given.table("training_loop"), given.table("save")
     at_once = loop.take("batch_size", 1)
@@ -53,6 +54,8 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
         "noise": {"distribution": "schedule", "step_count": given.take("steps", _USUAL_STEPS)},
         **_optimizer(given.table("optimizer")),
     }
+    if not full.take("gradient_checkpointing", True):
+        training["recompute"] = "nothing"  # otherwise as there is room
     average = given.table("ema")
     if average.take("enabled", False):
         training["average_decay"] = average.take("decay", 0.9999)
@@ -76,7 +79,7 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
         found["validation"] = {
             "share": _HELD_OUT, "patience": patience, "least_gain": gain,
         }  # fmt: skip
-    for rest in (loop, save, average, stopping, given):
+    for rest in (full, loop, save, average, stopping, given):
         rest.refuse_unknown()
     return found
 
@@ -92,14 +95,12 @@ def _learnt(given: "_Table", *, is_full: bool, has_layers: bool) -> dict[str, An
 def _refuse_parts(full: "_Table") -> None:
     if not full.take("train_transformer", True):
         raise _refusal("full_finetune.train_transformer", "false", "true: it is what learns")
-    full.take("gradient_checkpointing", True)
     for part, instead in (
         ("train_vae", "the VAE stays as it is"),
         ("train_text_encoder", "captions are encoded by an encoder service, which stays as it is"),
     ):
         if full.take(part, False):
             raise _refusal(f"full_finetune.{part}", "true", f"false: {instead}")
-    full.refuse_unknown()
 
 
 def _groups(layers: "_Table", *, is_given: bool) -> list[dict[str, Any]]:
