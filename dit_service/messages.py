@@ -7,7 +7,7 @@ from pathlib import Path
 from zimage_core.planning.flops import DitShape
 from zimage_core.planning.shares import COMMON, Share
 from zimage_core.planning.training import TrainingPlan
-from zimage_core.planning.training_memory import Rows
+from zimage_core.planning.training_memory import Rows, TrainingBytes
 from zimage_core.tensors import TensorData
 
 TRAINING_TAKEN = "TRAINING_TAKEN"
@@ -109,6 +109,33 @@ class TrainingOpened:
     """With everything decided."""
     batch_size: int
     """What all devices compute at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTraining:
+    """Front to worker: a training is thought of; answered by one TrainingForecast."""
+
+    plan: TrainingPlan
+    largest: tuple[Rows, ...]
+    """A batch that takes as much as any."""
+    batch_is_open: bool
+    """As of OpenTraining."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingForecast:
+    """Worker to front: what would become of a training."""
+
+    plan: TrainingPlan
+    """With everything decided."""
+    batch_size: int
+    parameter_count: int
+    taken: TrainingBytes
+    """Of each device, at the peak."""
+    room_bytes: float
+    """What trainings may take beside the frozen model; infinite where nothing bounds it."""
+    step_seconds: float | None
+    """Of the largest batch, when nothing else is done; None where it could not be tried."""
 
 
 @dataclass(frozen=True, slots=True)

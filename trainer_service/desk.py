@@ -78,14 +78,14 @@ def base_model(dit: DitDescription) -> str:
     return f"{dit.model.name} ({dit.model.variant})" if dit.model else ""
 
 
-async def described(desk: Desk, *, full_training: bool) -> DitDescription:
+async def suited(desk: Desk, *, full_training: bool) -> tuple[AsyncClient, DitDescription]:
     """A DiT service that learns such, as it is now; whichever answers where none is ready."""
     for client in desk.dits:
         with suppress(ZImageError):
             found = await client.describe()
             if found.model and found.model.full_training == full_training:
-                return found
-    return await desk.client.describe()
+                return client, found
+    return desk.client, await desk.client.describe()
 
 
 async def publish(desk: Desk, name: str, kept: Kept) -> None:

@@ -18,6 +18,7 @@ from trainer_service.desk import (
     pause_seconds,
     publish,
 )
+from trainer_service.foreseeing import decide, largest_batch
 from trainer_service.jobs.jobs import Job, Kept
 from trainer_service.keeping import (
     CHECKPOINTS,
@@ -28,7 +29,7 @@ from trainer_service.keeping import (
 )
 from trainer_service.preparing import Preparing, Services
 from trainer_service.sampling import Sampler
-from zimage_client import AsyncClient, DitDescription, TrainStep, training
+from zimage_client import AsyncClient, DitDescription, Limits, TrainStep, training
 from zimage_core.digests import Named
 from zimage_core.errors import NotFound, Overloaded, Unavailable, ZImageError
 from zimage_core.formats.dataset_file import Example
@@ -117,9 +118,9 @@ class Feeding:
         if spec.only_caches:
             return True
         await self.preparing.check_held()
-        return await self._learn(epoch)
+        return await self._learn(epoch, dit.limits)
 
-    async def _learn(self, epoch: int) -> bool:
+    async def _learn(self, epoch: int, limits: Limits) -> bool:
         last = await self._desk.aside(self._last_whole)
         opening = training_pb2.OpenTraining(
             job=self._job.id,
@@ -130,7 +131,7 @@ class Feeding:
         )
         if last:
             opening.state.extend(map(training.digest, last.state))
-        opening.largest_batch.extend(self.preparing.largest_batch())
+        opening.largest_batch.extend(largest_batch(self._spec, self.preparing.learnt, limits))
         if self._job.step:
             opening.known_step_count = self._job.step
         self._kept_step = last.step if last else 0
@@ -240,11 +241,10 @@ class Feeding:
 
     async def _decide(self, opened: training.Opened) -> None:
         """What was left open until the service decided it stays so, whatever a later one would."""
-        batch_size = self._spec.batch_size or min(opened.batch_size, self.preparing.sample_count)
-        if opened.plan != self._spec.training or batch_size != self._spec.batch_size:
-            self._spec.training.CopyFrom(opened.plan)
-            self._spec.batch_size = batch_size
-            spec = self._spec.SerializeToString(deterministic=True)
+        before = self._spec.SerializeToString(deterministic=True)
+        decide(self._spec, opened.plan, opened.batch_size, self.preparing.learnt)
+        spec = self._spec.SerializeToString(deterministic=True)
+        if spec != before:
             await self._desk.aside(lambda: self._desk.jobs.decide(self._job.id, spec))
 
     async def _free_dit(self) -> tuple[AsyncClient, DitDescription]:

@@ -16,11 +16,8 @@ from zimage_core.planning.curriculum import (
     Curriculum,
     Habits,
     Look,
-    epoch_length,
     held_out,
-    size_px,
 )
-from zimage_rpc.dit.v1 import training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
 
 _PREPARED_AHEAD = 8
@@ -29,8 +26,6 @@ _ENCODED_AT_ONCE = 16
 """Samples, where all are encoded first; how many services work on at once the caches decide."""
 _LOOKED_AT_ONCE = 16
 """Samples that are not learnt."""
-_TEMPLATE_TOKENS, _LEAST_BYTES_OF_A_TOKEN = 20, 2
-"""How long captions become at most, as good as always."""
 _FIRST = -1
 """The step before all, which what is encoded first is for."""
 _MOST_FAILURES = 5
@@ -72,7 +67,7 @@ class Preparing:
         self._job = job
         self._spec = spec
         self._listener = listener
-        self._learnt, held = held_out(examples, spec.training.seed, spec.validation.share)
+        self.learnt, held = held_out(examples, spec.training.seed, spec.validation.share)
         self.held = [Look(one, one.caption, spec.sides_px[0], False) for one in held]
         """What is looked at and not learnt."""
         self.caching: Caching | None = None
@@ -87,14 +82,9 @@ class Preparing:
         """With those that there are."""
         self._services = services
 
-    @property
-    def sample_count(self) -> int:
-        """How many an epoch has."""
-        return epoch_length(self._learnt)
-
     def _curriculum(self) -> Curriculum:
         """By what is decided now."""
-        return Curriculum(self._learnt, self._spec.training.seed, _habits(self._spec))
+        return Curriculum(self.learnt, self._spec.training.seed, _habits(self._spec))
 
     async def check_held(self) -> None:
         """What cannot be looked at is to be known before anything is learnt."""
@@ -204,22 +194,6 @@ class Preparing:
             said = f"{look.example.name} cannot be learnt from: {error.message}"
             raise InvalidRequest(said, reason=error.reason, fields=error.fields) from error
         return training.Sample(latents, embedding, look.example.weight)
-
-    def largest_batch(self) -> list[training_pb2.SampleSize]:
-        """One that takes as much as any may."""
-        limits = self._services.dit.limits
-        assert limits is not None
-        multiple, longest = limits.side_multiple_px, limits.max_token_count
-        sizes = {
-            size_px(one.width_px, one.height_px, side, multiple)
-            for one in self._learnt
-            for side in self._spec.sides_px
-        }
-        image = max(width * height for width, height in sizes) // multiple**2
-        said = max(len(one.caption.encode()) for one in self._learnt)
-        caption = min(longest, _TEMPLATE_TOKENS + said // _LEAST_BYTES_OF_A_TOKEN)
-        one = training_pb2.SampleSize(image_tokens=image, caption_tokens=caption)
-        return [one] * (self._spec.batch_size or 1)
 
     async def _is_back(self) -> None:
         """Whoever was waited for is there again."""

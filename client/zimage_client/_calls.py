@@ -31,7 +31,7 @@ from zimage_core.tensors import TensorData
 from zimage_core.wire import status
 from zimage_core.wire.limits import CHUNK_BYTES
 from zimage_rpc.blob.v1 import blob_pb2, blob_pb2_grpc
-from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc
+from zimage_rpc.dit.v1 import dit_pb2, dit_pb2_grpc, training_pb2, training_pb2_grpc
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 
 T = TypeVar("T")
@@ -162,6 +162,19 @@ async def get_adapter(
     with TypedErrors():
         response = await stub.GetAdapter(request, timeout=timeout, metadata=metadata)
     return _reading.adapter(response.adapter)
+
+
+async def plan_training(
+    channel: grpc.aio.Channel,
+    request: training_pb2.PlanTrainingRequest,
+    timeout: float | None,
+    metadata: Metadata,
+) -> training_pb2.TrainingForecast:
+    """What would become of a training."""
+    stub = training_pb2_grpc.TrainingServiceStub(channel)
+    with TypedErrors():
+        response = await stub.PlanTraining(request, timeout=timeout, metadata=metadata)
+    return response.forecast
 
 
 async def list_adapters(

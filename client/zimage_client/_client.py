@@ -270,6 +270,19 @@ class AsyncClient:
             lambda channel: _calls.trace(channel, last_seconds, timeout, same_id)
         )
 
+    async def plan_training(
+        self,
+        request: training_pb2.PlanTrainingRequest,
+        *,
+        timeout: float | None = _calls.ADAPTER_SECONDS,
+    ) -> training_pb2.TrainingForecast:
+        """What a training would be, take and last on the DiT service. For the trainer service, as
+        train_session is."""
+        same_id = self._channels.metadata()
+        return await self._channels.dit.first(
+            lambda channel: _calls.plan_training(channel, request, timeout, same_id)
+        )
+
     def train_session(
         self,
         opening: training_pb2.OpenTraining,

@@ -61,6 +61,28 @@ class TrainJob:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainForecast:
+    """What a job would be, take and last."""
+
+    spec: trainer_pb2.TrainJobSpec
+    """What would be learnt from what, everything decided."""
+    parameter_count: int
+    """How many numbers would be learnt."""
+    weights_bytes: int
+    """What the frozen model takes of the device."""
+    learnt_bytes: int
+    """What is learnt, and what the optimiser keeps of it."""
+    step_bytes: int
+    """What a step takes besides, at most."""
+    room_bytes: int | None
+    """What trainings may take beside the frozen model; None where nothing bounds it."""
+    step_seconds: float | None
+    """How long a step lasts when nothing else is done; None where it could not be tried."""
+    warnings: tuple[str, ...]
+    """What may not be as it was meant."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainStep:
     """What came of a step."""
 
@@ -133,6 +155,22 @@ def job(message: trainer_pb2.TrainJob) -> TrainJob:
         updated=message.update_time.ToDatetime(),
         checkpoints=tuple(map(checkpoint, message.checkpoints)),
         spec=message.spec,
+    )
+
+
+def forecast(message: trainer_pb2.PlanTrainJobResponse) -> TrainForecast:
+    """What is expected of a job."""
+    expected = message.forecast
+    has_duration = expected.HasField("step_duration")
+    return TrainForecast(
+        spec=message.spec,
+        parameter_count=expected.parameter_count,
+        weights_bytes=expected.weights_bytes,
+        learnt_bytes=expected.learnt_bytes,
+        step_bytes=expected.step_bytes,
+        room_bytes=expected.room_bytes if expected.HasField("room_bytes") else None,
+        step_seconds=expected.step_duration.ToNanoseconds() / 1e9 if has_duration else None,
+        warnings=tuple(message.warnings),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Unpack
 
-from zimage_client._jobs import CacheKind, JobEvent, TrainJob
+from zimage_client._jobs import CacheKind, JobEvent, TrainForecast, TrainJob
 from zimage_client._sync import Face, iterate
 from zimage_client._trainer import AsyncTrainer
 from zimage_core.tls import Credentials
@@ -30,6 +30,10 @@ class Trainer(Face):
     def get_blob(self, sha256: str, file: str | Path) -> None:
         """Writes a file of the trainer's store, such as a checkpoint's."""
         self._work.run(self._trainer.get_blob(sha256, file))
+
+    def plan(self, spec: trainer_pb2.TrainJobSpec) -> TrainForecast:
+        """What a job would be, take and last, as of AsyncTrainer."""
+        return self._work.run(self._trainer.plan(spec))
 
     def train(self, spec: trainer_pb2.TrainJobSpec) -> TrainJob:
         """Begins a job with what was put before."""

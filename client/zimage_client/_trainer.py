@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 from zimage_client import _calls, _jobs
 from zimage_client._blobs import Transfers
 from zimage_client._channel import Channels
-from zimage_client._jobs import CacheKind, JobEvent, TrainJob, TrainStep
+from zimage_client._jobs import CacheKind, JobEvent, TrainForecast, TrainJob, TrainStep
 from zimage_client._replay import Replay
 from zimage_core.errors import ZImageError
 from zimage_core.tls import Credentials
@@ -50,6 +50,12 @@ class AsyncTrainer:
     async def get_blob(self, sha256: str, file: str | Path) -> None:
         """Writes a file of the trainer's store, such as a checkpoint's."""
         await self._transfers().get(sha256, Path(file), Replay())
+
+    async def plan(self, spec: trainer_pb2.TrainJobSpec) -> TrainForecast:
+        """What a job would be, take and last: of what it names, the pictures need not be put."""
+        request = trainer_pb2.PlanTrainJobRequest(spec=spec)
+        answer = await self._asked(lambda stub, **how: stub.PlanTrainJob(request, **how))
+        return _jobs.forecast(answer)
 
     async def train(self, spec: trainer_pb2.TrainJobSpec) -> TrainJob:
         """Begins a job with what was put before; sending it again after a break begins no other."""

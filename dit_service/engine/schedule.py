@@ -92,6 +92,9 @@ class Schedule:
             case messages.Evaluate() as asked:
                 work = self._trainings.evaluate(asked, partial(self._port.emit, submitted.call))
                 self._go_on(_Live(submitted, asked.share, True, work), None)
+            case messages.PlanTraining() as asked:
+                work = self._trainings.forecast(asked, partial(self._port.emit, submitted.call))
+                self._go_on(_Live(submitted, COMMON, True, work), None)
             case messages.OpenTraining() | messages.CloseTraining() as asked:
                 work = self._trainings.turn_to(asked, partial(self._port.emit, submitted.call))
                 self._go_on(_Live(submitted, COMMON, True, work), None)

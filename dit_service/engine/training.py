@@ -27,6 +27,7 @@ from dit_service.model.adapters import Use, Uses
 from dit_service.model.attention.backends import BACKENDS
 from dit_service.model.narrow import MULTIPLIED
 from dit_service.model.transformer import ZImageTransformer
+from dit_service.training.rehearsal import Rehearsal
 from dit_service.training.training import LEVELS, Example, Training, alone
 from zimage_core.errors import InvalidRequest, NotReady, Unavailable, ZImageError
 from zimage_core.formats import eight_bits
@@ -43,6 +44,7 @@ from zimage_core.planning.training_memory import (
     fitting,
     forwards,
     largest,
+    learnt_count,
     training_bytes,
 )
 from zimage_core.serving.child import is_sticky
@@ -54,6 +56,7 @@ _LEARNT_FROM = ("latents", "mask", eight_bits.TENSOR, eight_bits.SCALE)
 _PART_BYTES = 4 << 30
 """Of a state, in a file of its own."""
 _LOOK_SECONDS = 0.02
+_INSTEAD = "; fewer samples_at_once, or recompute blocks or offloaded"
 _OPENING_SECONDS, _SLOWEST_BYTES_PER_SECOND = 60.0, 5e7
 """What the watchdog is told of a training that begins: its state comes from disks."""
 _COMPILING_SECONDS = 600.0
@@ -174,6 +177,7 @@ class Turn:
         self._course.is_written.wait(_LOOK_SECONDS)
 
 
+_Thought = messages.OpenTraining | messages.PlanTraining
 Learning = Generator[Lesson | Turn | Free, object, None]
 """A step of a training under way: has its turn whenever it is gone on with."""
 
@@ -202,6 +206,41 @@ class Trainings:
         self._samples = _Samples(means.kept_bytes)
         self._pace = Pace("train", _SLOWEST_SECONDS_PER_FLOP, announce)
         self._courses: dict[str, _Course] = {}
+
+    def forecast(self, asked: messages.PlanTraining, emit: Callable[[object], None]) -> "Learning":
+        """What opening such a training would decide, and what that takes; emits it."""
+        self._refuse_what_cannot_learn(asked.plan)
+        plan, config = self._decided(asked), self._model.config
+        own = self._largest_part(asked)
+        if asked.batch_is_open:
+            own *= plan.samples_at_once
+        taken = largest(config, plan, own, self._base)
+        at_once = min(len(own), plan.samples_at_once)
+        what = _step_said(plan, at_once)
+        self._refuse_what_never_fits(taken.learnt + taken.step, what, _INSTEAD)
+        rehearsal = Rehearsal(own[0], at_once)
+        flops = rehearsal.flops(config)
+        yield Lesson(Load(flops, taken.step), flops)
+        largest_open = len(own) * self._company.device_count
+        emit(
+            messages.TrainingForecast(
+                plan=plan,
+                batch_size=largest_open if asked.batch_is_open else len(asked.largest),
+                parameter_count=learnt_count(config, plan),
+                taken=taken,
+                room_bytes=self._room_bytes,
+                step_seconds=self._step_seconds(rehearsal, plan, len(own)),
+            )
+        )
+
+    def _step_seconds(self, rehearsal: Rehearsal, plan: TrainingPlan, count: int) -> float | None:
+        """The seconds of a step, unless there is no room to try it now."""
+        try:
+            flops = rehearsal.flops(self._model.config)
+            with torch.inference_mode(mode=False), self._pace.working(flops):
+                return count * rehearsal.seconds_per_sample(self._model, self._backend, plan)
+        except torch.OutOfMemoryError:
+            return None
 
     def turn_to(
         self,
@@ -268,11 +307,11 @@ class Trainings:
                 reason="CANNOT_TRAIN",
             ) from error
 
-    def _largest_part(self, asked: messages.OpenTraining) -> tuple[Rows, ...]:
+    def _largest_part(self, asked: _Thought) -> tuple[Rows, ...]:
         """Of such a batch, the most that one of the devices computes."""
         return asked.largest[: self._company.largest_part(len(asked.largest))]
 
-    def _decided(self, asked: messages.OpenTraining) -> TrainingPlan:
+    def _decided(self, asked: _Thought) -> TrainingPlan:
         """The plan with what it left open: the fastest that there is room for."""
         own = self._largest_part(asked)
         if not own:
@@ -387,9 +426,8 @@ class Trainings:
             end = first + at_once
             accumulates = len(examples) > at_once
             taken = self._taken(plan, examples[first:end], accumulates=accumulates).step
-            what = f"{len(examples[first:end])} samples at once, recompute {plan.recompute}"
-            instead = "; fewer samples_at_once, or recompute blocks or offloaded"
-            self._refuse_too_much(taken, what, instead, own=course.learnt_bytes)
+            what = _step_said(plan, len(examples[first:end]))
+            self._refuse_too_much(taken, what, _INSTEAD, own=course.learnt_bytes)
             course.step_bytes = max(course.step_bytes, taken)
             yield Lesson(Load(sum(flops[first:end]), taken), flops_left=sum(flops[first:]))
             place = own.start + first
@@ -450,22 +488,26 @@ class Trainings:
     ) -> None:
         """Beside what is a training's own already, and beside what steps of others take. Raises
         NotReady for what never fits, Unavailable for what others leave no room for."""
-        alone = self._room_bytes - own
+        self._refuse_what_never_fits(wanted_bytes, what, instead, own)
         left = self._room_bytes - sum(one.learnt_bytes for one in self._courses.values()) - beside
-        if wanted_bytes <= left:
-            return
-        said = f"{what}: that takes {wanted_bytes / 2**30:.1f} GiB of the device, and "
-        if wanted_bytes <= alone:
+        if wanted_bytes > left:
             raise Unavailable(
-                f"{said}other trainings leave {max(0, left) / 2**30:.1f}",
+                f"{_too_much(what, wanted_bytes)}other trainings leave {max(0, left) / 2**30:.1f}",
                 reason=messages.TRAINING_TAKEN,
                 retry_after=_TAKEN_SECONDS,
             )
-        raise NotReady(
-            f"{said}there is room for {max(0, alone) / 2**30:.1f}{instead}",
-            reason="TRAINING_MEMORY",
-            fields={"given": f"{wanted_bytes:.0f}", "allowed": f"{max(0, alone):.0f}"},
-        )
+
+    def _refuse_what_never_fits(
+        self, wanted_bytes: float, what: str, instead: str, own: float = 0.0
+    ) -> None:
+        room_bytes = max(0.0, self._room_bytes - own)
+        if wanted_bytes > room_bytes:
+            room = f"there is room for {room_bytes / 2**30:.1f}"
+            raise NotReady(
+                f"{_too_much(what, wanted_bytes)}{room}{instead}",
+                reason="TRAINING_MEMORY",
+                fields={"given": f"{wanted_bytes:.0f}", "allowed": f"{room_bytes:.0f}"},
+            )
 
     def _tokens(self, example: Example) -> int:
         _, height, width = example.latents_CHW.shape
@@ -636,6 +678,14 @@ def _read_state(files: Sequence[Path]) -> tuple[dict[str, Tensor], int]:
         raise InvalidRequest.given(
             "open.state", f"a file that is none ({error})", "a checkpoint's state", "TRAINING_STATE"
         ) from error
+
+
+def _step_said(plan: TrainingPlan, sample_count: int) -> str:
+    return f"{sample_count} samples at once, recompute {plan.recompute}"
+
+
+def _too_much(what: str, wanted_bytes: float) -> str:
+    return f"{what}: that takes {wanted_bytes / 2**30:.1f} GiB of the device, and "
 
 
 def _out_of_order(course: _Course, step: int) -> NotReady:

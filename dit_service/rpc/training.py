@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc.aio
 
+from dit_service import messages
 from dit_service.rpc.training_session import (
     Request,
     Response,
@@ -20,11 +21,12 @@ from dit_service.rpc.training_session import (
     refusal,
     stopping,
 )
-from zimage_core.errors import NotReady
+from zimage_core.errors import InvalidRequest, NotReady
 from zimage_core.planning.shares import BACKGROUND, Share
 from zimage_core.serving import access
 from zimage_core.serving.worker import Worker
 from zimage_core.store.blobs import Blobs, check_name
+from zimage_core.wire import training as plans
 from zimage_rpc.dit.v1 import training_pb2, training_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -107,6 +109,26 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 is_answered |= stretch.session.is_ended
                 is_answered |= stretch.task.done() and _failure(stretch.task) is not None
                 await asyncio.shield(self._part_with(job, stretch, is_answered))
+
+    async def PlanTraining(  # noqa: N802 - gRPC's name
+        self, request: training_pb2.PlanTrainingRequest, context: _Context
+    ) -> training_pb2.PlanTrainingResponse:
+        """What the worker says."""
+        model = self._worker.loaded(messages.Model)
+        asked = messages.PlanTraining(
+            plans.plan(request.plan, model.shape, "plan"),
+            plans.sizes(request.largest_batch, "largest_batch"),
+            request.batch_is_open,
+        )
+        count = len(asked.largest)
+        if not count or (asked.batch_is_open and count > 1):
+            allowed = "one where batch_is_open, otherwise 1 to 256"
+            raise InvalidRequest.given(
+                "largest_batch", f"{count} samples", allowed, "TRAINING_PLAN"
+            )
+        [forecast] = [event async for event in self._worker.call(asked)]
+        assert isinstance(forecast, messages.TrainingForecast)
+        return training_pb2.PlanTrainingResponse(forecast=_forecast(forecast))
 
     def _enter_epoch(self, job: str, opening: training_pb2.OpenTraining) -> None:
         """Earlier stretches of the job are over. Raises NotReady for one that is over itself,
@@ -203,6 +225,22 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         for job, stretch in gone:
             await self._forget(job, stretch)
         return bool(gone)
+
+
+def _forecast(forecast: messages.TrainingForecast) -> training_pb2.TrainingForecast:
+    message = training_pb2.TrainingForecast(
+        plan=plans.message(forecast.plan),
+        batch_size=forecast.batch_size,
+        parameter_count=forecast.parameter_count,
+        weights_bytes=round(forecast.taken.weights),
+        learnt_bytes=round(forecast.taken.learnt),
+        step_bytes=round(forecast.taken.step),
+    )
+    if math.isfinite(forecast.room_bytes):
+        message.room_bytes = round(forecast.room_bytes)
+    if forecast.step_seconds is not None:
+        message.step_duration.FromNanoseconds(round(forecast.step_seconds * 1e9))
+    return message
 
 
 async def _opening(requests: AsyncIterator[Request]) -> training_pb2.OpenTraining:

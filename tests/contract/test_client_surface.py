@@ -58,6 +58,7 @@ NAMES = [
     "Trace",
     "TrainCaching",
     "TrainCheckpoint",
+    "TrainForecast",
     "TrainJob",
     "TrainPicture",
     "TrainSamples",

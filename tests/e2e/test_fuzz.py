@@ -152,6 +152,17 @@ METHODS: dict[str, list[Message]] = {
         training_pb2.TrainSessionRequest(chunk=dit_pb2.BlobChunk(sha256=SHA256, data=b"123")),
     ],
     f"{_TRAINER}/Describe": [trainer_pb2.DescribeRequest()],
+    f"{_TRAINING}/PlanTraining": [
+        training_pb2.PlanTrainingRequest(
+            plan=PLAN,
+            largest_batch=[training_pb2.SampleSize(image_tokens=64, caption_tokens=20)],
+        )
+    ],
+    f"{_TRAINER}/PlanTrainJob": [
+        trainer_pb2.PlanTrainJobRequest(
+            spec=trainer_pb2.TrainJobSpec(name="style", dataset=_FILE, training=PLAN)
+        )
+    ],
     f"{_TRAINER}/CreateTrainJob": [
         trainer_pb2.CreateTrainJobRequest(
             spec=trainer_pb2.TrainJobSpec(
@@ -186,6 +197,8 @@ _UNARY = (
     *(f"{verb}TrainJob" for verb in ("Create", "Get", "Pause", "Resume", "Cancel", "Delete")),
     *(f"{verb}Cache" for verb in ("Describe", "Verify", "Prune")),
     "ListTrainJobs",
+    "PlanTrainJob",
+    "PlanTraining",
 )
 
 

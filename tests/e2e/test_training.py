@@ -27,9 +27,14 @@ from tests.e2e.trainer import (
     training_with,
     wait,
 )
-from zimage_client import Client, Options, Trainer, TrainStep
+from zimage_client import Client, Options, Trainer, TrainJob, TrainStep
 from zimage_client._embedded.stack import demo_model
 from zimage_client.cli.main import main as command
+from zimage_core.errors import NotFound
+from zimage_core.formats import dataset_file
+from zimage_core.formats.dataset_file import Example
+from zimage_rpc.dit.v1 import training_pb2
+from zimage_rpc.trainer.v1 import trainer_pb2
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -78,7 +83,10 @@ def test_pictures_become_an_adapter_that_pictures_are_drawn_with(
     flags = "--rank", "4", "--learning-rate", "0.01", "--side", "96", "--json"
     samples = "--sample", PROMPT, "--sample", "a frame", "--samples", str(tmp_path / "samples")
     assert command(_asked(pictures, services, "--name", "frames", *flags, *samples)) == 0
-    *told, job = lines(capsys.readouterr().out)
+    said = capsys.readouterr()
+    for foretold in ("rank 4 in layers 0 to 5", "GiB of the device: the model", "lasts about"):
+        assert foretold in said.err
+    *told, job = lines(said.out)
     steps = [one for one in told if "loss" in one]
     drawn = {one["step"]: one["samples"] for one in told if "samples" in one}
     assert sorted(drawn) == [3, 6, 7]
@@ -302,13 +310,41 @@ def test_what_cannot_be_learnt_from_is_named(
     assert "there is no such folder" in capsys.readouterr().err
 
 
-def test_what_the_dit_service_refuses_is_why_a_job_failed(
+def test_what_a_job_would_be_is_known_before_its_pictures_are_sent(services: Services) -> None:
+    example = Example("0" * 64, 100, 128, 128, "frame.png", "a frame")
+    spec = _thought_of([example, replace(example, caption="a longer caption" * 20)], services)
+    spec.batch_size = 0
+    with Trainer(services.trainer.address) as trainer:
+        expected = trainer.plan(spec)
+        assert expected.spec.batch_size == 2  # of so few
+        assert expected.spec.training.lora.groups[0].rank == 16
+        assert expected.parameter_count > expected.spec.training.lora.groups[0].rank
+        assert 0 < expected.learnt_bytes < expected.weights_bytes
+        assert expected.room_bytes is None  # a host's memory is not the service's to plan
+        assert expected.step_seconds
+        assert any("--training-adapter" in one for one in expected.warnings)
+        with pytest.raises(NotFound, match=r"pictures that were not sent: frame\.png"):
+            trainer.train(spec)
+        assert not trainer.jobs() or trainer.jobs()[0].name != spec.name
+
+
+def _thought_of(examples: list[Example], services: Services) -> trainer_pb2.TrainJobSpec:
+    file = services.folder / "thought-of.jsonl"
+    file.write_bytes(dataset_file.dump(examples))
+    spec = trainer_pb2.TrainJobSpec(name="thought-of")
+    with Trainer(services.trainer.address) as trainer:
+        spec.dataset.sha256 = trainer.put_blob(file)
+    spec.training.step_count = 1
+    return spec
+
+
+def test_what_the_dit_service_refuses_is_refused_before_a_job_is_begun(
     services: Services, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(_asked(pictures, services, "--name", "large", "--rank", "5000", "--json")) == 1
-    [job] = lines(capsys.readouterr().out)
-    assert job["state"] == "failed"
-    assert "lora.groups[0].rank: 5000 given, allowed is 1 to 1024" in str(job["failure"])
+    assert command(_asked(pictures, services, "--name", "large", "--rank", "5000")) == 3
+    assert "lora.groups[0].rank: 5000 given, allowed is 1 to 1024" in capsys.readouterr().err
+    with Trainer(services.trainer.address) as trainer:
+        assert not any(one.name == "large" for one in trainer.jobs())
 
 
 def test_another_dit_service_knows_an_adapter_and_refuses_what_finds_no_room(
@@ -325,16 +361,24 @@ def test_another_dit_service_knows_an_adapter_and_refuses_what_finds_no_room(
             capsys.readouterr()
             job = tmp_path / "job.toml"
             job.write_text("[training]\nsamples_at_once = 16")
-            assert command([*asked, "--config", str(job)]) == 1
-            [failed] = lines(capsys.readouterr().out)
+            assert command([*asked, "--config", str(job)]) == 3
+            refused = capsys.readouterr().out
+            with Trainer(trainer.address) as client:
+                [before] = client.jobs()
+                spec = before.spec
+                spec.training.samples_at_once = 16
+                spec.training.recompute = training_pb2.TrainingPlan.RECOMPUTE_BLOCKS
+                *_, failed = client.watch(client.train(spec).id)
         drawn = set()
         for one in (dit, services.dit):
             with Client(one.address, services.encoder.address) as client:
                 made = client.generate(PROMPT, **WISH, adapters={"roomy": 1.0})
                 drawn.add(made.pictures[0].pixels_sha256)
     assert len(drawn) == 1
-    assert "16 samples at once, recompute blocks: that takes" in str(failed["failure"])
-    assert "fewer samples_at_once" in str(failed["failure"])
+    assert isinstance(failed, TrainJob)
+    for said in (refused, str(failed.failure)):  # the service has the last word
+        assert "16 samples at once, recompute blocks: that takes" in said
+        assert "fewer samples_at_once" in said
 
 
 def test_a_job_belongs_to_the_project_that_made_it(

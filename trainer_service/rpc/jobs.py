@@ -9,7 +9,8 @@ from typing import Any
 import grpc.aio
 
 from trainer_service import keeping
-from trainer_service.desk import Desk, described
+from trainer_service.desk import Desk, suited
+from trainer_service.foreseeing import forecast
 from trainer_service.jobs.jobs import (
     CHECKPOINT,
     DRAWN,
@@ -54,6 +55,19 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         """What this service is."""
         return trainer_pb2.DescribeResponse(version=VERSION, features=features.TRAINER)
 
+    async def PlanTrainJob(  # noqa: N802 - gRPC's name
+        self, request: trainer_pb2.PlanTrainJobRequest, context: _Context
+    ) -> trainer_pb2.PlanTrainJobResponse:
+        """Looks at everything but the pictures."""
+        self._runner.refuse_standing_by()
+        client, dit = await suited(self._desk, full_training=request.spec.training.full)
+        spec = await decided(self._desk, dit, request.spec, are_pictures_here=False)
+        assert dit.limits is not None  # or it would have been refused
+        expected = await forecast(self._desk, client, dit.limits, spec)
+        return trainer_pb2.PlanTrainJobResponse(
+            spec=spec, forecast=expected, warnings=warnings(dit, spec)
+        )
+
     async def CreateTrainJob(  # noqa: N802 - gRPC's name
         self, request: trainer_pb2.CreateTrainJobRequest, context: _Context
     ) -> trainer_pb2.CreateTrainJobResponse:
@@ -68,7 +82,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 await self._runner.begin(made.id)
             return trainer_pb2.CreateTrainJobResponse(job=_message(made))
         full = request.spec.training.full
-        dit = await described(self._desk, full_training=full)
+        _, dit = await suited(self._desk, full_training=full)
         decision = await decided(self._desk, dit, request.spec)
         spec = decision.SerializeToString(deterministic=True)
         job = await self._desk.aside(lambda: jobs.create(project, request.request_id, asked, spec))

@@ -1,6 +1,7 @@
 """What a job is asked to be, decided and checked before it is one."""
 
 import math
+from collections.abc import Sequence
 from operator import attrgetter
 
 from trainer_service.caches import loading
@@ -9,6 +10,7 @@ from zimage_client import DitDescription
 from zimage_core import digests
 from zimage_core.errors import InvalidRequest, NotFound, Unavailable
 from zimage_core.formats import dataset_file
+from zimage_core.formats.dataset_file import Example
 from zimage_core.planning.curriculum import epoch_length
 from zimage_core.store.blobs import check_name
 from zimage_rpc.trainer.v1 import trainer_pb2
@@ -31,7 +33,11 @@ _NAMED_IN_ERRORS = 5
 
 
 async def decided(
-    desk: Desk, dit: DitDescription, asked: trainer_pb2.TrainJobSpec
+    desk: Desk,
+    dit: DitDescription,
+    asked: trainer_pb2.TrainJobSpec,
+    *,
+    are_pictures_here: bool = True,
 ) -> trainer_pb2.TrainJobSpec:
     """With everything that was left out; raises InvalidRequest with the path of what is wrong, and
     NotFound for files that are not here. What only the DiT service can judge it is asked when the
@@ -76,7 +82,9 @@ async def decided(
     if not spec.replaces_adapter and not spec.only_caches and not spec.training.full:
         await _refuse_taken(desk, spec.name)
     digests.check(spec.dataset.sha256, "spec.dataset.sha256")
-    await desk.aside(lambda: _refuse_missing(desk, spec))
+    examples = await desk.aside(lambda: _examples(desk, spec))
+    if are_pictures_here:
+        await desk.aside(lambda: _refuse_missing(desk, examples))
     if spec.HasField("start"):
         await desk.aside(lambda: _check_start(desk, spec))
     if spec.training.HasField("beside"):
@@ -170,8 +178,8 @@ def _count(spec: trainer_pb2.TrainJobSpec, name: str, usual: int, most: int) -> 
     return value
 
 
-def _refuse_missing(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> None:
-    """Reads the dataset and looks for its pictures."""
+def _examples(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> tuple[Example, ...]:
+    """Of the dataset, which is one."""
     dataset = spec.dataset.sha256
     size = desk.blobs.find(dataset).stored_bytes
     if size > _LARGEST_DATASET_BYTES:
@@ -185,6 +193,11 @@ def _refuse_missing(desk: Desk, spec: trainer_pb2.TrainJobSpec) -> None:
     if spec.HasField("validation") and len({one.sha256 for one in examples}) == 1:
         given, allowed = "one picture, with validation", "two pictures or more"
         raise InvalidRequest.given("spec.dataset", given, allowed, "DATASET")
+    return examples
+
+
+def _refuse_missing(desk: Desk, examples: Sequence[Example]) -> None:
+    """Of the pictures."""
     names = {sha256: one.name for one in examples for sha256 in one.files}
     missing = [sha256 for sha256 in names if not desk.blobs.find(sha256).complete]
     if missing:

@@ -61,14 +61,19 @@ class EncoderShape:
     vocab_size: int
 
 
+def dit_block_flops(shape: DitShape, rows: int) -> int:
+    """One block over one sequence."""
+    return 2 * rows * _dit_block_weights(shape) + 4 * rows**2 * shape.dim
+
+
 def dit_step_flops(shape: DitShape, samples: Iterable[tuple[int, int]]) -> int:
     """One forward over samples of (image tokens without pads, caption rows with pads)."""
     total = 0
     for image_tokens, caption_rows in samples:
         image_rows = padded(image_tokens)
         total += 2 * shape.dim * shape.patch_dim * (image_tokens + image_rows)  # in and out
-        total += shape.n_refiner_layers * _dit_block_flops(shape, image_rows)
-        total += shape.n_layers * _dit_block_flops(shape, image_rows + caption_rows)
+        total += shape.n_refiner_layers * dit_block_flops(shape, image_rows)
+        total += shape.n_layers * dit_block_flops(shape, image_rows + caption_rows)
     return total
 
 
@@ -76,7 +81,7 @@ def dit_caption_flops(shape: DitShape, token_counts: Iterable[int]) -> int:
     """What the prompts of one call cost before their first step."""
     return sum(
         2 * tokens * shape.cap_feat_dim * shape.dim
-        + shape.n_refiner_layers * _dit_block_flops(shape, padded(tokens))
+        + shape.n_refiner_layers * dit_block_flops(shape, padded(tokens))
         for tokens in token_counts
     )
 
@@ -125,10 +130,6 @@ def encoder_parameter_count(shape: EncoderShape, layer_count: int) -> int:
     norms = 2 * shape.hidden_size + 2 * shape.head_dim
     layers = layer_count * (_encoder_layer_weights(shape) + norms)
     return shape.vocab_size * shape.hidden_size + layers
-
-
-def _dit_block_flops(shape: DitShape, rows: int) -> int:
-    return 2 * rows * _dit_block_weights(shape) + 4 * rows**2 * shape.dim
 
 
 def _dit_block_weights(shape: DitShape) -> int:

@@ -92,8 +92,7 @@ def training_bytes(
     accumulates: bool = False,
 ) -> TrainingBytes:
     """With these samples at once; `accumulates` where a batch has more of them."""
-    in_model, element_bytes = dit_parameter_count(shape), base.element_bytes
-    count = in_model if plan.full else parameter_count(targets(plan.lora, shape))
+    count, element_bytes = learnt_count(shape, plan), base.element_bytes
     is_narrower = element_bytes < _LEARNT_BYTES
     copies = 0 if plan.full else count * element_bytes
     is_apart = is_narrower or not plan.full
@@ -106,6 +105,12 @@ def training_bytes(
         learnt=count * (of_each + _KEPT_BYTES[plan.optimizer.name]),
         step=copies + _widened(shape, base) + way,
     )
+
+
+def learnt_count(shape: DitShape, plan: TrainingPlan) -> int:
+    """How many numbers are learnt."""
+    in_model = dit_parameter_count(shape)
+    return in_model if plan.full else parameter_count(targets(plan.lora, shape))
 
 
 def _widened(shape: DitShape, base: Base) -> float:

@@ -101,6 +101,8 @@ async def _show_one(client: AsyncTrainer, args: Namespace, terminal: Terminal) -
     job = await client.get(args.job)
     _show(job, args, terminal)
     if not args.json:
+        if job.spec.training.samples_at_once:  # it has begun: everything is decided
+            terminal.result(f"  {learns(job.spec)}")
         for kept in job.checkpoints:
             is_best = kept == job.best and kept.validation_loss is not None
             terminal.result(f"  {_kept(kept)}: {kept.weights.sha256}{'  the best' * is_best}")
@@ -203,7 +205,7 @@ class _Progress:
         return (
             f"step {done} of {step_count}  loss {step.loss:.4f} ({self._smoothed:.4f})  "
             f"gradient {step.gradient_norm:.3g}  rate {step.learning_rate:.2e}  "
-            f"{each:.2f} s  waited {share:.0%}  {memory}{_duration(left)} left"
+            f"{each:.2f} s  waited {share:.0%}  {memory}{duration(left)} left"
         )
 
 
@@ -228,11 +230,9 @@ async def _logs(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> No
 def _tell_state(job: TrainJob, terminal: Terminal) -> None:
     if not job.has_ended:
         terminal.note(job.state + (f": {job.waits_for}" if job.waits_for else ""))
-    if job.state == "running" and not job.spec.only_caches:
-        terminal.note(_learns(job.spec))
 
 
-def _learns(spec: TrainJobSpec) -> str:
+def learns(spec: TrainJobSpec) -> str:
     """What is really learnt, and how, once that is decided."""
     plan = spec.training
     groups = [
@@ -328,7 +328,8 @@ def _step(step: TrainStep) -> dict[str, object]:
     }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As people say it."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -16,6 +16,7 @@ from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.formats import dataset_file
 from zimage_core.settings import ClientSettings
+from zimage_rpc.trainer.v1.trainer_pb2 import TrainJobSpec
 from zimage_rpc.types.v1 import types_pb2
 
 _LEAST_SIDE_PX = 64
@@ -214,10 +215,12 @@ async def begin(
     overriding["name"] = args.name or file.values.get("name") or _usual_name(args, data)
     spec = _job_file.spec(file, overriding, dataset.examples)
     spec.only_caches |= only_caches
-    spec.dataset.CopyFrom(await _sent(trainer, dataset, terminal))
+    spec.dataset.CopyFrom(await _list_sent(trainer, dataset))
     if beside := args.training_adapter or file.beside:
         terminal.live(f"sending {beside}")
         spec.training.beside.digest.sha256 = await trainer.put_blob(beside)
+    await _foretell(trainer, spec, terminal)
+    await _send_pictures(trainer, dataset, terminal)
     return await trainer.train(spec)
 
 
@@ -236,6 +239,7 @@ async def _again(
     spec.only_caches = only_caches
     spec.start.CopyFrom(start)
     spec.dataset.CopyFrom(dataset)
+    await _foretell(trainer, spec, terminal)
     return await trainer.train(spec)
 
 
@@ -279,12 +283,38 @@ def _report(dataset: Dataset, terminal: Terminal) -> None:
         terminal.note(f"left out: {dataset.faults_said}")
 
 
-async def _sent(trainer: AsyncTrainer, dataset: Dataset, terminal: Terminal) -> types_pb2.Digest:
+async def _foretell(trainer: AsyncTrainer, spec: TrainJobSpec, terminal: Terminal) -> None:
+    """What will be learnt, what that takes, and how long; raises what speaks against it."""
+    if spec.only_caches:
+        return
+    terminal.live("asking what it takes")
+    expected = await trainer.plan(spec)
+    terminal.note(jobs.learns(expected.spec))
+    parts = expected.weights_bytes, expected.learnt_bytes, expected.step_bytes
+    weights, learnt, step = (f"{part / 2**30:.2f}" for part in parts)
+    room = expected.room_bytes
+    of_all = "" if room is None else f" of {(expected.weights_bytes + room) / 2**30:.2f}"
+    terminal.note(
+        f"takes {sum(parts) / 2**30:.2f} GiB{of_all} of the device: the model {weights}, what is "
+        f"learnt and the optimiser {learnt}, a step {step}"
+    )
+    if expected.step_seconds is not None:
+        left = (spec.training.step_count - spec.start.step) * expected.step_seconds
+        terminal.note(
+            f"lasts about {jobs.duration(left)}, {expected.step_seconds:.2g} s a step, where the "
+            "device does nothing else"
+        )
+
+
+async def _send_pictures(trainer: AsyncTrainer, dataset: Dataset, terminal: Terminal) -> None:
     there = await trainer.find_blobs(dataset.paths)
     lacking = [path for sha256, path in dataset.paths.items() if sha256 not in there]
     for number, path in enumerate(lacking, 1):
         terminal.live(f"sending pictures, {number} of {len(lacking)}")
         await trainer.put_blob(path)
+
+
+async def _list_sent(trainer: AsyncTrainer, dataset: Dataset) -> types_pb2.Digest:
     data = dataset_file.dump(dataset.examples)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "dataset.jsonl"

@@ -24,6 +24,122 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class PlanTrainingRequest(_message.Message):
+    """A training that somebody thinks of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    LARGEST_BATCH_FIELD_NUMBER: _builtins.int
+    BATCH_IS_OPEN_FIELD_NUMBER: _builtins.int
+    batch_is_open: _builtins.bool
+    """Whether batches are to be as large as there is room for; `largest_batch` is one sample then."""
+    @_builtins.property
+    def plan(self) -> Global___TrainingPlan:
+        """What would be trained, and how."""
+
+    @_builtins.property
+    def largest_batch(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleSize]:
+        """The samples of a batch that takes as much as any, 1 to 256."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___TrainingPlan | None = ...,
+        largest_batch: _abc.Iterable[Global___SampleSize] | None = ...,
+        batch_is_open: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_is_open", b"batch_is_open", "largest_batch", b"largest_batch", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanTrainingRequest: _TypeAlias = PlanTrainingRequest  # noqa: Y015
+
+@_typing.final
+class PlanTrainingResponse(_message.Message):
+    """What would become of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORECAST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def forecast(self) -> Global___TrainingForecast:
+        """What the service expects."""
+
+    def __init__(
+        self,
+        *,
+        forecast: Global___TrainingForecast | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanTrainingResponse: _TypeAlias = PlanTrainingResponse  # noqa: Y015
+
+@_typing.final
+class TrainingForecast(_message.Message):
+    """What is expected of a training."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    LEARNT_BYTES_FIELD_NUMBER: _builtins.int
+    STEP_BYTES_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
+    STEP_DURATION_FIELD_NUMBER: _builtins.int
+    batch_size: _builtins.int
+    """How many samples a step learns from."""
+    parameter_count: _builtins.int
+    """How many numbers are learnt."""
+    weights_bytes: _builtins.int
+    """What the frozen model takes of each device."""
+    learnt_bytes: _builtins.int
+    """What is learnt, its average, and what the optimiser keeps of it."""
+    step_bytes: _builtins.int
+    """What a step takes besides, at most."""
+    room_bytes: _builtins.int
+    """What trainings may take beside the frozen model, all together. Unset where nothing bounds it."""
+    @_builtins.property
+    def plan(self) -> Global___TrainingPlan:
+        """The plan with everything that was left out."""
+
+    @_builtins.property
+    def step_duration(self) -> _duration_pb2.Duration:
+        """How long a step on the largest batch lasts when the device does nothing else: one block was tried. Unset where there was
+        no room to try it.
+        """
+
+    def __init__(
+        self,
+        *,
+        plan: Global___TrainingPlan | None = ...,
+        batch_size: _builtins.int = ...,
+        parameter_count: _builtins.int = ...,
+        weights_bytes: _builtins.int = ...,
+        learnt_bytes: _builtins.int = ...,
+        step_bytes: _builtins.int = ...,
+        room_bytes: _builtins.int | None = ...,
+        step_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "plan", b"plan", "room_bytes", b"room_bytes", "step_duration", b"step_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "batch_size", b"batch_size", "learnt_bytes", b"learnt_bytes", "parameter_count", b"parameter_count", "plan", b"plan", "room_bytes", b"room_bytes", "step_bytes", b"step_bytes", "step_duration", b"step_duration", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__room_bytes: _TypeAlias = _typing.Literal["room_bytes"]  # noqa: Y015
+    _WhichOneofArgType__room_bytes: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__room_bytes) -> _WhichOneofReturnType__room_bytes | None: ...
+
+Global___TrainingForecast: _TypeAlias = TrainingForecast  # noqa: Y015
+
+@_typing.final
 class TrainSessionRequest(_message.Message):
     """One message of a client that trains."""
 

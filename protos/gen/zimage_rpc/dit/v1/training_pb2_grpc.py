@@ -40,6 +40,11 @@ class TrainingServiceStub:
                 request_serializer=zimage__rpc_dot_dit_dot_v1_dot_training__pb2.TrainSessionRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_training__pb2.TrainSessionResponse.FromString,
                 _registered_method=True)
+        self.PlanTraining = channel.unary_unary(
+                '/zimage_rpc.dit.v1.TrainingService/PlanTraining',
+                request_serializer=zimage__rpc_dot_dit_dot_v1_dot_training__pb2.PlanTrainingRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_dit_dot_v1_dot_training__pb2.PlanTrainingResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
@@ -57,6 +62,13 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanTraining(self, request, context):
+        """Says what a training would be, take and last, and opens none. Refuses what could never be opened here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -64,6 +76,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.TrainSession,
                     request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_training__pb2.TrainSessionRequest.FromString,
                     response_serializer=zimage__rpc_dot_dit_dot_v1_dot_training__pb2.TrainSessionResponse.SerializeToString,
+            ),
+            'PlanTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanTraining,
+                    request_deserializer=zimage__rpc_dot_dit_dot_v1_dot_training__pb2.PlanTrainingRequest.FromString,
+                    response_serializer=zimage__rpc_dot_dit_dot_v1_dot_training__pb2.PlanTrainingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -94,6 +111,33 @@ class TrainingService:
             '/zimage_rpc.dit.v1.TrainingService/TrainSession',
             zimage__rpc_dot_dit_dot_v1_dot_training__pb2.TrainSessionRequest.SerializeToString,
             zimage__rpc_dot_dit_dot_v1_dot_training__pb2.TrainSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.dit.v1.TrainingService/PlanTraining',
+            zimage__rpc_dot_dit_dot_v1_dot_training__pb2.PlanTrainingRequest.SerializeToString,
+            zimage__rpc_dot_dit_dot_v1_dot_training__pb2.PlanTrainingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class TrainingServiceStub:
     more; then everything that was sent is answered, and OK. Who decides about data is the client: the order of samples,
     crops, captions that are left out. The service draws noise, by seed, step and place in the batch.
     """
+    PlanTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.PlanTrainingRequest, _training_pb2.PlanTrainingResponse]
+    """Says what a training would be, take and last, and opens none. Refuses what could never be opened here."""
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -53,6 +55,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     more; then everything that was sent is answered, and OK. Who decides about data is the client: the order of samples,
     crops, captions that are left out. The service draws noise, by seed, step and place in the batch.
     """
+    PlanTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.PlanTrainingRequest, _training_pb2.PlanTrainingResponse]  # type: ignore[assignment]
+    """Says what a training would be, take and last, and opens none. Refuses what could never be opened here."""
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Trains beside the pictures that the same process makes, on the same frozen weights."""
@@ -69,5 +73,13 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         more; then everything that was sent is answered, and OK. Who decides about data is the client: the order of samples,
         crops, captions that are left out. The service draws noise, by seed, step and place in the batch.
         """
+
+    @_abc_1.abstractmethod
+    def PlanTraining(
+        self,
+        request: _training_pb2.PlanTrainingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.PlanTrainingResponse, _abc.Awaitable[_training_pb2.PlanTrainingResponse]]:
+        """Says what a training would be, take and last, and opens none. Refuses what could never be opened here."""
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

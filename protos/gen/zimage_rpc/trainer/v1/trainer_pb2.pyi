@@ -463,6 +463,66 @@ class TrainCheckpoint(_message.Message):
 Global___TrainCheckpoint: _TypeAlias = TrainCheckpoint  # noqa: Y015
 
 @_typing.final
+class PlanTrainJobRequest(_message.Message):
+    """A job that somebody thinks of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> Global___TrainJobSpec:
+        """What would be learnt from what."""
+
+    def __init__(
+        self,
+        *,
+        spec: Global___TrainJobSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanTrainJobRequest: _TypeAlias = PlanTrainJobRequest  # noqa: Y015
+
+@_typing.final
+class PlanTrainJobResponse(_message.Message):
+    """What would become of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    FORECAST_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> Global___TrainJobSpec:
+        """What would be learnt from what, everything decided."""
+
+    @_builtins.property
+    def forecast(self) -> _training_pb2.TrainingForecast:
+        """What a DiT service that may learn it expects."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What may not be as it was meant, for people."""
+
+    def __init__(
+        self,
+        *,
+        spec: Global___TrainJobSpec | None = ...,
+        forecast: _training_pb2.TrainingForecast | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "spec", b"spec", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanTrainJobResponse: _TypeAlias = PlanTrainJobResponse  # noqa: Y015
+
+@_typing.final
 class CreateTrainJobRequest(_message.Message):
     """Begins a job."""
 

@@ -41,6 +41,11 @@ class TrainerServiceStub:
                 request_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.PlanTrainJob = channel.unary_unary(
+                '/zimage_rpc.trainer.v1.TrainerService/PlanTrainJob',
+                request_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PlanTrainJobRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PlanTrainJobResponse.FromString,
+                _registered_method=True)
         self.CreateTrainJob = channel.unary_unary(
                 '/zimage_rpc.trainer.v1.TrainerService/CreateTrainJob',
                 request_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.CreateTrainJobRequest.SerializeToString,
@@ -105,6 +110,14 @@ class TrainerServiceServicer:
 
     def Describe(self, request, context):
         """Says what this service is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanTrainJob(self, request, context):
+        """Says what a job would be, take and last, and begins none: its pictures need not be in the service's store yet. Refuses
+        what could not be begun.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,6 +210,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     request_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeRequest.FromString,
                     response_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeResponse.SerializeToString,
             ),
+            'PlanTrainJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanTrainJob,
+                    request_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PlanTrainJobRequest.FromString,
+                    response_serializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PlanTrainJobResponse.SerializeToString,
+            ),
             'CreateTrainJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateTrainJob,
                     request_deserializer=zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.CreateTrainJobRequest.FromString,
@@ -282,6 +300,33 @@ class TrainerService:
             '/zimage_rpc.trainer.v1.TrainerService/Describe',
             zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeRequest.SerializeToString,
             zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanTrainJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.trainer.v1.TrainerService/PlanTrainJob',
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PlanTrainJobRequest.SerializeToString,
+            zimage__rpc_dot_trainer_dot_v1_dot_trainer__pb2.PlanTrainJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class TrainerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TrainerServiceAsyncStub: ...
     Describe: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.DescribeRequest, _trainer_pb2.DescribeResponse]
     """Says what this service is."""
+    PlanTrainJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PlanTrainJobRequest, _trainer_pb2.PlanTrainJobResponse]
+    """Says what a job would be, take and last, and begins none: its pictures need not be in the service's store yet. Refuses
+    what could not be begun.
+    """
     CreateTrainJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.CreateTrainJobRequest, _trainer_pb2.CreateTrainJobResponse]
     """Begins a job. The files that it names are in the service's store by then. The same request_id again answers with the
     job that it made.
@@ -73,6 +77,10 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_trainer_pb2.DescribeRequest, _trainer_pb2.DescribeResponse]  # type: ignore[assignment]
     """Says what this service is."""
+    PlanTrainJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PlanTrainJobRequest, _trainer_pb2.PlanTrainJobResponse]  # type: ignore[assignment]
+    """Says what a job would be, take and last, and begins none: its pictures need not be in the service's store yet. Refuses
+    what could not be begun.
+    """
     CreateTrainJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.CreateTrainJobRequest, _trainer_pb2.CreateTrainJobResponse]  # type: ignore[assignment]
     """Begins a job. The files that it names are in the service's store by then. The same request_id again answers with the
     job that it made.
@@ -112,6 +120,16 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.DescribeResponse, _abc.Awaitable[_trainer_pb2.DescribeResponse]]:
         """Says what this service is."""
+
+    @_abc_1.abstractmethod
+    def PlanTrainJob(
+        self,
+        request: _trainer_pb2.PlanTrainJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.PlanTrainJobResponse, _abc.Awaitable[_trainer_pb2.PlanTrainJobResponse]]:
+        """Says what a job would be, take and last, and begins none: its pictures need not be in the service's store yet. Refuses
+        what could not be begun.
+        """
 
     @_abc_1.abstractmethod
     def CreateTrainJob(
