@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--times", type=int, default=1, help="how often each fault is done")
     parser.addoption("--write-table", choices=["anew", "rows"], help="in docs/reliability.md")
     parser.addoption("--minutes", type=float, default=0.5, help="of tests/soak")
-    parser.addoption("--fuzz-requests", type=int, default=500, help="for each method")
+    parser.addoption("--fuzz-requests", type=int, default=250, help="for each method")
 
 
 @pytest.fixture(autouse=True)
