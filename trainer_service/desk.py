@@ -9,11 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from trainer_service.caches import Caches
+from trainer_service.caches import Caches, loading
 from trainer_service.jobs.jobs import Jobs, Kept
 from zimage_client import AsyncClient, DitDescription
 from zimage_core.errors import DeadlineTooShort, Overloaded, Unavailable, ZImageError
 from zimage_core.store.blobs import Blobs
+from zimage_rpc.trainer.v1.trainer_pb2 import TrainJobSpec
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 5.0
 STORE_FULL = "STORE_FULL"
@@ -78,12 +79,27 @@ def base_model(dit: DitDescription) -> str:
     return f"{dit.model.name} ({dit.model.variant})" if dit.model else ""
 
 
-async def suited(desk: Desk, *, full_training: bool) -> tuple[AsyncClient, DitDescription]:
-    """A DiT service that learns such, as it is now; whichever answers where none is ready."""
+def obstacle_to(spec: TrainJobSpec, dit: DitDescription) -> ZImageError | None:
+    """Why a job does not learn at such a service; None where it may."""
+    wanted, there = spec.base_model, base_model(dit)
+    if dit.model is None or not dit.ready:
+        return loading("the model")
+    if wanted not in ("", there):
+        said = f"the DiT service has {there}, and the job learns on {wanted}"
+        return Unavailable(said, reason="ANOTHER_MODEL")
+    if dit.model.full_training != spec.training.full:
+        kind = "adapters" if spec.training.full else "the model itself, in full,"
+        return Unavailable(f"the DiT service learns {kind} alone", reason="ANOTHER_KIND")
+    return None
+
+
+async def suited(desk: Desk, spec: TrainJobSpec) -> tuple[AsyncClient, DitDescription]:
+    """A DiT service at which such a job may learn, as it is now; whichever answers where there is
+    none."""
     for client in desk.dits:
         with suppress(ZImageError):
             found = await client.describe()
-            if found.model and found.model.full_training == full_training:
+            if obstacle_to(spec, found) is None:
                 return client, found
     return desk.client, await desk.client.describe()
 

@@ -14,7 +14,7 @@ from trainer_service.desk import (
     STORE_FULL,
     Desk,
     Listener,
-    base_model,
+    obstacle_to,
     pause_seconds,
     publish,
 )
@@ -31,7 +31,7 @@ from trainer_service.preparing import Preparing, Services
 from trainer_service.sampling import Sampler
 from zimage_client import AsyncClient, DitDescription, Limits, TrainStep, training
 from zimage_core.digests import Named
-from zimage_core.errors import NotFound, Overloaded, Unavailable, ZImageError
+from zimage_core.errors import NotFound, Overloaded, ZImageError
 from zimage_core.formats.dataset_file import Example
 from zimage_core.planning.curriculum import is_enough, size_px
 from zimage_rpc.dit.v1 import training_pb2
@@ -131,7 +131,9 @@ class Feeding:
         )
         if last:
             opening.state.extend(map(training.digest, last.state))
-        opening.largest_batch.extend(largest_batch(self._spec, self.preparing.learnt, limits))
+        learnt = self.preparing.learnt
+        batch = await self._desk.aside(lambda: largest_batch(self._spec, learnt, limits))
+        opening.largest_batch.extend(batch)
         if self._job.step:
             opening.known_step_count = self._job.step
         self._kept_step = last.step if last else 0
@@ -257,7 +259,7 @@ class Feeding:
             obstacle: ZImageError | None = error
             try:
                 described = await client.describe()
-                obstacle = self._obstacle(described)
+                obstacle = obstacle_to(self._spec, described)
                 if obstacle is None:
                     return client, described
                 error = obstacle
@@ -266,19 +268,6 @@ class Feeding:
             finally:
                 learning[client] -= obstacle is not None
         raise error
-
-    def _obstacle(self, dit: DitDescription) -> ZImageError | None:
-        """Why the job does not learn at such a service; None where it may."""
-        wanted, there = self._spec.base_model, base_model(dit)
-        if dit.model is None or not dit.ready:
-            return loading("the model")
-        if wanted not in ("", there):
-            said = f"the DiT service has {there}, and the job learns on {wanted}"
-            return Unavailable(said, reason="ANOTHER_MODEL")
-        if dit.model.full_training != self._spec.training.full:
-            kind = "adapters" if self._spec.training.full else "the model itself, in full,"
-            return Unavailable(f"the DiT service learns {kind} alone", reason="ANOTHER_KIND")
-        return None
 
     async def _asked(self) -> AsyncGenerator[training.Asked, None]:
         """What is left, and checkpoints where they are due."""

@@ -61,11 +61,9 @@ class TrainJob:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainForecast:
-    """What a job would be, take and last."""
+class TrainNeeds:
+    """What a job takes of a DiT service's device, and how long."""
 
-    spec: trainer_pb2.TrainJobSpec
-    """What would be learnt from what, everything decided."""
     parameter_count: int
     """How many numbers would be learnt."""
     weights_bytes: int
@@ -78,6 +76,18 @@ class TrainForecast:
     """What trainings may take beside the frozen model; None where nothing bounds it."""
     step_seconds: float | None
     """How long a step lasts when nothing else is done; None where it could not be tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainForecast:
+    """What a job would be, take and last."""
+
+    spec: trainer_pb2.TrainJobSpec
+    """What would be learnt from what, everything decided that can be now."""
+    needs: TrainNeeds | None
+    """None where no DiT service that may learn it is there now."""
+    waits_for: str
+    """What the job would wait for; else empty."""
     warnings: tuple[str, ...]
     """What may not be as it was meant."""
 
@@ -160,17 +170,23 @@ def job(message: trainer_pb2.TrainJob) -> TrainJob:
 
 def forecast(message: trainer_pb2.PlanTrainJobResponse) -> TrainForecast:
     """What is expected of a job."""
-    expected = message.forecast
-    has_duration = expected.HasField("step_duration")
     return TrainForecast(
         spec=message.spec,
+        needs=_needs(message.forecast) if message.HasField("forecast") else None,
+        waits_for=message.waits_for,
+        warnings=tuple(message.warnings),
+    )
+
+
+def _needs(expected: training_pb2.TrainingForecast) -> TrainNeeds:
+    has_duration = expected.HasField("step_duration")
+    return TrainNeeds(
         parameter_count=expected.parameter_count,
         weights_bytes=expected.weights_bytes,
         learnt_bytes=expected.learnt_bytes,
         step_bytes=expected.step_bytes,
         room_bytes=expected.room_bytes if expected.HasField("room_bytes") else None,
         step_seconds=expected.step_duration.ToNanoseconds() / 1e9 if has_duration else None,
-        warnings=tuple(message.warnings),
     )
 
 

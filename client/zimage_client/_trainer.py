@@ -28,6 +28,7 @@ class AsyncTrainer:
     def __init__(self, address: str, **credentials: Unpack[Credentials]) -> None:
         """The address is "host:port" or "unix:path", as of the other clients."""
         self._channels = Channels(trainer=address, **credentials)
+        self._warned: set[str] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -55,14 +56,14 @@ class AsyncTrainer:
         """What a job would be, take and last: of what it names, the pictures need not be put."""
         request = trainer_pb2.PlanTrainJobRequest(spec=spec)
         answer = await self._asked(lambda stub, **how: stub.PlanTrainJob(request, **how))
+        self._warn(answer.warnings)
         return _jobs.forecast(answer)
 
     async def train(self, spec: trainer_pb2.TrainJobSpec) -> TrainJob:
         """Begins a job with what was put before; sending it again after a break begins no other."""
         request = trainer_pb2.CreateTrainJobRequest(spec=spec, request_id=request_id.fresh())
         answer = await self._asked(lambda stub, **how: stub.CreateTrainJob(request, **how))
-        for warning in answer.warnings:
-            _log.warning(warning)
+        self._warn(answer.warnings)
         return _jobs.job(answer.job)
 
     async def get(self, job: str) -> TrainJob:
@@ -165,6 +166,13 @@ class AsyncTrainer:
                     replay = Replay()
                 pause = replay.pause_after(error)
             await asyncio.sleep(pause)
+
+    def _warn(self, warnings: Iterable[str]) -> None:
+        """Once of each."""
+        for warning in warnings:
+            if warning not in self._warned:
+                _log.warning(warning)
+                self._warned.add(warning)
 
     def _transfers(self) -> Transfers:
         return Transfers(self._channels.trainer, self._channels.metadata())

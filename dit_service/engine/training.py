@@ -215,9 +215,10 @@ class Trainings:
         if asked.batch_is_open:
             own *= plan.samples_at_once
         taken = largest(config, plan, own, self._base)
+        least = largest(config, plan, [Rows(one.image, padded(1)) for one in own], self._base)
         at_once = min(len(own), plan.samples_at_once)
         what = _step_said(plan, at_once)
-        self._refuse_what_never_fits(taken.learnt + taken.step, what, _INSTEAD)
+        self._refuse_what_never_fits(least.learnt + least.step, what, _INSTEAD)
         rehearsal = Rehearsal(own[0], at_once)
         flops = rehearsal.flops(config)
         yield Lesson(Load(flops, taken.step), flops)
@@ -235,9 +236,9 @@ class Trainings:
 
     def _step_seconds(self, rehearsal: Rehearsal, plan: TrainingPlan, count: int) -> float | None:
         """The seconds of a step, unless there is no room to try it now."""
+        self._pace.announce(rehearsal.flops(self._model.config))
         try:
-            flops = rehearsal.flops(self._model.config)
-            with torch.inference_mode(mode=False), self._pace.working(flops):
+            with torch.inference_mode(mode=False):
                 return count * rehearsal.seconds_per_sample(self._model, self._backend, plan)
         except torch.OutOfMemoryError:
             return None

@@ -60,6 +60,7 @@ NAMES = [
     "TrainCheckpoint",
     "TrainForecast",
     "TrainJob",
+    "TrainNeeds",
     "TrainPicture",
     "TrainSamples",
     "TrainStep",

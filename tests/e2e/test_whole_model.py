@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.e2e.services import Service, running
 from tests.e2e.trainer import at, begun, learnt, lines, show, training_with, wait
-from zimage_client import Client, Options
+from zimage_client import Client, Options, Trainer
 from zimage_client._embedded.stack import demo_model
 from zimage_client.cli.main import main as command
 
@@ -91,6 +91,12 @@ def test_a_model_learns_and_is_loaded_as_a_model(
         capsys.readouterr()
         adapter = [one for one in asked if one != "--full"]
         other = begun([*adapter, "--trainer", trainer.address, "--detach"], capsys)
+        with Trainer(trainer.address) as client:
+            spec = client.get(other).spec
+            spec.name = "another"
+            forecast = client.plan(spec)
+        assert forecast.needs is None
+        assert "learns the model itself, in full, alone" in forecast.waits_for
         waiting = wait(other, at(trainer), capsys, lambda shown: bool(shown["waits_for"]))
         assert "learns the model itself, in full, alone" in str(waiting["waits_for"])
         assert command(["jobs", "cancel", other, *at(trainer)]) == 0

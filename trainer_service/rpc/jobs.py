@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 
 from trainer_service import keeping
-from trainer_service.desk import Desk, suited
+from trainer_service.desk import Desk, is_passing, suited
 from trainer_service.foreseeing import forecast
 from trainer_service.jobs.jobs import (
     CHECKPOINT,
@@ -60,13 +60,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     ) -> trainer_pb2.PlanTrainJobResponse:
         """Looks at everything but the pictures."""
         self._runner.refuse_standing_by()
-        client, dit = await suited(self._desk, full_training=request.spec.training.full)
+        client, dit = await suited(self._desk, request.spec)
         spec = await decided(self._desk, dit, request.spec, are_pictures_here=False)
-        assert dit.limits is not None  # or it would have been refused
-        expected = await forecast(self._desk, client, dit.limits, spec)
-        return trainer_pb2.PlanTrainJobResponse(
-            spec=spec, forecast=expected, warnings=warnings(dit, spec)
-        )
+        answer = trainer_pb2.PlanTrainJobResponse(warnings=warnings(dit, spec))
+        try:
+            answer.forecast.CopyFrom(await forecast(self._desk, client, dit, spec))
+        except ZImageError as error:
+            if not is_passing(error):
+                raise
+            answer.waits_for = error.message
+        answer.spec.CopyFrom(spec)
+        return answer
 
     async def CreateTrainJob(  # noqa: N802 - gRPC's name
         self, request: trainer_pb2.CreateTrainJobRequest, context: _Context
@@ -81,8 +85,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             if made.state == WAITING:  # the answer to the first request may have been lost half way
                 await self._runner.begin(made.id)
             return trainer_pb2.CreateTrainJobResponse(job=_message(made))
-        full = request.spec.training.full
-        _, dit = await suited(self._desk, full_training=full)
+        _, dit = await suited(self._desk, request.spec)
         decision = await decided(self._desk, dit, request.spec)
         spec = decision.SerializeToString(deterministic=True)
         job = await self._desk.aside(lambda: jobs.create(project, request.request_id, asked, spec))

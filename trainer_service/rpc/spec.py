@@ -6,6 +6,7 @@ from operator import attrgetter
 
 from trainer_service.caches import loading
 from trainer_service.desk import Desk, base_model
+from trainer_service.foreseeing import LARGEST_BATCH
 from zimage_client import DitDescription
 from zimage_core import digests
 from zimage_core.errors import InvalidRequest, NotFound, Unavailable
@@ -15,7 +16,6 @@ from zimage_core.planning.curriculum import epoch_length
 from zimage_core.store.blobs import check_name
 from zimage_rpc.trainer.v1 import trainer_pb2
 
-_LARGEST_BATCH = 256
 _MOST_STEPS = 10_000_000
 _MOST_ENCODED_FIRST = 1_000_000
 """Samples, where all of them are looked through before the first step."""
@@ -47,7 +47,7 @@ async def decided(
     check_name(spec.name, "spec.name")
     is_open = spec.HasField("batch_size") and spec.batch_size == 0
     if not is_open:
-        spec.batch_size = _count(spec, "batch_size", 1, _LARGEST_BATCH)
+        spec.batch_size = _count(spec, "batch_size", 1, LARGEST_BATCH)
     spec.checkpoint_interval_steps = _count(
         spec, "checkpoint_interval_steps", _USUAL_INTERVAL, 1 << 30
     )

@@ -6,11 +6,12 @@ model; live storages of full-size steps agree with them within a tenth (a test).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from zimage_core.planning.flops import DitShape, dit_parameter_count
 from zimage_core.planning.linears import block_counts
 from zimage_core.planning.memory import FULL, weight_bytes
-from zimage_core.planning.training import TrainingPlan, parameter_count, targets
+from zimage_core.planning.training import LoraGroup, TrainingPlan, parameter_count, targets
 
 NOTHING, ELEMENTWISE, BLOCKS, OFFLOADED = "nothing", "elementwise", "blocks", "offloaded"
 """What is computed again: nothing, all but products of matrices and attention, or all of a block,
@@ -109,8 +110,12 @@ def training_bytes(
 
 def learnt_count(shape: DitShape, plan: TrainingPlan) -> int:
     """How many numbers are learnt."""
-    in_model = dit_parameter_count(shape)
-    return in_model if plan.full else parameter_count(targets(plan.lora, shape))
+    return dit_parameter_count(shape) if plan.full else _adapter_count(plan.lora, shape)
+
+
+@lru_cache(maxsize=16)  # a search for the best plan asks thousands of times
+def _adapter_count(groups: tuple[LoraGroup, ...], shape: DitShape) -> int:
+    return parameter_count(targets(groups, shape))
 
 
 def _widened(shape: DitShape, base: Base) -> float:

@@ -101,7 +101,7 @@ async def _show_one(client: AsyncTrainer, args: Namespace, terminal: Terminal) -
     job = await client.get(args.job)
     _show(job, args, terminal)
     if not args.json:
-        if job.spec.training.samples_at_once:  # it has begun: everything is decided
+        if job.step:  # it has begun: everything is decided
             terminal.result(f"  {learns(job.spec)}")
         for kept in job.checkpoints:
             is_best = kept == job.best and kept.validation_loss is not None
@@ -230,6 +230,8 @@ async def _logs(client: AsyncTrainer, args: Namespace, terminal: Terminal) -> No
 def _tell_state(job: TrainJob, terminal: Terminal) -> None:
     if not job.has_ended:
         terminal.note(job.state + (f": {job.waits_for}" if job.waits_for else ""))
+    if job.state == "running" and not job.spec.only_caches:  # everything is decided now
+        terminal.note(learns(job.spec))
 
 
 def learns(spec: TrainJobSpec) -> str:
@@ -241,9 +243,10 @@ def learns(spec: TrainJobSpec) -> str:
         for one in plan.lora.groups
     ]
     what = "the transformer itself" if plan.full else "a LoRA, " + "; ".join(groups)
+    at_once = min(plan.samples_at_once, spec.batch_size)
     recompute = name_of(plan.recompute, RECOMPUTES) or "as there is room"
     return (
-        f"learns {what}; samples a step: {spec.batch_size}, at once: {plan.samples_at_once}; "
+        f"learns {what}; samples a step: {spec.batch_size}, at once: {at_once}; "
         f"recompute {recompute}"
     )
 

@@ -14,6 +14,7 @@ from zimage_client._job_file import Data, Folder, JobFile
 from zimage_client.cli import jobs
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
+from zimage_core.errors import DeadlineTooShort, Unavailable
 from zimage_core.formats import dataset_file
 from zimage_core.settings import ClientSettings
 from zimage_rpc.trainer.v1.trainer_pb2 import TrainJobSpec
@@ -284,25 +285,37 @@ def _report(dataset: Dataset, terminal: Terminal) -> None:
 
 
 async def _foretell(trainer: AsyncTrainer, spec: TrainJobSpec, terminal: Terminal) -> None:
-    """What will be learnt, what that takes, and how long; raises what speaks against it."""
+    """What will be learnt, what that takes, and how long, if it is known; raises what speaks
+    against it."""
     if spec.only_caches:
         return
     terminal.live("asking what it takes")
-    expected = await trainer.plan(spec)
+    try:
+        expected = await trainer.plan(spec)
+    except (Unavailable, DeadlineTooShort) as error:  # the job may be begun and wait
+        terminal.note(f"not known what it takes: {error.message}")
+        return
+    needs = expected.needs
+    if needs is None:
+        terminal.note(f"has to wait: {expected.waits_for}")
+        return
     terminal.note(jobs.learns(expected.spec))
-    parts = expected.weights_bytes, expected.learnt_bytes, expected.step_bytes
+    parts = needs.weights_bytes, needs.learnt_bytes, needs.step_bytes
     weights, learnt, step = (f"{part / 2**30:.2f}" for part in parts)
-    room = expected.room_bytes
-    of_all = "" if room is None else f" of {(expected.weights_bytes + room) / 2**30:.2f}"
+    room = needs.room_bytes
+    of_all = "" if room is None else f" of {(needs.weights_bytes + room) / 2**30:.2f}"
     terminal.note(
         f"takes {sum(parts) / 2**30:.2f} GiB{of_all} of the device: the model {weights}, what is "
         f"learnt and the optimiser {learnt}, a step {step}"
     )
-    if expected.step_seconds is not None:
-        left = (spec.training.step_count - spec.start.step) * expected.step_seconds
+    if needs.step_seconds is not None:
+        left = (spec.training.step_count - spec.start.step) * needs.step_seconds
+        each = (
+            f"{needs.step_seconds:.2f}" if needs.step_seconds >= 1 else f"{needs.step_seconds:.2g}"
+        )
         terminal.note(
-            f"lasts about {jobs.duration(left)}, {expected.step_seconds:.2g} s a step, where the "
-            "device does nothing else"
+            f"lasts about {jobs.duration(left)}, {each} s a step, where the device does nothing "
+            "else"
         )
 
 

@@ -63,7 +63,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PlanTraining(self, request, context):
-        """Says what a training would be, take and last, and opens none. Refuses what could never be opened here.
+        """Says what a training would be, take and last, and opens none. Refuses what could not be learnt here, as far as arithmetic
+        tells.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,9 @@ class TrainingServiceStub:
     crops, captions that are left out. The service draws noise, by seed, step and place in the batch.
     """
     PlanTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.PlanTrainingRequest, _training_pb2.PlanTrainingResponse]
-    """Says what a training would be, take and last, and opens none. Refuses what could never be opened here."""
+    """Says what a training would be, take and last, and opens none. Refuses what could not be learnt here, as far as arithmetic
+    tells.
+    """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -56,7 +58,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     crops, captions that are left out. The service draws noise, by seed, step and place in the batch.
     """
     PlanTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.PlanTrainingRequest, _training_pb2.PlanTrainingResponse]  # type: ignore[assignment]
-    """Says what a training would be, take and last, and opens none. Refuses what could never be opened here."""
+    """Says what a training would be, take and last, and opens none. Refuses what could not be learnt here, as far as arithmetic
+    tells.
+    """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Trains beside the pictures that the same process makes, on the same frozen weights."""
@@ -80,6 +84,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.PlanTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.PlanTrainingResponse, _abc.Awaitable[_training_pb2.PlanTrainingResponse]]:
-        """Says what a training would be, take and last, and opens none. Refuses what could never be opened here."""
+        """Says what a training would be, take and last, and opens none. Refuses what could not be learnt here, as far as arithmetic
+        tells.
+        """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -124,7 +124,7 @@ class TrainJobSpec(_message.Message):
     """
     batch_size: _builtins.int
     """How many samples a step learns from, 1 to 256. Unset means 1; 0 as many as the DiT service has room for at once in the
-    fastest way, 64 for each device at most and no more than there are, decided when the job begins.
+    fastest way, 64 for each device and 256 at most and no more than there are, decided when the job begins.
     """
     caption_dropout: _builtins.float
     """How often captions are left out, 0 to 1. Unset means 0."""
@@ -495,13 +495,16 @@ class PlanTrainJobResponse(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     FORECAST_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    waits_for: _builtins.str
+    """What the job would wait for; otherwise empty."""
     @_builtins.property
     def spec(self) -> Global___TrainJobSpec:
         """What would be learnt from what, everything decided."""
 
     @_builtins.property
     def forecast(self) -> _training_pb2.TrainingForecast:
-        """What a DiT service that may learn it expects."""
+        """What a DiT service that may learn it expects. Unset where none is there now."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -513,10 +516,11 @@ class PlanTrainJobResponse(_message.Message):
         spec: Global___TrainJobSpec | None = ...,
         forecast: _training_pb2.TrainingForecast | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        waits_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "spec", b"spec", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "spec", b"spec", "waits_for", b"waits_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

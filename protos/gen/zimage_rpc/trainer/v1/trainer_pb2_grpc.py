@@ -117,7 +117,7 @@ class TrainerServiceServicer:
 
     def PlanTrainJob(self, request, context):
         """Says what a job would be, take and last, and begins none: its pictures need not be in the service's store yet. Refuses
-        what could not be begun.
+        what could not be begun, as far as it is known before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

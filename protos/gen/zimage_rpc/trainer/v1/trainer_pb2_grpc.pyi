@@ -39,7 +39,7 @@ class TrainerServiceStub:
     """Says what this service is."""
     PlanTrainJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PlanTrainJobRequest, _trainer_pb2.PlanTrainJobResponse]
     """Says what a job would be, take and last, and begins none: its pictures need not be in the service's store yet. Refuses
-    what could not be begun.
+    what could not be begun, as far as it is known before.
     """
     CreateTrainJob: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.CreateTrainJobRequest, _trainer_pb2.CreateTrainJobResponse]
     """Begins a job. The files that it names are in the service's store by then. The same request_id again answers with the
@@ -79,7 +79,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Says what this service is."""
     PlanTrainJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PlanTrainJobRequest, _trainer_pb2.PlanTrainJobResponse]  # type: ignore[assignment]
     """Says what a job would be, take and last, and begins none: its pictures need not be in the service's store yet. Refuses
-    what could not be begun.
+    what could not be begun, as far as it is known before.
     """
     CreateTrainJob: _aio.UnaryUnaryMultiCallable[_trainer_pb2.CreateTrainJobRequest, _trainer_pb2.CreateTrainJobResponse]  # type: ignore[assignment]
     """Begins a job. The files that it names are in the service's store by then. The same request_id again answers with the
@@ -128,7 +128,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.PlanTrainJobResponse, _abc.Awaitable[_trainer_pb2.PlanTrainJobResponse]]:
         """Says what a job would be, take and last, and begins none: its pictures need not be in the service's store yet. Refuses
-        what could not be begun.
+        what could not be begun, as far as it is known before.
         """
 
     @_abc_1.abstractmethod
