@@ -500,7 +500,7 @@ class PlanTrainJobResponse(_message.Message):
     """What the job would wait for; otherwise empty."""
     @_builtins.property
     def spec(self) -> Global___TrainJobSpec:
-        """What would be learnt from what, everything decided."""
+        """What would be learnt from what, everything decided that can be now."""
 
     @_builtins.property
     def forecast(self) -> _training_pb2.TrainingForecast:
