@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -118,7 +119,11 @@ class Partners:
         self._answer(errors)
         for error in errors:
             _raise(error)
-        return _summed(loss, weights)
+        try:
+            return _summed(loss, weights)
+        except RuntimeError:
+            _log.exception("gradients of several devices could not be summed: none can go on")
+            os._exit(1)
 
     def give_up(self) -> None:
         """The step at hand is not taken."""
@@ -146,16 +151,22 @@ class _Partner:
 
     def tell(self, message: object) -> None:
         """Sends it."""
-        self._socket.sendall(pipe.packed(message))
+        try:
+            self._socket.sendall(pipe.packed(message))
+        except ConnectionError:
+            self._died()
 
     def hear(self) -> ZImageError | None:
         """Waits until it has done what it was told; what went wrong with that."""
         done = pipe.read(self._heard)
         if done is None:
-            _log.error("partner %s died: none can go on", self._process.pid)
-            os._exit(1)
+            self._died()
         assert isinstance(done, _Done)
         return done.error
+
+    def _died(self) -> NoReturn:
+        _log.error("partner %s died: none can go on", self._process.pid)
+        os._exit(1)
 
 
 class _GivenUp(Exception):
