@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from bench.timing import compare, machine, write_results
 from demo_model.random_model import byte_level_tokenizer
-from encoder_service.model.qwen import Qwen3Encoder
+from encoder_service.model.qwen import Qwen3Encoder, Text
 from encoder_service.prompt import Tokenizer
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Prompt
 
@@ -69,8 +69,9 @@ def ours(model: Any, tokenizer: Tokenizer) -> Callable[[], Any]:
     encoder.load_state_dict(shared, assign=True)
 
     def encode() -> Any:
-        token_ids = tokenizer.encode([Prompt(PROMPT)], TOKEN_COUNT)
-        return encoder(token_ids, [DEFAULT_HIDDEN_LAYER])[0]
+        [token_ids] = tokenizer.encode([Prompt(PROMPT)], TOKEN_COUNT)
+        [run] = encoder([Text(token_ids, ((DEFAULT_HIDDEN_LAYER, 1.0),))])
+        return run.state
 
     return encode
 

@@ -2,24 +2,32 @@
 
 from dataclasses import dataclass
 
+from zimage_core.embeddings import Blend
 from zimage_core.tensors import TensorData
 
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Front to worker: the prompts of one call as token ids, with the hidden state each wants."""
+    """Front to worker: a prompt as token ids, with the hidden states that it wants."""
 
-    token_ids: tuple[tuple[int, ...], ...]
-    hidden_layers: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    blend: Blend
+    caller: int
+    """Who asks: callers have their turns."""
+    is_solo: bool
+    """Whether nobody else's prompts may be in the same run or have been before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Worker to front: the embeddings of a call, in order."""
+    """Worker to front: the embedding of a prompt."""
 
-    embeddings: tuple[TensorData, ...]
+    tensor: TensorData
     seconds: float
-    """What the call took on the device."""
+    """Of the device: the prompt's share of its batch."""
+    reused_tokens: int
+    """That had run before, at the beginning of another prompt."""
+    batch_prompts: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,10 @@ CHAT_FORMAT = 1
 
 DEFAULT_HIDDEN_LAYER = -2
 
+Blend = tuple[tuple[int, float], ...]
+"""Hidden states of the encoder, counted from the end and the deepest last, with the part that each
+has; the parts add up to 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -26,6 +30,11 @@ class Prompt:
     def effective_layer(self) -> int:
         """The entry of the hidden states that is taken, counted from the end."""
         return DEFAULT_HIDDEN_LAYER if self.hidden_layer is None else self.hidden_layer
+
+    @property
+    def effective_blend(self) -> Blend:
+        """The states that its embedding is made of."""
+        return ((self.effective_layer, 1.0),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,24 @@ class EncoderSettings(ModelSettings):
     max_queue_bytes: int = Field(
         1 << 30, gt=0, description="bytes that prompts and embeddings may take"
     )
+    max_batch_ms: float = Field(
+        1000.0,
+        gt=0,
+        description="how long prompts that are encoded together may take: so long whoever comes "
+        "waits for the device at most, unless a single prompt takes longer",
+    )
+    max_batch_tokens: int = Field(
+        4096, ge=1, description="tokens encoded together at most, which bounds memory"
+    )
+    cache_bytes: int = Field(
+        256 << 20, ge=0, description="bytes of embeddings kept for whoever asks the same again"
+    )
+    prefix_cache_bytes: int = Field(
+        512 << 20,
+        ge=0,
+        description="bytes on the device, for prompts that begin like an earlier one to go on "
+        "from there; 0: none",
+    )
 
 
 class DitSettings(ModelSettings):

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -133,9 +133,10 @@ class DitServicer(dit_pb2_grpc.DitServiceServicer):
     ) -> AsyncIterator[R]:
         self._worker.loaded(messages.Model)
 
-        async def in_turn(item: T) -> R:
+        @asynccontextmanager
+        async def in_turn(item: T) -> AsyncIterator[R]:
             async with self._admission.turn(item.ByteSize()):
-                return await answer(item)
+                yield await answer(item)
 
         async with aclosing(answers_to(items, in_turn, _CONVERSIONS_AT_ONCE)) as answers:
             async for one in answers:

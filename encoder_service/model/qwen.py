@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,39 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RotaryEmbedding,
 )
 
+from zimage_core.embeddings import Blend
 from zimage_core.errors import Cancelled, NotReady
 
 _PACKED_ATTENTION = "zimage_packed"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Some of a prompt's tokens after they went through the layers."""
+
+    state: Tensor
+    """What was asked for of each token, [tokens, width]."""
+    keys_values: Tensor | None
+    """What later tokens see of them, [layers, 2, key heads, tokens, head size]; None where nobody
+    asked for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt to run."""
+
+    token_ids: Sequence[int]
+    blend: Blend
+    """The hidden states that it asks for."""
+    begun: Run | None = None
+    """Its first tokens, where they ran before, for the same blend; not all."""
+    is_kept: bool = False
+    """Whether what later tokens see of it is asked for."""
+
+    @property
+    def rest(self) -> Sequence[int]:
+        """The tokens that are still to run."""
+        return self.token_ids[len(self.begun.state) :] if self.begun else self.token_ids
 
 
 class Qwen3Encoder(nn.Module):
@@ -42,28 +73,36 @@ class Qwen3Encoder(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self,
-        token_ids: Sequence[Sequence[int]],
-        hidden_layers: Sequence[int],
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> list[Tensor]:
-        """For each prompt the hidden state it asks for, [its token count, width]. Each linear runs
-        once over the tokens of all prompts, without padding; no prompt sees another. Raises
-        Cancelled after the layer at which nobody waits any more."""
-        self._refuse_unknown_tokens(token_ids)
-        lengths = [len(ids) for ids in token_ids]
-        wanted = [self.layer_count + 1 + layer for layer in hidden_layers]
-        taken: dict[int, Tensor] = {}
-        for depth, state in zip(range(max(wanted) + 1), self._states(token_ids), strict=False):
+        self, texts: Sequence[Text], is_cancelled: Callable[[], bool] = lambda: False
+    ) -> list[Run]:
+        """What comes of the rest of each text. Each linear runs once over the tokens of all,
+        without padding; no text sees another. Raises Cancelled after the layer at which nobody
+        waits any more."""
+        self._refuse_unknown_tokens(texts)
+        packed = _Packed(texts)
+        wanted = [self._by_depth(text.blend) for text in texts]
+        taken: list[Tensor | None] = [None] * len(texts)
+        deepest = max(map(max, wanted))
+        for depth, state in zip(range(deepest + 1), self._states(packed), strict=False):
             if is_cancelled():
                 raise Cancelled("nobody waits for these prompts any more")
-            rows = state.squeeze(0).split(lengths)
-            taken |= {index: rows[index] for index, layer in enumerate(wanted) if layer == depth}
-        return [taken[index] for index in range(len(lengths))]
+            rows = state.squeeze(0).split(packed.lengths)
+            for index, parts in enumerate(wanted):
+                if depth in parts:
+                    taken[index] = _added(taken[index], rows[index], parts[depth])
+        return [
+            Run(whole.to(rows[0].dtype), packed.keys_values(index, max(wanted[index])))
+            for index, whole in enumerate(taken)
+            if whole is not None
+        ]
 
-    def _refuse_unknown_tokens(self, token_ids: Sequence[Sequence[int]]) -> None:
+    def _by_depth(self, blend: Blend) -> dict[int, float]:
+        """The parts of a blend by how many layers come before."""
+        return {self.layer_count + 1 + layer: part for layer, part in blend}
+
+    def _refuse_unknown_tokens(self, texts: Sequence[Text]) -> None:
         """A GPU would be lost to this process after looking up one of them."""
-        highest, rows = max(map(max, token_ids)), self.embed_tokens.num_embeddings
+        highest, rows = max(max(text.rest) for text in texts), self.embed_tokens.num_embeddings
         if highest >= rows:
             raise NotReady(
                 f"token {highest} is not among the {rows} that the text encoder knows: "
@@ -72,43 +111,113 @@ class Qwen3Encoder(nn.Module):
                 fields={"given": str(highest), "allowed": f"0 to {rows - 1}"},
             )
 
-    def _states(self, token_ids: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    def _states(self, packed: "_Packed") -> Iterator[Tensor]:
         """The hidden states from the token table on, [1, all tokens, width], one by one."""
-        lengths = [len(ids) for ids in token_ids]
         device = self.embed_tokens.weight.device
-        packed = torch.tensor([token for ids in token_ids for token in ids], device=device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        state = self.embed_tokens(packed).unsqueeze(0)
-        rotation = self.rotary_emb(state, positions.unsqueeze(0))
+        state = self.embed_tokens(packed.token_ids.to(device)).unsqueeze(0)
+        rotation = self.rotary_emb(state, packed.positions.to(device).unsqueeze(0))
         yield state
         for depth, layer in enumerate(self.layers, 1):
-            state = layer(state, position_embeddings=rotation, prompt_lengths=lengths)
+            state = layer(state, position_embeddings=rotation, packed=packed)
             yield state if depth < self.layer_count else self.norm(state)
 
 
-def _attend_within_prompts(
+class _Packed:
+    """The texts of one run, one after the other, and what their tokens see of each other."""
+
+    def __init__(self, texts: Sequence[Text]) -> None:
+        self.lengths = [len(text.rest) for text in texts]
+        self.token_ids = torch.tensor([token for text in texts for token in text.rest])
+        ends = [len(text.token_ids) for text in texts]
+        spans = zip(ends, self.lengths, strict=True)
+        self.positions = torch.cat([torch.arange(end - length, end) for end, length in spans])
+        self._begun = [text.begun.keys_values if text.begun else None for text in texts]
+        self._seen: list[list[Tensor]] = [[] for _ in texts]
+        """The keys and values of each text that is kept, for each layer that ran."""
+        self._kept = [index for index, text in enumerate(texts) if text.is_kept]
+        self._layer = -1
+        self._masks: dict[int, Tensor] = {}
+
+    def keys_values(self, index: int, layers: int) -> Tensor | None:
+        """What the tokens that ran of a text show to later ones, in so many layers."""
+        if index not in self._kept:
+            return None
+        seen = self._seen[index][:layers]
+        return torch.stack(seen) if seen else torch.empty(0, 2, 1, self.lengths[index], 1)
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Causal attention of each text alone; all are [heads, tokens, head size]. One call per
+        text keeps the fast kernel; a mask over all would leave it and cost the square of all
+        tokens."""
+        self._layer += 1
+        queries, keys, values = (part.split(self.lengths, dim=1) for part in (query, key, value))
+        for index in self._kept:
+            self._seen[index].append(torch.stack((keys[index], values[index])))
+        attended = []
+        for index, own in enumerate(queries):
+            seen_keys, seen_values, mask = self._visible(index, keys[index], values[index])
+            attended.append(_attention(own, seen_keys, seen_values, mask, scale))
+        return torch.cat(attended, dim=1)
+
+    def _visible(
+        self, index: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the tokens of a text see: those of its beginning as well. Without one there is no
+        need for a mask."""
+        begun = self._begun[index]
+        if begun is None or self._layer >= len(begun):  # beyond, nobody asks for this text
+            return key, value, None
+        key = torch.cat((begun[self._layer, 0], key), dim=1)
+        value = torch.cat((begun[self._layer, 1], value), dim=1)
+        return key, value, self._mask(index, key.shape[1], key.device)
+
+    def _mask(self, index: int, end: int, device: torch.device) -> Tensor:
+        """Each of a text's last tokens sees all before it, and itself."""
+        if index not in self._masks:
+            places = torch.arange(end, device=device)
+            self._masks[index] = places[-self.lengths[index] :, None] >= places
+        return self._masks[index]
+
+
+def _added(before: Tensor | None, state: Tensor, part: float) -> Tensor:
+    """What a state adds to a blend; one alone is taken as it is."""
+    if part == 1.0:
+        return state
+    share = state.float() * part
+    return share if before is None else before + share
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    if query.device.type == "mps":  # not every torch we support shares key heads there
+        repeats = query.shape[0] // key.shape[0]
+        key, value = (tensor.repeat_interleave(repeats, dim=0) for tensor in (key, value))
+    return scaled_dot_product_attention(
+        query.unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=True,
+    ).squeeze(0)
+
+
+def _attend(
     _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     _mask: None,
     *,
-    prompt_lengths: list[int],
+    packed: _Packed,
     scaling: float,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each prompt alone, from [1, heads, tokens, head size] to [1, tokens,
-    heads, head size]. One call per prompt keeps the fast kernel; a mask over all prompts would
-    leave it and cost the square of all tokens."""
-    if query.device.type == "mps":  # not every torch we support shares key heads there
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    prompts = zip(*(part.split(prompt_lengths, dim=2) for part in (query, key, value)), strict=True)
-    attended = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in prompts
-    ]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+    """From [1, heads, tokens, head size] to [1, tokens, heads, head size]."""
+    attended = packed.attended(query.squeeze(0), key.squeeze(0), value.squeeze(0), scaling)
+    return attended.unsqueeze(0).transpose(1, 2), None
 
 
-AttentionInterface.register(_PACKED_ATTENTION, _attend_within_prompts)
+AttentionInterface.register(_PACKED_ATTENTION, _attend)

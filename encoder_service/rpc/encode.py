@@ -4,18 +4,21 @@ import asyncio
 import hashlib
 import itertools
 import struct
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 
 from encoder_service import messages
+from encoder_service.cache import Cache, Key
 from encoder_service.prompt import TokenIds, Tokenizer, check_hidden_layers
 from zimage_core.embeddings import (
     CHAT_FORMAT,
     DEFAULT_HIDDEN_LAYER,
+    Blend,
     Embedding,
     Numerics,
     Prompt,
@@ -25,57 +28,81 @@ from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
 from zimage_core.planning.durations import Durations
 from zimage_core.serving import access, metrics
 from zimage_core.serving.admission import Admission, Cost, Limits
-from zimage_core.serving.batches import batched
+from zimage_core.serving.batches import answers_to
 from zimage_core.serving.worker import Worker
+from zimage_core.settings import EncoderSettings
 from zimage_core.tensors import TensorData, byte_count
 from zimage_core.wire import embeddings, features, status
 from zimage_core.wire.limits import ENVELOPE_BYTES, MESSAGE_BYTES, PROMPTS_PER_ENCODE
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
 
+T = TypeVar("T")
+
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A prompt as everything behind the front sees it."""
+
+    key: Key
+    blend: Blend
+    reply_bytes: int
+
+
 class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
-    """Checks and tokenizes in this process, encodes in the worker's."""
+    """Checks and tokenizes in this process, encodes in the worker's what is not in the cache."""
 
     def __init__(
-        self, worker: Worker, tokenizer: Tokenizer, token_limit: int, limits: Limits
+        self, worker: Worker, tokenizer: Tokenizer, settings: EncoderSettings, token_limit: int
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
         self._token_limit = token_limit
-        self._admission = Admission(limits)
+        self._cache = Cache(settings.cache_bytes)
+        self._admission = Admission(
+            Limits(settings.max_queue_length, settings.max_queue_seconds, settings.max_queue_bytes)
+        )
         self._encoding = Durations()
+        self._callers = itertools.count()
 
     async def Encode(  # noqa: N802 - as the proto names it
         self, request: encoder_pb2.EncodeRequest, context: _Context
     ) -> encoder_pb2.EncodeResponse:
-        """All prompts or none, in one batch of the worker."""
+        """All prompts or none."""
         if not 1 <= len(request.prompts) <= PROMPTS_PER_ENCODE:
             raise _wrong_prompt_count(len(request.prompts))
         with self._admission.place() as place:
             encoder = self._worker.loaded(messages.Encoder)
             prompts = [embeddings.prompt_from_wire(prompt) for prompt in request.prompts]
-            call = await self._read(prompts, encoder)
-            _refuse_large_reply(call.token_ids, encoder)
-            place.expect(self._cost(call, encoder), context.time_remaining())
-            encoded = await self._run(call, encoder)
+            asked = await self._read(prompts, _is_solo(request), encoder)
+            _refuse_large_reply([one.reply_bytes for one in asked])
+            place.expect(self._cost(asked), context.time_remaining())
+            caller = next(self._callers)
+            encoded = await _all(self._encoded(one, caller, encoder) for one in asked)
         return encoder_pb2.EncodeResponse(embeddings=encoded)
 
     async def EncodeStream(  # noqa: N802
         self, request_iterator: AsyncIterator[encoder_pb2.EncodeStreamRequest], context: _Context
     ) -> AsyncIterator[encoder_pb2.EncodeStreamResponse]:
-        """Each item succeeds or fails alone; those that came meanwhile are one batch."""
+        """Each item succeeds or fails alone."""
         self._worker.loaded(messages.Encoder)
-        async with aclosing(batched(request_iterator, PROMPTS_PER_ENCODE)) as batches:
-            async for items in batches:
-                access.refuse_spent()
-                async with self._admission.turn(sum(item.ByteSize() for item in items)) as place:
-                    answers = await self._answers(items)
-                    place.answered(sum(answer.ByteSize() for answer in answers))
-                    for answer in answers:
-                        yield answer
+        caller = next(self._callers)
+
+        @asynccontextmanager
+        async def in_turn(
+            item: encoder_pb2.EncodeStreamRequest,
+        ) -> AsyncIterator[encoder_pb2.EncodeStreamResponse]:
+            access.refuse_spent()
+            async with self._admission.turn(item.ByteSize()) as place:
+                answer = await self._answer(item, caller)
+                place.answered(answer.ByteSize())
+                yield answer
+
+        async with aclosing(answers_to(request_iterator, in_turn, PROMPTS_PER_ENCODE)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def Describe(  # noqa: N802
         self, request: encoder_pb2.DescribeRequest, context: _Context
@@ -99,78 +126,93 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             answer.max_hidden_layer = encoder.max_hidden_layer
         return answer
 
-    async def _answers(
-        self, items: Sequence[encoder_pb2.EncodeStreamRequest]
-    ) -> list[encoder_pb2.EncodeStreamResponse]:
-        """One batch if none of them fails; else each for itself, so that its failure is its own."""
+    async def _answer(
+        self, item: encoder_pb2.EncodeStreamRequest, caller: int
+    ) -> encoder_pb2.EncodeStreamResponse:
+        """An error of the item is its answer; one of the service is not the item's fault: the whole
+        stream is sent again."""
+        answer = encoder_pb2.EncodeStreamResponse(item_id=item.item_id)
         encoder = self._worker.loaded(messages.Encoder)
-        answer = encoder_pb2.EncodeStreamResponse
         try:
-            prompts = [embeddings.prompt_from_wire(item.prompt) for item in items]
-            call = await self._read(prompts, encoder)
-            if (fitting := _fitting(call.token_ids, encoder)) < len(items):  # so they travel
-                cut = max(1, fitting)
-                if cut < len(items):
-                    return [*await self._answers(items[:cut]), *await self._answers(items[cut:])]
-            encoded = await self._run(call, encoder)
+            prompt = embeddings.prompt_from_wire(item.prompt)
+            [asked] = await self._read([prompt], _is_solo(item), encoder)
+            _refuse_large_reply([asked.reply_bytes])
+            answer.embedding.CopyFrom(await self._encoded(asked, caller, encoder))
         except Unavailable:
-            raise  # not theirs: the whole stream is sent again
+            raise
         except ZImageError as error:
-            if len(items) == 1:
-                return [answer(item_id=items[0].item_id, failure=_of_one(error))]
-            return [one for item in items for one in await self._answers([item])]
-        return [
-            answer(item_id=item.item_id, embedding=embedding)
-            for item, embedding in zip(items, encoded, strict=True)
-        ]
+            answer.failure.CopyFrom(_of_one(error))
+        return answer
 
-    async def _read(self, prompts: Sequence[Prompt], encoder: messages.Encoder) -> messages.Encode:
+    async def _read(
+        self, prompts: Sequence[Prompt], is_solo: bool, encoder: messages.Encoder
+    ) -> list[_Asked]:
         """The prompts as token ids; raises InvalidRequest for one that cannot be encoded."""
         check_hidden_layers(prompts, encoder.layer_count, encoder.max_hidden_layer)
         token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts, self._token_limit)
-        return messages.Encode(token_ids, tuple(prompt.effective_layer for prompt in prompts))
+        return [
+            _Asked(
+                Key(
+                    identity=encoder.identities[prompt.effective_layer],
+                    recipe=self._recipe(prompt.effective_layer),
+                    numerics=_numerics(encoder),
+                    token_ids=ids,
+                    is_solo=is_solo,
+                ),
+                prompt.effective_blend,
+                byte_count(encoder.compute_type, (len(ids), encoder.width)) + ENVELOPE_BYTES,
+            )
+            for prompt, ids in zip(prompts, token_ids, strict=True)
+        ]
 
-    async def _run(
-        self, call: messages.Encode, encoder: messages.Encoder
-    ) -> list[types_pb2.PromptEmbedding]:
-        tokens = sum(map(len, call.token_ids))
-        try:
-            [encoded] = [event async for event in self._worker.call(call)]
-        except asyncio.CancelledError:
-            access.charge(self._encoding.expected(tokens, tokens) or 0.0)
-            raise
-        assert isinstance(encoded, messages.Encoded)
-        access.charge(encoded.seconds)
-        self._encoding.learn(tokens, tokens, encoded.seconds)
-        metrics.ENCODER_PROMPTS.inc(len(call.token_ids))
-        metrics.ENCODER_TOKENS.inc(tokens)
-        metrics.ENCODER_BATCH_PROMPTS.observe(len(call.token_ids))
-        every = zip(call.token_ids, call.hidden_layers, encoded.embeddings, strict=True)
-        return [self._embedding(encoder, ids, layer, tensor) for ids, layer, tensor in every]
-
-    def _cost(self, call: messages.Encode, encoder: messages.Encoder) -> Cost:
-        tokens = sum(map(len, call.token_ids))
-        return Cost(
-            seconds=self._encoding.expected(tokens, tokens),
-            bytes=sum(_sizes(call.token_ids, encoder)),
-        )
-
-    def _embedding(
-        self, encoder: messages.Encoder, token_ids: TokenIds, layer: int, tensor: TensorData
+    async def _encoded(
+        self, asked: _Asked, caller: int, encoder: messages.Encoder
     ) -> types_pb2.PromptEmbedding:
+        key = asked.key
+        tensor = await self._cache.of(key, lambda: self._run(asked, caller))
         return embeddings.embedding_to_wire(
             Embedding(
                 tensor=tensor,
-                identity=encoder.identities[layer],
-                recipe=self._recipe(layer),
-                numerics=_numerics(encoder),
-                token_count=len(token_ids),
-                token_ids_sha256=_sha256(token_ids),
+                identity=key.identity,
+                recipe=key.recipe,
+                numerics=key.numerics,
+                token_count=len(key.token_ids),
+                token_ids_sha256=_sha256(key.token_ids),
             )
+        )
+
+    async def _run(self, asked: _Asked, caller: int) -> TensorData:
+        ids = asked.key.token_ids
+        call = messages.Encode(ids, asked.blend, caller, asked.key.is_solo)
+        try:
+            [encoded] = [event async for event in self._worker.call(call)]
+        except asyncio.CancelledError:
+            access.charge(self._encoding.expected(len(ids), len(ids)) or 0.0)
+            raise
+        assert isinstance(encoded, messages.Encoded)
+        access.charge(encoded.seconds)
+        ran = len(ids) - encoded.reused_tokens
+        self._encoding.learn(ran, ran, encoded.seconds)
+        metrics.ENCODER_PROMPTS.inc()
+        metrics.ENCODER_TOKENS.inc(ran)
+        metrics.ENCODER_REUSED.inc(encoded.reused_tokens)
+        metrics.ENCODER_BATCH_PROMPTS.observe(encoded.batch_prompts)
+        return encoded.tensor
+
+    def _cost(self, asked: Sequence[_Asked]) -> Cost:
+        tokens = [len(one.key.token_ids) for one in asked]
+        seconds = [self._encoding.expected(count, count) for count in tokens]
+        return Cost(
+            seconds=None if None in seconds else sum(filter(None, seconds)),
+            bytes=sum(one.reply_bytes for one in asked),
         )
 
     def _recipe(self, layer: int) -> Recipe:
         return Recipe(CHAT_FORMAT, layer, self._token_limit)
+
+
+def _is_solo(request: encoder_pb2.EncodeRequest | encoder_pb2.EncodeStreamRequest) -> bool:
+    return request.packing == types_pb2.PACKING_SOLO
 
 
 def _of_one(error: ZImageError) -> types_pb2.Failure:
@@ -190,25 +232,14 @@ def _sha256(token_ids: TokenIds) -> str:
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}i", *token_ids)).hexdigest()
 
 
-def _sizes(token_ids: Sequence[TokenIds], encoder: messages.Encoder) -> Iterator[int]:
-    for ids in token_ids:
-        yield byte_count(encoder.compute_type, (len(ids), encoder.width)) + ENVELOPE_BYTES
-
-
-def _fitting(token_ids: Sequence[TokenIds], encoder: messages.Encoder) -> int:
-    """How many of these prompts' embeddings go into one message, from the first on."""
-    totals = itertools.accumulate(_sizes(token_ids, encoder))
-    return sum(total <= MESSAGE_BYTES for total in totals)
-
-
-def _refuse_large_reply(token_ids: Sequence[TokenIds], encoder: messages.Encoder) -> None:
+def _refuse_large_reply(sizes: Sequence[int]) -> None:
     """An answer that cannot be sent is known before the work."""
-    fitting = _fitting(token_ids, encoder)
-    if fitting == len(token_ids):
+    total = sum(sizes)
+    if total <= MESSAGE_BYTES:
         return
-    total = sum(_sizes(token_ids, encoder))
+    fitting = sum(size <= MESSAGE_BYTES for size in itertools.accumulate(sizes))
     raise InvalidRequest(
-        f"prompts: the embeddings of these {len(token_ids)} prompts are {total} bytes, "
+        f"prompts: the embeddings of these {len(sizes)} prompts are {total} bytes, "
         f"{MESSAGE_BYTES} fit into one answer; the first {fitting} prompts would, "
         "send the others in calls of their own",
         reason="REPLY_TOO_LARGE",
@@ -219,6 +250,16 @@ def _refuse_large_reply(token_ids: Sequence[TokenIds], encoder: messages.Encoder
             "fitting_prompt_count": str(fitting),
         },
     )
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What comes of all; when one fails, the others are given up."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _wrong_prompt_count(count: int) -> InvalidRequest:

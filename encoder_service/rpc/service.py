@@ -5,7 +5,6 @@ import grpc.aio
 from encoder_service.prompt import Tokenizer, read_token_limit
 from encoder_service.rpc.encode import EncoderServicer
 from zimage_core.formats.encoder_files import EncoderFiles
-from zimage_core.serving.admission import Limits
 from zimage_core.serving.server import Beside, OnReady, Service
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import EncoderSettings
@@ -21,10 +20,7 @@ def service(settings: EncoderSettings) -> Service:
 
     def register(server: grpc.aio.Server, on_ready: OnReady) -> Beside:
         worker = Worker("encoder_service.engine.worker:main", settings, settings.watchdog, on_ready)
-        limits = Limits(
-            settings.max_queue_length, settings.max_queue_seconds, settings.max_queue_bytes
-        )
-        servicer = EncoderServicer(worker, tokenizer, token_limit, limits)
+        servicer = EncoderServicer(worker, tokenizer, settings, token_limit)
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
         return worker.supervise
 

@@ -108,7 +108,7 @@ def test_health_and_probes_say_ready(service: Service) -> None:
 
 
 def test_the_log_carries_the_callers_request_id_through_both_processes(service: Service) -> None:
-    request = _request("a cat")
+    request = _request("a walk")  # not from the cache
     answer(_stub(service).Encode, request, metadata=((request_id.KEY, "walked-through"),))
     for process in ("MainProcess", "worker"):
         line = service.wait_for_line("walked-through", process)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
+from encoder_service.engine.prefixes import Prefixes
 from encoder_service.model.loading import load
-from encoder_service.model.qwen import Qwen3Encoder
+from encoder_service.model.qwen import Qwen3Encoder, Text
+from zimage_core.embeddings import Blend
 from zimage_core.errors import Cancelled
 from zimage_core.formats.encoder_files import EncoderFiles
 
@@ -105,11 +107,19 @@ def _assert_equal(
     model: Model, encoder: Qwen3Encoder, lengths: list[int], layers: list[int]
 ) -> None:
     prompts = _prompts(lengths)
-    for ids, layer, ours in zip(prompts, layers, encoder(prompts, layers), strict=True):
-        theirs = model.states(ids)[layer][0]
-        assert ours.shape == theirs.shape
-        worst = float((ours - theirs).abs().max() / theirs.abs().max())
-        assert worst <= TOLERANCE, f"{len(ids)} tokens at {layer}: {worst:.1e}"
+    runs = encoder(_texts(prompts, layers))
+    for ids, layer, run in zip(prompts, layers, runs, strict=True):
+        _assert_near(run.state, model.states(ids)[layer][0])
+
+
+def _texts(prompts: Sequence[tuple[int, ...]], layers: Sequence[int]) -> list[Text]:
+    return [Text(ids, ((layer, 1.0),)) for ids, layer in zip(prompts, layers, strict=True)]
+
+
+def _assert_near(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    worst = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert worst <= TOLERANCE, f"{len(ours)} tokens: {worst:.1e}"
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -138,14 +148,14 @@ def test_the_last_layer_the_norm_and_the_head_are_neither_loaded_nor_run(model: 
 def test_only_the_layers_that_are_asked_for_run(model: Model) -> None:
     encoder = load(files(model.folder), -1, "cpu", "float32")
     runs = _counted(encoder)
-    encoder(_prompts([5, 9]), [-4, -3])
+    encoder(_texts(_prompts([5, 9]), [-4, -3]))
     assert runs == ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"]
 
 
 def test_each_linear_runs_once_whatever_the_batch(model: Model) -> None:
     encoder = load(files(model.folder), -2, "cpu", "float32")
     runs = _counted(encoder)
-    encoder(_prompts([5, 9, 200]), [-2, -2, -2])
+    encoder(_texts(_prompts([5, 9, 200]), [-2, -2, -2]))
     assert runs == [f"layers.{layer}.mlp.up_proj" for layer in range(LAYER_COUNT - 1)]
 
 
@@ -153,7 +163,7 @@ def test_a_cancelled_run_ends_at_the_next_layer(model: Model) -> None:
     encoder = load(files(model.folder), -2, "cpu", "float32")
     runs = _counted(encoder)
     with pytest.raises(Cancelled):
-        encoder(_prompts([5, 9]), [-2, -2], lambda: len(runs) == 2)
+        encoder(_texts(_prompts([5, 9]), [-2, -2]), lambda: len(runs) == 2)
     assert len(runs) == 2
 
 
@@ -163,7 +173,7 @@ def test_half_precision_is_that_of_transformers(model: Model) -> None:
     [ids] = _prompts([33])
     with torch.no_grad():
         expected = theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2][0]
-    assert torch.equal(ours([ids], [-2])[0], expected)
+    assert torch.equal(ours(_texts([ids], [-2]))[0].state, expected)
 
 
 def _counted(encoder: Qwen3Encoder) -> list[str]:
@@ -177,3 +187,71 @@ def _counted(encoder: Qwen3Encoder) -> list[str]:
         if name.endswith("up_proj"):
             module.register_forward_hook(counting(name))
     return runs
+
+
+BLENDS: list[Blend] = [((-2, 1.0),), ((-4, 0.25), (-2, 0.75)), ((-5, 1.0),)]
+
+
+@pytest.mark.parametrize("blend", BLENDS, ids=str)
+def test_what_begins_like_an_earlier_prompt_goes_on_from_there(model: Model, blend: Blend) -> None:
+    """In one run with others, after edits in the middle, and from several beginnings."""
+    encoder = load(files(model.folder), -2, "cpu", "float32")
+    prefixes = Prefixes(1 << 30)
+    first, other = _prompts([120, 50])
+    edited = (*first[:77], *other)
+    for batch, reused in (
+        ([first[:40]], [0]),
+        ([first, other], [40, 0]),
+        ([edited, first, other[:9], first[:1]], [72, 112, 8, 0]),
+        ([(*edited, 5)], [120]),
+    ):
+        texts = [prefixes.begun(Text(ids, blend)) for ids in batch]
+        assert [len(text.token_ids) - len(text.rest) for text in texts] == reused
+        runs = encoder(texts)
+        for text, run in zip(texts, runs, strict=True):
+            prefixes.keep(text, run)
+            begun = [text.begun.state] if text.begun else []
+            states = model.states(tuple(text.token_ids))
+            _assert_near(
+                torch.cat([*begun, run.state]),
+                sum((states[layer][0] * part for layer, part in blend), torch.tensor(0.0)),
+            )
+
+
+def test_what_begins_another_blend_is_no_beginning(model: Model) -> None:
+    encoder = load(files(model.folder), -2, "cpu", "float32")
+    prefixes = Prefixes(1 << 30)
+    [ids] = _prompts([40])
+    text = prefixes.begun(Text(ids, BLENDS[0]))
+    prefixes.keep(text, encoder([text])[0])
+    assert prefixes.begun(Text(ids, BLENDS[1])).begun is None
+
+
+def test_beginnings_stay_within_their_bytes_and_go_from_the_end(model: Model) -> None:
+    """What was met last stays, and nothing stays that has lost its own beginning."""
+    encoder = load(files(model.folder), -2, "cpu", "float32")
+    probe = Prefixes(1 << 30)
+    text = probe.begun(Text(_prompts([8])[0], BLENDS[0]))
+    probe.keep(text, encoder([text])[0])
+    room = 10  # blocks
+    prefixes = Prefixes(room * probe.bytes)
+
+    def known(ids: Sequence[int]) -> int:
+        text = prefixes.begun(Text((*ids, 1), BLENDS[0]))
+        return len(text.token_ids) - len(text.rest)
+
+    def run(ids: Sequence[int]) -> None:
+        text = prefixes.begun(Text(ids, BLENDS[0]))
+        prefixes.keep(text, encoder([text])[0])
+        assert prefixes.bytes <= room * probe.bytes
+
+    long, short, last = _prompts([64, 24, 40])
+    run(long)
+    run(short)
+    assert (known(long), known(short)) == (56, 24)  # eleven blocks, one of them too many
+    run(short)
+    run(last)
+    assert (known(long), known(short), known(last)) == (16, 24, 40)
+    run(_prompts([200])[0])
+    assert (known(long), known(_prompts([200])[0])) == (0, 80)
+    assert Prefixes(0).begun(Text(long, BLENDS[0])).is_kept is False

@@ -1,9 +1,10 @@
-"""Items of a stream, in the batches in which they come while others are worked on."""
+"""Items of a stream, some at once."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -16,12 +17,21 @@ class _End:
     fault: Exception | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Held(Generic[R]):
+    """An answer, and what it holds until it is taken."""
+
+    answer: R
+    held: AsyncExitStack
+
+
 async def answers_to(
-    items: AsyncIterator[T], answer: Callable[[T], Coroutine[Any, Any, R]], at_once: int
+    items: AsyncIterator[T], answer: Callable[[T], AbstractAsyncContextManager[R]], at_once: int
 ) -> AsyncGenerator[R, None]:
     """The answer to each item as soon as it is there; so many are worked on side by side, and no
-    more are read. A fault of the items comes after the answers."""
-    working: set[asyncio.Task[R]] = set()
+    more are read. The block of an answer ends when the next is asked for. A fault of the items
+    comes after the answers."""
+    working: set[asyncio.Task[_Held[R]]] = set()
     reading: asyncio.Task[T | _End] | None = asyncio.create_task(_next(items))
     fault: Exception | None = None
     try:
@@ -36,18 +46,31 @@ async def answers_to(
                 if isinstance(item, _End):
                     fault = item.fault
                 else:
-                    working.add(asyncio.create_task(answer(item)))
+                    working.add(asyncio.create_task(_held(answer(item))))
                     reading = asyncio.create_task(_next(items))
             for task in done & working:
                 working.discard(task)
-                yield task.result()
+                one = task.result()
+                async with one.held:
+                    yield one.answer
     finally:
-        left: list[asyncio.Task[Any]] = [*working, *([reading] if reading else [])]
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await _leave({*working, *([reading] if reading else [])})
     if fault is not None:
         raise fault
+
+
+async def _leave(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Gives them up, and what those hold that were done."""
+    for task in tasks:
+        task.cancel()
+    for one in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(one, _Held):
+            await one.held.aclose()
+
+
+async def _held(answer: AbstractAsyncContextManager[R]) -> _Held[R]:
+    async with AsyncExitStack() as stack:
+        return _Held(await stack.enter_async_context(answer), stack.pop_all())
 
 
 async def _next(items: AsyncIterator[T]) -> T | _End:
@@ -55,33 +78,3 @@ async def _next(items: AsyncIterator[T]) -> T | _End:
         return await anext(items, _End())
     except Exception as fault:  # noqa: BLE001 - raised when the answers are out
         return _End(fault)
-
-
-async def batched(items: AsyncIterator[T], largest: int) -> AsyncGenerator[list[T], None]:
-    """Whatever has come, at least one and at most `largest`; as many again are read ahead. More are
-    left to the connection, whose window makes the sender wait."""
-    waiting: asyncio.Queue[T | _End] = asyncio.Queue(largest)
-
-    async def read() -> None:
-        end = _End()
-        try:
-            async for item in items:
-                await waiting.put(item)
-        except Exception as error:  # noqa: BLE001 - raised where the batches are taken
-            end = _End(error)
-        await waiting.put(end)
-
-    reading = asyncio.create_task(read())
-    try:
-        while True:
-            came = [await waiting.get()]
-            while len(came) < largest and not waiting.empty():
-                came.append(waiting.get_nowait())
-            if batch := [item for item in came if not isinstance(item, _End)]:
-                yield batch
-            if isinstance(came[-1], _End):
-                if came[-1].fault is not None:
-                    raise came[-1].fault
-                return
-    finally:
-        reading.cancel()

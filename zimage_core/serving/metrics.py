@@ -69,6 +69,16 @@ DIT_NAMED = Counter(
 
 ENCODER_PROMPTS = Counter("zimage_encoder_prompts_total", "prompts encoded")
 ENCODER_TOKENS = Counter("zimage_encoder_tokens_total", "tokens of prompts encoded")
+ENCODER_REUSED = Counter(
+    "zimage_encoder_reused_tokens_total",
+    "tokens that had run before, at the beginning of another prompt",
+)
+ENCODER_CACHE = Counter(
+    "zimage_encoder_cache_total",
+    "prompts by what the cache did: hit, joined (being encoded for somebody else) or miss",
+    ["result"],
+)
+ENCODER_CACHE_BYTES = Gauge("zimage_encoder_cache_bytes", "bytes of embeddings that are kept")
 ENCODER_BATCH_PROMPTS = Histogram(
     "zimage_encoder_batch_prompts", "prompts in a batch", buckets=_SHARED
 )

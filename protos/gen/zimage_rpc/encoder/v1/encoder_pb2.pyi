@@ -26,6 +26,11 @@ class EncodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPTS_FIELD_NUMBER: _builtins.int
+    PACKING_FIELD_NUMBER: _builtins.int
+    packing: _types_pb2.Packing.ValueType
+    """Whether others may share the work, and what they left be used; unset is shared. Shared work is the same to 1e-5 of
+    the largest value, solo work the same to the last bit each time.
+    """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Prompt]:
         """1 to 32 prompts."""
@@ -34,10 +39,11 @@ class EncodeRequest(_message.Message):
         self,
         *,
         prompts: _abc.Iterable[_types_pb2.Prompt] | None = ...,
+        packing: _types_pb2.Packing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["packing", b"packing", "prompts", b"prompts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -75,8 +81,11 @@ class EncodeStreamRequest(_message.Message):
 
     ITEM_ID_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    PACKING_FIELD_NUMBER: _builtins.int
     item_id: _builtins.int
     """Names it in the answer; the caller sees to it that no two are the same."""
+    packing: _types_pb2.Packing.ValueType
+    """As in EncodeRequest."""
     @_builtins.property
     def prompt(self) -> _types_pb2.Prompt:
         """What to encode."""
@@ -86,10 +95,11 @@ class EncodeStreamRequest(_message.Message):
         *,
         item_id: _builtins.int = ...,
         prompt: _types_pb2.Prompt | None = ...,
+        packing: _types_pb2.Packing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "packing", b"packing", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
