@@ -65,7 +65,7 @@ class Caches:
             key["form"] = "e4m3 by rows"
 
         async def make() -> bytes:
-            embedding = await self._client.encode(text, timeout=None)
+            embedding = await self._client.encode(text, packing="solo", timeout=None)
             said = embedding.identity, embedding.recipe, embedding.numerics
             if said != (model.identity, model.recipe, model.numerics):
                 raise Unavailable("the encoder was replaced by another one", reason=REPLACED)

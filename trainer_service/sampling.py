@@ -69,7 +69,8 @@ class Sampler:
         return max(few_detail, _LEAST_DETAIL) / max(many_detail, _LEAST_DETAIL)
 
     async def _picture(self, dit: AsyncClient, prompt: str, **options: Unpack[Options]) -> bytes:
-        made = await dit.generate(await self.encoder.encode(prompt), **options)
+        embedding = await self.encoder.encode(prompt, packing="solo")
+        made = await dit.generate(embedding, **options)
         return made.pictures[0].data
 
     def _options(self) -> Options:

@@ -14,7 +14,7 @@ from collections.abc import (
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc.aio
 
@@ -49,11 +49,13 @@ ADAPTER_SECONDS = 60.0
 async def encode(
     channel: grpc.aio.Channel,
     prompts: Sequence[Prompt],
+    packing: int,
     timeout: float | None,
     metadata: Metadata,
 ) -> list[Embedding]:
     """The embeddings of some prompts, in order."""
-    request = encoder_pb2.EncodeRequest(prompts=[prompt_message(p) for p in prompts])
+    messages = [prompt_message(prompt) for prompt in prompts]
+    request = encoder_pb2.EncodeRequest(prompts=messages, packing=cast("Any", packing))
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
     with TypedErrors():
         response = await stub.Encode(request, timeout=timeout, metadata=metadata)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
@@ -29,7 +30,7 @@ from zimage_client._items import (
     prompt_item,
     replayed,
 )
-from zimage_client._options import Options, adapter_files, check_timeout, spec
+from zimage_client._options import Options, Packing, adapter_files, check_timeout, choice, spec
 from zimage_client._reading import malformed
 from zimage_client._replay import Replay
 from zimage_core import tracing
@@ -38,6 +39,7 @@ from zimage_core.errors import Cancelled, Unavailable
 from zimage_core.formats import peft_folder
 from zimage_core.tensors import TensorData
 from zimage_core.tls import Credentials
+from zimage_core.wire import names
 from zimage_rpc.dit.v1 import dit_pb2, training_pb2
 
 T = TypeVar("T")
@@ -119,39 +121,53 @@ class AsyncClient:
 
     @overload
     async def encode(
-        self, prompt: str | Prompt, *, timeout: float | None = ..., retry: bool = ...
+        self,
+        prompt: str | Prompt,
+        *,
+        packing: Packing = ...,
+        timeout: float | None = ...,
+        retry: bool = ...,
     ) -> Embedding: ...
     @overload
     async def encode(
-        self, prompt: Prompts, *, timeout: float | None = ..., retry: bool = ...
+        self,
+        prompt: Prompts,
+        *,
+        packing: Packing = ...,
+        timeout: float | None = ...,
+        retry: bool = ...,
     ) -> list[Embedding]: ...
     async def encode(
         self,
         prompt: str | Prompt | Prompts,
         *,
+        packing: Packing = "shared",
         timeout: float | None = _calls.ENCODE_SECONDS,
         retry: bool = True,
     ) -> Embedding | list[Embedding]:
-        """Encodes one prompt, or several together, in order; waits for an encoder that loads,
-        unless `retry` is False."""
+        """Encodes one prompt, or several in order; waits for an encoder that loads, unless `retry`
+        is False. Shared with other prompts an embedding is the same to 1e-5 of its largest value;
+        solo, to the last bit each time."""
         check_timeout(timeout)
         given = [prompt] if isinstance(prompt, str | Prompt) else prompt
         prompts = [Prompt(one) if isinstance(one, str) else one for one in given]
-        encoded = await self._encode(
-            prompts, Replay(timeout=timeout, enabled=retry, others=self._channels.encoder.others)
-        )
+        replay = Replay(timeout=timeout, enabled=retry, others=self._channels.encoder.others)
+        encoded = await self._encode(prompts, choice("packing", packing, names.PACKINGS), replay)
         return encoded[0] if given is not prompt else encoded
 
     def encode_stream(
-        self, prompts: Many[str | Prompt], *, timeout: float | None = None
+        self,
+        prompts: Many[str | Prompt],
+        *,
+        packing: Packing = "shared",
+        timeout: float | None = None,
     ) -> Answers[Embedding]:
         """Encodes any number of prompts, each for itself: yields the number of a prompt, counted
         from 0, with its embedding or its error, when that is there and in any order. Prompts are
         taken from the iterable as the encoder gets on; what was under way when a connection broke
         is sent again."""
-        return self._each(
-            prompts, prompt_item, self._channels.encoder, _calls.encode_stream, timeout
-        )
+        item = partial(prompt_item, choice("packing", packing, names.PACKINGS))
+        return self._each(prompts, item, self._channels.encoder, _calls.encode_stream, timeout)
 
     def encode_images(
         self, files: Many[bytes], *, timeout: float | None = None
@@ -339,13 +355,15 @@ class AsyncClient:
         if self._is_closed:
             raise Cancelled("the client is closed")
 
-    async def _encode(self, prompts: list[Prompt], replay: Replay) -> list[Embedding]:
+    async def _encode(self, prompts: list[Prompt], packing: int, replay: Replay) -> list[Embedding]:
         with tracing.within("encode") as span:
             same_id, way = self._channels.metadata(span), self._channels.encoder
             while True:
                 try:
                     with way.one_try() as channel:
-                        return await _calls.encode(channel, prompts, replay.within(None), same_id)
+                        return await _calls.encode(
+                            channel, prompts, packing, replay.within(None), same_id
+                        )
                 except Unavailable as error:
                     if error.reason != "LOADING" and not way.others:
                         raise  # gRPC has tried that again already

@@ -147,7 +147,9 @@ async def bandwidth(client: AsyncClient) -> Finding:
 async def drift(encoders: Sequence[AsyncClient]) -> Finding:
     """Whether replicas of an encoder say the same of a prompt."""
     try:
-        first, *others = [await encoder.encode(_PROBE, retry=False) for encoder in encoders]
+        first, *others = [
+            await encoder.encode(_PROBE, packing="solo", retry=False) for encoder in encoders
+        ]
     except Unavailable as error:
         return Finding("drift", "note", f"not measured: {error.message}", "calls wait for it")
     except ZImageError as error:

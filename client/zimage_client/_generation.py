@@ -200,4 +200,6 @@ class Generation:
     async def _encode(self, prompts: Sequence[Prompt]) -> Sequence[Embedding]:
         seconds = self._replay.within(None)  # a busy encoder is no reason to give up
         with self._channels.encoder.one_try() as channel:
-            return await _calls.encode(channel, prompts, seconds, self._metadata())
+            return await _calls.encode(
+                channel, prompts, self._request.packing, seconds, self._metadata()
+            )

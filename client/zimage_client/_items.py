@@ -11,7 +11,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from zimage_client._conditioning import prompt_message
 from zimage_client._options import spec
@@ -143,10 +143,13 @@ class _Items(Generic[Item, Message]):
         return item
 
 
-def prompt_item(number: int, prompt: str | Prompt) -> encoder_pb2.EncodeStreamRequest:
+def prompt_item(packing: int, number: int, prompt: str | Prompt) -> encoder_pb2.EncodeStreamRequest:
     """The message of a prompt."""
     given = Prompt(prompt) if isinstance(prompt, str) else prompt
-    return encoder_pb2.EncodeStreamRequest(item_id=number, prompt=prompt_message(given))
+    message = prompt_message(given)
+    return encoder_pb2.EncodeStreamRequest(
+        item_id=number, prompt=message, packing=cast("Any", packing)
+    )
 
 
 def image_item(number: int, file: bytes) -> dit_pb2.EncodeImagesRequest:

@@ -22,6 +22,10 @@ SEED_LIMIT = 1 << 32
 _LONGEST_TIMEOUT_SECONDS = 1e9  # gRPC takes much more, and infinity, for a time that is over
 
 
+Packing = Literal["shared", "solo"]
+"""Whether work is shared with other requests, which moves the last bits."""
+
+
 class Options(TypedDict, total=False):
     """The options of `generate` and `stream`."""
 
@@ -50,7 +54,7 @@ class Options(TypedDict, total=False):
     """1 to 100, for JPEG and WebP."""
     metadata: Literal["receipt", "none"] | None
     """What the file says of how it was made; the receipt holds the prompts, too."""
-    packing: Literal["shared", "solo"] | None
+    packing: Packing | None
     """solo: no step is shared with other requests, which moves the last bits."""
     priority: Literal["interactive", "normal", "background"] | None
     """How urgent it is, next to the requests of others."""
@@ -130,9 +134,7 @@ def spec(options: Options) -> dit_pb2.GenerateSpec:
             _set(message, _PLACES[name], name, value)
         elif name in _CHOICES:
             path, choices = _CHOICES[name]
-            if value not in choices:
-                raise _invalid(name, value, f"allowed: {', '.join(choices)}")
-            _set(message, path, name, choices[str(value)])
+            _set(message, path, name, choice(name, value, choices))
         elif name == "sigmas":
             try:
                 message.schedule.sigmas.extend(value)  # type: ignore[arg-type]
@@ -143,6 +145,13 @@ def spec(options: Options) -> dit_pb2.GenerateSpec:
         elif name == "adapters":
             _add_adapters(message, value)
     return message
+
+
+def choice(name: str, value: object, choices: Mapping[str, int]) -> int:
+    """The number of a choice on the wire; raises InvalidRequest for none of them."""
+    if value not in choices:
+        raise _invalid(name, value, f"allowed: {', '.join(choices)}")
+    return choices[str(value)]
 
 
 def adapter_files(options: Options) -> dict[int, Path]:

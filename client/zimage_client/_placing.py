@@ -85,7 +85,8 @@ async def encoder_here(client: AsyncClient, address: str) -> EncoderHere:
     took, size = [], 0
     for number in range(_PROMPTS):
         began = time.monotonic()
-        embedding = await client.encode(_PROMPT.format(f"{time.time_ns() + number}"), retry=False)
+        text = _PROMPT.format(f"{time.time_ns() + number}")
+        embedding = await client.encode(text, packing="solo", retry=False)
         took.append(time.monotonic() - began)
         size = len(embedding.tensor.data)
     numerics = embedding.numerics

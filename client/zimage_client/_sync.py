@@ -6,6 +6,7 @@ import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, Unpack, overload
 
@@ -15,7 +16,7 @@ from zimage_client._conditioning import Condition, Prompts
 from zimage_client._description import Adapter, DitDescription, EncoderDescription, Trace
 from zimage_client._events import DecodedImage, Event, Generated
 from zimage_client._items import Many
-from zimage_client._options import Options
+from zimage_client._options import Options, Packing
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled, ZImageError
 from zimage_core.tensors import TensorData
@@ -75,31 +76,45 @@ class Client(Face):
 
     @overload
     def encode(
-        self, prompt: str | Prompt, *, timeout: float | None = ..., retry: bool = ...
+        self,
+        prompt: str | Prompt,
+        *,
+        packing: Packing = ...,
+        timeout: float | None = ...,
+        retry: bool = ...,
     ) -> Embedding: ...
     @overload
     def encode(
-        self, prompt: Prompts, *, timeout: float | None = ..., retry: bool = ...
+        self,
+        prompt: Prompts,
+        *,
+        packing: Packing = ...,
+        timeout: float | None = ...,
+        retry: bool = ...,
     ) -> list[Embedding]: ...
     def encode(
         self,
         prompt: str | Prompt | Prompts,
         *,
+        packing: Packing = "shared",
         timeout: float | None = _calls.ENCODE_SECONDS,
         retry: bool = True,
     ) -> Embedding | list[Embedding]:
-        """Encodes one prompt, or several together, in order; waits for an encoder that loads,
-        unless `retry` is False."""
-        if isinstance(prompt, str | Prompt):
-            return self._work.run(self._client.encode(prompt, timeout=timeout, retry=retry))
-        return self._work.run(self._client.encode(prompt, timeout=timeout, retry=retry))
+        """Encodes one prompt, or several in order, as AsyncClient's does."""
+        encode = partial(self._client.encode, packing=packing, timeout=timeout, retry=retry)
+        return self._work.run(encode(prompt))
 
     def encode_stream(
-        self, prompts: Many[str | Prompt], *, timeout: float | None = None
+        self,
+        prompts: Many[str | Prompt],
+        *,
+        packing: Packing = "shared",
+        timeout: float | None = None,
     ) -> Answers[Embedding]:
         """Encodes any number of prompts, each for itself, as AsyncClient's does. The iterable is
         read in the client's own thread."""
-        return iterate(self, self._work, self._client.encode_stream(prompts, timeout=timeout))
+        answers = self._client.encode_stream(prompts, packing=packing, timeout=timeout)
+        return iterate(self, self._work, answers)
 
     def encode_images(
         self, files: Many[bytes], *, timeout: float | None = None

@@ -97,12 +97,17 @@ class Conditioner:
         raise InvalidRequest.given(field, kind or "nothing", allowed, "SEGMENT_CONTENT")
 
     async def resolve(
-        self, sides: Sequence[Side], model: messages.Model, sent: Mapping[str, bytes]
+        self,
+        sides: Sequence[Side],
+        model: messages.Model,
+        sent: Mapping[str, bytes],
+        *,
+        is_solo: bool,
     ) -> list[CheckedEmbedding]:
-        """The sides as embeddings; those that are prompts are encoded in one call, those that lack
-        their elements get them from what was sent."""
+        """The sides as embeddings; those that are prompts are encoded in one call, alone if
+        wanted, those that lack their elements get them from what was sent."""
         texts = [side for side in sides if isinstance(side.content, Prompt)]
-        encoded = iter(await self._encode(texts, model))
+        encoded = iter(await self._encode(texts, model, is_solo=is_solo))
 
         def whole(content: Prompt | CheckedEmbedding) -> CheckedEmbedding:
             if isinstance(content, Prompt):
@@ -111,14 +116,18 @@ class Conditioner:
 
         return [whole(side.content) for side in sides]
 
-    async def _encode(self, sides: list[Side], model: messages.Model) -> list[CheckedEmbedding]:
+    async def _encode(
+        self, sides: list[Side], model: messages.Model, *, is_solo: bool
+    ) -> list[CheckedEmbedding]:
         if not sides:
             return []
         assert self._encoder is not None
         prompts = [side.content for side in sides if isinstance(side.content, Prompt)]
         try:
             # Who waits for an encoder that loads is the client: here it would keep others out.
-            encoded = await self._encoder.encode(prompts, timeout=None, retry=False)
+            encoded = await self._encoder.encode(
+                prompts, packing="solo" if is_solo else "shared", timeout=None, retry=False
+            )
         except ZImageError as error:
             raise self._retold(error, sides) from error
         try:

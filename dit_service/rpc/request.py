@@ -99,7 +99,9 @@ class Request:
             sent = await uploads.gather(self._named(), self._tell_need)
             if any(isinstance(side.content, Prompt) for side in self._sides):
                 self._tell(_progress(place, dit_pb2.Progress.STAGE_ENCODING))
-            checked = await self._conditioner.resolve(self._sides, self._model, sent)
+            checked = await self._conditioner.resolve(
+                self._sides, self._model, sent, is_solo=self._is_solo
+            )
             adapters = await self._adapters.fetched(self._spec.adapters)
             self._enter_provenance(checked)
             self._completed.usage.encode_time.CopyFrom(self._since_arrival())
@@ -126,6 +128,10 @@ class Request:
         """What the spec only names."""
         given = [side.content for side in self._sides if not isinstance(side.content, Prompt)]
         return [checked.digest for checked in given if checked.is_hollow]
+
+    @property
+    def _is_solo(self) -> bool:
+        return self._spec.packing == types_pb2.PACKING_SOLO
 
     def _tell_need(self, digests: Iterable[types_pb2.Digest]) -> None:
         self._tell(dit_pb2.GenerateResponse(need=dit_pb2.Need(digests=digests)))
@@ -163,7 +169,7 @@ class Request:
             guidance=spec.guidance_scale,
             cfg_normalization=spec.z_image.cfg_normalization,
             cfg_truncation=spec.z_image.cfg_truncation,
-            is_solo=spec.packing == types_pb2.PACKING_SOLO,
+            is_solo=self._is_solo,
             share=self._share,
             previews=_previews(spec),
             adapters=adapters,

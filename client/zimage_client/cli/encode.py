@@ -49,7 +49,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     async with stack.for_prompts(settings, terminal) as client:
         terminal.live("encoding")
         began = time.monotonic()
-        embedding, *negative = await client.encode(given, timeout=args.timeout)
+        embedding, *negative = await client.encode(given, packing="solo", timeout=args.timeout)
         took = time.monotonic() - began
     content = EmbeddingFile(embedding, given[0])
     if negative:

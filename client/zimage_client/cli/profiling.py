@@ -109,13 +109,13 @@ class Profile:
                 return await self._generated()
 
     async def _encoded(self, prompt: Prompt) -> tuple[float, Extra]:
-        """Each time another text, so that no cache answers."""
+        """Each time another text, alone, so that no cache answers and nothing of it was there."""
         numbers = iter(range(self.repeat + 1))
         tokens: list[int] = []
 
         async def encode() -> None:
             text = f"{prompt.text}, {time.monotonic_ns()} {next(numbers)}"
-            embedding = await self.client.encode(replace(prompt, text=text))
+            embedding = await self.client.encode(replace(prompt, text=text), packing="solo")
             tokens.append(embedding.token_count)
 
         return await self._timed(encode), {"tokens": tokens[-1]}
