@@ -69,7 +69,7 @@ def ours(model: Any, tokenizer: Tokenizer) -> Callable[[], Any]:
     encoder.load_state_dict(shared, assign=True)
 
     def encode() -> Any:
-        [token_ids] = tokenizer.encode([Prompt(PROMPT)], TOKEN_COUNT)
+        [token_ids] = tokenizer.encode([Prompt(PROMPT)])
         [run] = encoder([Text(token_ids, ((DEFAULT_HIDDEN_LAYER, 1.0),))])
         return run.state
 

@@ -6,6 +6,7 @@ TLS and tokens, against the same work in one process.
 
 import argparse
 import asyncio
+import itertools
 import secrets
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from dit_service.engine.generate import Studio
 from dit_service.engine.heap import prepare_heap
 from dit_service.model import loading
 from encoder_service.model.loading import load as load_encoder
+from encoder_service.model.qwen import Text
 from encoder_service.prompt import Tokenizer
 from zimage_client import Client, Tls, Unavailable
 from zimage_client._embedded.stack import brief_stack
@@ -39,7 +41,6 @@ from zimage_core.tensors import TensorData
 PROMPT = Prompt("a red circle on a blue background")
 SIDE_PX = 128
 SEED = 1
-TOKEN_LIMIT = 512
 TOKEN = secrets.token_hex(16)
 _TRIES = 60
 
@@ -60,9 +61,10 @@ class OneProcess:
         )
 
     @torch.inference_mode()
-    def picture(self) -> bytes:
-        token_ids = self._tokenizer.encode([PROMPT], TOKEN_LIMIT)
-        [features] = self._encoder(token_ids, [DEFAULT_HIDDEN_LAYER])
+    def picture(self, prompt: Prompt) -> bytes:
+        [token_ids] = self._tokenizer.encode([prompt])
+        [run] = self._encoder([Text(token_ids, prompt.effective_blend)])
+        features = run.state
         turbo = variants.TURBO
         request = messages.Generate(
             positive=TensorData("float32", tuple(features.shape), features.numpy().tobytes()),
@@ -174,13 +176,18 @@ def main() -> None:
 
 
 def measure(alone: OneProcess, client: Client, rounds: int) -> dict[str, Any]:
-    """Two take turns, no more: what stands still for longer than the next picture gets cold."""
+    """Two take turns, no more: what stands still for longer than the next picture gets cold. Each
+    picture has a prompt that nobody had before, so that no cache answers."""
 
-    def served() -> bytes:
-        made = client.generate(PROMPT, width=SIDE_PX, height=SIDE_PX, seed=SEED, packing="solo")
+    def served(prompt: Prompt) -> bytes:
+        made = client.generate(prompt, width=SIDE_PX, height=SIDE_PX, seed=SEED, packing="solo")
         return made.pictures[0].data
 
-    runs: dict[str, Callable[[], bytes]] = {"alone": alone.picture, "served": served}
+    def each(picture: Callable[[Prompt], bytes]) -> Callable[[], bytes]:
+        numbers = itertools.count()
+        return lambda: picture(Prompt(f"{PROMPT.text} {next(numbers):06}"))
+
+    runs = {"alone": each(alone.picture), "served": each(served)}
     pixels = {picture_files.decode(run(), "").pixels_sha256 for run in runs.values()}
     assert len(pixels) == 1, "not the same work"
     timings = compare(rounds, **runs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from encoder_service.prompt import TokenIds
-from zimage_core.embeddings import Numerics, Recipe
+from zimage_core.embeddings import Blend, Numerics
 from zimage_core.serving import metrics
 from zimage_core.tensors import TensorData
 
@@ -16,10 +16,10 @@ Make = Callable[[], Coroutine[Any, Any, TensorData]]
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """All that decides an embedding."""
+    """All that decides an embedding, as it is before a long one is made to fit."""
 
     identity: str
-    recipe: Recipe
+    blend: Blend
     numerics: Numerics
     token_ids: TokenIds
     is_solo: bool

@@ -5,11 +5,12 @@ trimmed or collapsed: the reference does not, and every space is a token.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 
-from zimage_core.embeddings import Prompt
+from zimage_core.embeddings import CHAT_FORMAT, TRUNCATE, Prompt, Recipe
 from zimage_core.errors import InvalidModel, InvalidRequest
 from zimage_core.formats import published
 from zimage_core.formats.json_object import read_json_object
@@ -26,9 +27,9 @@ def render(prompt: Prompt) -> str:
     return "\n".join([*turns, _turn("user", text), _answer(prompt)])
 
 
-def read_token_limit(model: Path) -> int:
-    """The longest prompt that the DiT in the model folder takes; where none lies there, that of the
-    published ones."""
+def read_row_limit(model: Path) -> int:
+    """The longest caption that the DiT in the model folder takes; where none lies there, that of
+    the published ones."""
     path = model / "transformer" / "config.json"
     if not path.is_file():
         return caption_token_limit(published.DIT_AXES_LENS)
@@ -42,8 +43,12 @@ def read_token_limit(model: Path) -> int:
 def check_hidden_layers(prompts: Sequence[Prompt], layer_count: int, deepest: int) -> None:
     """Raises InvalidRequest when a prompt wants a state that is not there or not computed."""
     shallowest = -(layer_count + 1)
-    for index, prompt in enumerate(prompts):
-        layer = prompt.effective_layer
+    every = [
+        (index, prompt, layer)
+        for index, prompt in enumerate(prompts)
+        for layer, _ in prompt.effective_blend
+    ]
+    for index, prompt, layer in every:
         if shallowest <= layer <= deepest:
             continue
         remedy = (
@@ -52,12 +57,54 @@ def check_hidden_layers(prompts: Sequence[Prompt], layer_count: int, deepest: in
             else f"{shallowest} is the token table, counted from the end"
         )
         allowed = f"{shallowest} to {deepest}"
-        field = f"prompts[{index}].hidden_layer"
+        field = f"prompts[{index}].{'blend' if prompt.blend else 'hidden_layer'}"
         raise InvalidRequest(
             f"{field}: {layer} given, {allowed} allowed ({remedy})",
             reason="HIDDEN_LAYER",
             fields={"field": field, "given": str(layer), "allowed": allowed},
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LengthLimits:
+    """How long prompts and their embeddings may be."""
+
+    tokens: int
+    rows: int
+
+    def recipe(self, prompt: Prompt) -> Recipe:
+        """How it is encoded."""
+        blend = prompt.effective_blend
+        return Recipe(
+            chat_format=CHAT_FORMAT,
+            hidden_layer=prompt.effective_layer,
+            token_limit=self.tokens if prompt.token_limit is None else prompt.token_limit,
+            blend=blend if len(blend) > 1 else (),
+            long_prompt_mode=prompt.effective_mode,
+            row_limit=self.rows,
+        )
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises InvalidRequest when a prompt wants a limit that cannot be."""
+        for index, prompt in enumerate(prompts):
+            if prompt.token_limit is not None and not 1 <= prompt.token_limit <= self.tokens:
+                allowed = f"1 to {self.tokens}"
+                field = f"prompts[{index}].token_limit"
+                raise InvalidRequest.given(field, prompt.token_limit, allowed, "TOKEN_LIMIT")
+
+
+def is_too_long(token_ids: TokenIds, recipe: Recipe) -> bool:
+    """Whether it can neither be taken as it is nor be cut."""
+    return len(token_ids) > recipe.token_limit and recipe.long_prompt_mode != TRUNCATE
+
+
+def to_run(index: int, prompt: Prompt, recipe: Recipe, token_ids: TokenIds) -> TokenIds:
+    """The tokens that are encoded: cut where that is wanted, as nothing sees what comes later.
+    Raises InvalidRequest for a text that is too long."""
+    if is_too_long(token_ids, recipe):
+        raise _too_long(index, prompt, len(token_ids), recipe.token_limit, "tokens")
+    is_cut = recipe.long_prompt_mode == TRUNCATE
+    return token_ids[: recipe.row_count(len(token_ids))] if is_cut else token_ids
 
 
 class Tokenizer:
@@ -75,18 +122,14 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def encode(self, prompts: Sequence[Prompt], token_limit: int) -> tuple[TokenIds, ...]:
-        """The token ids of each prompt; raises InvalidRequest for one that is too long."""
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[TokenIds, ...]:
+        """The token ids of each prompt; raises InvalidRequest for one of too many bytes."""
         for index, prompt in enumerate(prompts):
             size = sum(len(part.encode()) for part in _parts(prompt).values())
             if size > PROMPT_BYTES:
                 raise _too_long(index, prompt, size, PROMPT_BYTES, "bytes")
         encodings = self._tokenizer.encode_batch_fast([render(prompt) for prompt in prompts])
-        token_ids = tuple(tuple(encoding.ids) for encoding in encodings)
-        for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)):
-            if len(ids) > token_limit:
-                raise _too_long(index, prompt, len(ids), token_limit, "tokens")
-        return token_ids
+        return tuple(tuple(encoding.ids) for encoding in encodings)
 
 
 def _turn(role: str, content: str) -> str:
@@ -113,7 +156,8 @@ def _too_long(index: int, prompt: Prompt, given: int, allowed: int, unit: str) -
     parts = _parts(prompt)
     field = f"prompts[{index}].{max(parts, key=lambda name: len(parts[name]))}"
     return InvalidRequest(
-        f"{field}: {given} {unit} given, {allowed} allowed, the whole chat counted; shorten it",
+        f"{field}: {given} {unit} given, {allowed} allowed, the whole chat counted; shorten it"
+        + (", or have it cut by long_prompt_mode truncate" if unit == "tokens" else ""),
         reason="TOKEN_LIMIT",
         fields={"field": field, "given": str(given), "allowed": str(allowed), "unit": unit},
     )

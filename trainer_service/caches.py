@@ -7,12 +7,13 @@ import json
 import struct
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import TypeVar
 
 from zimage_client import AsyncClient, DitDescription, EncoderDescription
 from zimage_core.digests import Named
+from zimage_core.embeddings import TRUNCATE, Prompt
 from zimage_core.errors import InvalidRequest, NotFound, Unavailable, ZImageError
 from zimage_core.formats import eight_bits
 from zimage_core.formats import embedding as embedding_file
@@ -24,6 +25,9 @@ from zimage_core.tensors import TensorData
 
 CAPTIONS, LATENTS = "captions", "latents"
 """The kinds of names that they have in the store."""
+
+CAPTION_TOKENS = 512
+"""What is longer is cut there, as where the model was trained."""
 
 _AT_ONCE = {CAPTIONS: 4, LATENTS: 2}
 """What is made of each kind: people ask the same services for pictures meanwhile."""
@@ -55,19 +59,22 @@ class Caches:
         if encoder.model is None:
             raise loading("the encoder")
         model = encoder.model
+        limit = min(CAPTION_TOKENS, model.recipe.token_limit)
+        prompt = Prompt(text, token_limit=limit, long_prompt_mode=TRUNCATE)
+        recipe = replace(model.recipe, token_limit=limit, long_prompt_mode=TRUNCATE)
         key: dict[str, object] = {
             "text": text,
             "identity": model.identity,
-            "recipe": asdict(model.recipe),
+            "recipe": asdict(recipe),
             "numerics": asdict(model.numerics),
         }
         if is_narrow:
             key["form"] = "e4m3 by rows"
 
         async def make() -> bytes:
-            embedding = await self._client.encode(text, packing="solo", timeout=None)
+            embedding = await self._client.encode(prompt, packing="solo", timeout=None)
             said = embedding.identity, embedding.recipe, embedding.numerics
-            if said != (model.identity, model.recipe, model.numerics):
+            if said != (model.identity, recipe, model.numerics):
                 raise Unavailable("the encoder was replaced by another one", reason=REPLACED)
             if is_narrow:
                 return await self._aside(lambda: eight_bits.file(embedding.tensor))

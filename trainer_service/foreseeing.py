@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from trainer_service.caches import CAPTION_TOKENS
 from trainer_service.desk import Desk, obstacle_to
 from zimage_client import AsyncClient, DitDescription, Limits
 from zimage_core.formats import dataset_file
@@ -50,7 +51,8 @@ def largest_batch(
     sizes = {size_px(*shape, side, multiple) for shape in shapes for side in spec.sides_px}
     image = max(width * height for width, height in sizes) // multiple**2
     said = max(len(one.caption.encode()) for one in learnt)
-    caption = min(limits.max_token_count, _TEMPLATE_TOKENS + said // _LEAST_BYTES_OF_A_TOKEN)
+    longest = min(limits.max_token_count, CAPTION_TOKENS)
+    caption = min(longest, _TEMPLATE_TOKENS + said // _LEAST_BYTES_OF_A_TOKEN)
     one = training_pb2.SampleSize(image_tokens=image, caption_tokens=caption)
     return [one] * (spec.batch_size or 1)
 

@@ -1,6 +1,7 @@
 """A prompt before and after encoding, as plain data: what users, files and the wire speak of."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from zimage_core.tensors import TensorData
 
@@ -10,8 +11,11 @@ CHAT_FORMAT = 1
 DEFAULT_HIDDEN_LAYER = -2
 
 Blend = tuple[tuple[int, float], ...]
-"""Hidden states of the encoder, counted from the end and the deepest last, with the part that each
-has; the parts add up to 1."""
+"""Hidden states of the encoder, counted from the end, with the weight of each."""
+
+INTERPOLATE, POOL, ATTENTION_POOL, TRUNCATE = "interpolate", "pool", "attention_pool", "truncate"
+LONG_PROMPT_MODES = (INTERPOLATE, POOL, ATTENTION_POOL, TRUNCATE)
+"""How an embedding comes to have no more rows than the DiT takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +29,49 @@ class Prompt:
     force_think_block: bool = False
     strip_quotes: bool = False
     hidden_layer: int | None = None
+    blend: Blend = ()
+    """Several hidden states in place of one: pairs of a state and its weight."""
+    token_limit: int | None = None
+    """The longest text, in tokens; unset: what the encoder takes."""
+    long_prompt_mode: str | None = None
+    """What becomes of a text of more tokens than the DiT takes; unset: interpolate."""
 
-    @property
-    def effective_layer(self) -> int:
-        """The entry of the hidden states that is taken, counted from the end."""
-        return DEFAULT_HIDDEN_LAYER if self.hidden_layer is None else self.hidden_layer
+    def __post_init__(self) -> None:
+        """Raises ValueError for a blend that is none."""
+        if not self.blend:
+            return
+        layers, weights = [layer for layer, _ in self.blend], [weight for _, weight in self.blend]
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"blend: {layers} given, each hidden layer is allowed once")
+        if not all(map(math.isfinite, weights)) or not 0 < sum(weights) < math.inf:
+            raise ValueError(f"blend: the weights {weights} given, a sum of more than 0 is allowed")
 
     @property
     def effective_blend(self) -> Blend:
-        """The states that its embedding is made of."""
-        return ((self.effective_layer, 1.0),)
+        """The states that its embedding is made of, the deepest last, with weights whose sum
+        is 1."""
+        if not self.blend:
+            return (
+                (DEFAULT_HIDDEN_LAYER if self.hidden_layer is None else self.hidden_layer, 1.0),
+            )
+        total = sum(weight for _, weight in self.blend)
+        return tuple(sorted((layer, weight / total) for layer, weight in self.blend if weight))
+
+    @property
+    def effective_layer(self) -> int:
+        """The deepest of them."""
+        return self.effective_blend[-1][0]
+
+    @property
+    def effective_mode(self) -> str:
+        """What becomes of it if it is long."""
+        return self.long_prompt_mode or INTERPOLATE
+
+    def decided(self) -> "Prompt":
+        """The same with nothing left open that the encoder does not decide."""
+        layer = None if self.blend else self.effective_layer
+        blend = self.effective_blend if self.blend else ()
+        return replace(self, hidden_layer=layer, blend=blend, long_prompt_mode=self.effective_mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +80,31 @@ class Recipe:
 
     chat_format: int
     hidden_layer: int
+    """The deepest."""
     token_limit: int
+    blend: Blend = ()
+    """All of them where they are several, with weights whose sum is 1."""
+    long_prompt_mode: str = ""
+    row_limit: int = 0
+    """The most rows; 0 and an empty mode where nobody knows."""
+
+    def row_count(self, token_count: int) -> int:
+        """Of the embedding of a text with so many tokens."""
+        most = self.row_limit or token_count
+        if self.long_prompt_mode == TRUNCATE:
+            most = min(most, self.token_limit)
+        return min(token_count, most)
+
+
+def like(text: str, other: Prompt | Recipe) -> Prompt:
+    """A prompt that is encoded in the same way: its prediction is compared with the other's."""
+    return Prompt(
+        text,
+        hidden_layer=None if other.blend else other.hidden_layer,
+        blend=other.blend,
+        token_limit=other.token_limit if isinstance(other, Prompt) else None,
+        long_prompt_mode=other.long_prompt_mode or None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +122,8 @@ class Embedding:
     """A prompt after encoding: what the DiT is conditioned by."""
 
     tensor: TensorData
-    """[token_count, width] in the encoder's compute type."""
+    """[rows, width] in the encoder's compute type: a row for each token, unless there were more
+    than the recipe's row limit."""
     identity: str
     """The encoder's digest at the layer used."""
     recipe: Recipe

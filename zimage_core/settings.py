@@ -107,8 +107,12 @@ class EncoderSettings(ModelSettings):
     max_hidden_layer: int = Field(
         -2, le=-1, description="deepest hidden state to compute, from the end; -1 loads all layers"
     )
-    token_limit: int | None = Field(
-        None, ge=1, description="longest prompt in tokens; unset: what the DiT's tables allow"
+    token_limit: int = Field(4096, ge=1, description="longest prompt in tokens, the chat included")
+    row_limit: int | None = Field(
+        None,
+        ge=1,
+        description="most rows of an embedding, to which longer prompts are compressed; unset: "
+        "what the DiT's tables allow",
     )
     max_queue_length: int = Field(64, ge=1, description="calls inside beside one")
     max_queue_seconds: float = Field(

@@ -17,6 +17,7 @@ from zimage_client._description import (
     Model,
     Span,
     SpanPart,
+    TokenCount,
     Trace,
     WorkerState,
 )
@@ -123,6 +124,7 @@ __all__ = [
     "Stage",
     "TensorData",
     "Tls",
+    "TokenCount",
     "Trace",
     "TrainCaching",
     "TrainCheckpoint",

@@ -21,7 +21,13 @@ import grpc.aio
 from zimage_client import _reading
 from zimage_client._channel import Metadata
 from zimage_client._conditioning import prompt_message
-from zimage_client._description import Adapter, DitDescription, EncoderDescription, Trace
+from zimage_client._description import (
+    Adapter,
+    DitDescription,
+    EncoderDescription,
+    TokenCount,
+    Trace,
+)
 from zimage_client._events import DecodedImage
 from zimage_client._items import Answers
 from zimage_core.embeddings import Embedding, Prompt
@@ -62,6 +68,23 @@ async def encode(
     if len(response.embeddings) != len(prompts):
         raise _reading.malformed(f"{len(response.embeddings)} embeddings of {len(prompts)} prompts")
     return [_reading.embedding(message) for message in response.embeddings]
+
+
+async def count_tokens(
+    channel: grpc.aio.Channel,
+    prompts: Sequence[Prompt],
+    timeout: float | None,
+    metadata: Metadata,
+) -> list[TokenCount]:
+    """How long some prompts are, in order."""
+    request = encoder_pb2.CountTokensRequest(prompts=map(prompt_message, prompts))
+    stub = encoder_pb2_grpc.EncoderServiceStub(channel)
+    with TypedErrors():
+        response = await stub.CountTokens(request, timeout=timeout, metadata=metadata)
+    return [
+        TokenCount(count.token_count, count.token_limit, count.row_count)
+        for count in response.counts
+    ]
 
 
 def encode_stream(

@@ -12,7 +12,13 @@ from zimage_client import _calls, training
 from zimage_client._blobs import Transfers
 from zimage_client._channel import Channels, Near, Way
 from zimage_client._conditioning import Condition, Prompts, conditioning
-from zimage_client._description import Adapter, DitDescription, EncoderDescription, Trace
+from zimage_client._description import (
+    Adapter,
+    DitDescription,
+    EncoderDescription,
+    TokenCount,
+    Trace,
+)
 from zimage_client._events import (
     Accepted,
     Completed,
@@ -154,6 +160,19 @@ class AsyncClient:
         replay = Replay(timeout=timeout, enabled=retry, others=self._channels.encoder.others)
         encoded = await self._encode(prompts, choice("packing", packing, names.PACKINGS), replay)
         return encoded[0] if given is not prompt else encoded
+
+    async def count_tokens(
+        self,
+        prompts: Prompts,
+        *,
+        timeout: float | None = _calls.DESCRIBE_SECONDS,
+    ) -> list[TokenCount]:
+        """How many tokens prompts have, and what would become of them; encodes nothing."""
+        given = [Prompt(one) if isinstance(one, str) else one for one in prompts]
+        same_id = self._channels.metadata()
+        return await self._channels.encoder.first(
+            lambda channel: _calls.count_tokens(channel, given, timeout, same_id)
+        )
 
     def encode_stream(
         self,

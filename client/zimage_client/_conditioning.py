@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from zimage_core.embeddings import Embedding, Prompt
+from zimage_core.embeddings import Embedding, Prompt, like
 from zimage_core.errors import InvalidRequest
 from zimage_core.wire import embeddings
 from zimage_core.wire.limits import INLINE_BYTES
@@ -96,9 +96,9 @@ def _sayable(what: str) -> Iterator[None]:
 def _prompt(text: str, other: Prompt | Embedding | None = None) -> Prompt:
     match other:
         case Embedding():
-            return Prompt(text, hidden_layer=other.recipe.hidden_layer)
+            return like(text, other.recipe)
         case Prompt():
-            return Prompt(text, hidden_layer=other.hidden_layer)
+            return like(text, other)
         case None:
             return Prompt(text)
 

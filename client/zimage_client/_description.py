@@ -153,6 +153,18 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenCount:
+    """How long a prompt is."""
+
+    token_count: int
+    """Of the text, the chat's own included."""
+    token_limit: int
+    """How many it may have; with more it would be refused, or cut if that is its mode."""
+    row_count: int
+    """Of the embedding it would have; 0 where it would be refused."""
+
+
+@dataclass(frozen=True, slots=True)
 class EncoderDescription:
     """An encoder service; while it loads, what only the loaded model tells is None."""
 

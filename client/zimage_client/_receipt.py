@@ -85,7 +85,7 @@ def _side(message: types_pb2.Conditioning, path: Path) -> Prompt | str:
         segment = message.segments[0]
         match segment.WhichOneof("content"):
             case "prompt":
-                return embeddings.prompt_from_wire(segment.prompt)
+                return embeddings.prompt_from_wire(segment.prompt, field=str(path))
             case "embedding_digest":
                 return segment.embedding_digest.sha256
     raise InvalidRequest(

@@ -13,7 +13,13 @@ from typing import Any, Literal, Protocol, Self, TypeVar, Unpack, overload
 from zimage_client import _calls
 from zimage_client._client import AsyncClient
 from zimage_client._conditioning import Condition, Prompts
-from zimage_client._description import Adapter, DitDescription, EncoderDescription, Trace
+from zimage_client._description import (
+    Adapter,
+    DitDescription,
+    EncoderDescription,
+    TokenCount,
+    Trace,
+)
 from zimage_client._events import DecodedImage, Event, Generated
 from zimage_client._items import Many
 from zimage_client._options import Options, Packing
@@ -103,6 +109,15 @@ class Client(Face):
         """Encodes one prompt, or several in order, as AsyncClient's does."""
         encode = partial(self._client.encode, packing=packing, timeout=timeout, retry=retry)
         return self._work.run(encode(prompt))
+
+    def count_tokens(
+        self,
+        prompts: Prompts,
+        *,
+        timeout: float | None = _calls.DESCRIBE_SECONDS,
+    ) -> list[TokenCount]:
+        """How many tokens prompts have, and what would become of them; encodes nothing."""
+        return self._work.run(self._client.count_tokens(prompts, timeout=timeout))
 
     def encode_stream(
         self,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dit_service import messages
 from dit_service.rpc.pin import CheckedEmbedding, EncoderPin
 from zimage_client import AsyncClient
-from zimage_core.embeddings import Prompt
+from zimage_core.embeddings import Prompt, like
 from zimage_core.errors import (
     Forbidden,
     InvalidRequest,
@@ -42,11 +42,10 @@ class Side:
     content: Prompt | CheckedEmbedding
 
     @property
-    def hidden_layer(self) -> int:
-        """The hidden state that it is made of."""
-        if isinstance(self.content, Prompt):
-            return self.content.effective_layer
-        return self.content.embedding.recipe.hidden_layer
+    def empty(self) -> Prompt:
+        """The empty prompt, made of the same hidden states."""
+        content = self.content
+        return like("", content if isinstance(content, Prompt) else content.embedding.recipe)
 
     @property
     def token_count(self) -> int:
@@ -86,7 +85,7 @@ class Conditioner:
         field = f"{field}.segments[0].{kind or 'content'}"
         if kind == "prompt":
             self._refuse_prompt(segment.prompt, field)
-            return Side(field, embeddings.prompt_from_wire(segment.prompt))
+            return Side(field, embeddings.prompt_from_wire(segment.prompt, field=field))
         if kind == "embedding":
             named = embeddings.named_digest(segment.embedding)
             embedding = embeddings.embedding_from_wire(

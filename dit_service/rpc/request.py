@@ -25,7 +25,7 @@ from zimage_core.planning.shares import Share
 from zimage_core.serving import access, metrics
 from zimage_core.serving.admission import Cost, Place
 from zimage_core.serving.worker import Worker
-from zimage_core.wire import names, receipts
+from zimage_core.wire import embeddings, names, receipts
 from zimage_core.wire.limits import CHUNK_BYTES
 from zimage_rpc.dit.v1 import dit_pb2
 from zimage_rpc.types.v1 import types_pb2
@@ -59,8 +59,8 @@ class Request:
         self._sides = [conditioner.read(spec.positive, "spec.positive", model)]
         if resolved.is_guided:
             if not spec.HasField("negative"):
-                empty = spec.negative.segments.add().prompt
-                empty.hidden_layer = self._sides[0].hidden_layer
+                empty = embeddings.prompt_to_wire(self._sides[0].empty)
+                spec.negative.segments.add().prompt.CopyFrom(empty)
             self._sides.append(conditioner.read(spec.negative, "spec.negative", model))
         _tell_effective(spec, self._sides)
         self._costs = costs
@@ -321,10 +321,11 @@ def _count(completed: dit_pb2.Completed) -> None:
 
 
 def _tell_effective(spec: dit_pb2.GenerateSpec, sides: Sequence[Side]) -> None:
-    """Accepted tells every layer, and embeddings by their digests."""
+    """Accepted tells every layer and mode, and embeddings by their digests."""
     for conditioning, side in zip((spec.positive, spec.negative), sides, strict=False):
         if isinstance(side.content, Prompt):
-            conditioning.segments[0].prompt.hidden_layer = side.hidden_layer
+            prompt = conditioning.segments[0].prompt
+            prompt.CopyFrom(embeddings.prompt_to_wire(side.content.decided()))
         else:
             conditioning.segments[0].embedding_digest.CopyFrom(side.content.digest)
 

@@ -14,16 +14,16 @@ import grpc.aio
 
 from encoder_service import messages
 from encoder_service.cache import Cache, Key
-from encoder_service.prompt import TokenIds, Tokenizer, check_hidden_layers
-from zimage_core.embeddings import (
-    CHAT_FORMAT,
-    DEFAULT_HIDDEN_LAYER,
-    Blend,
-    Embedding,
-    Numerics,
-    Prompt,
-    Recipe,
+from encoder_service.compression import compressed
+from encoder_service.prompt import (
+    LengthLimits,
+    TokenIds,
+    Tokenizer,
+    check_hidden_layers,
+    is_too_long,
+    to_run,
 )
+from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding, Numerics, Prompt, Recipe
 from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
 from zimage_core.planning.durations import Durations
 from zimage_core.serving import access, metrics
@@ -47,7 +47,9 @@ class _Asked:
     """A prompt as everything behind the front sees it."""
 
     key: Key
-    blend: Blend
+    recipe: Recipe
+    token_count: int
+    """Of the whole text."""
     reply_bytes: int
 
 
@@ -55,11 +57,11 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
     """Checks and tokenizes in this process, encodes in the worker's what is not in the cache."""
 
     def __init__(
-        self, worker: Worker, tokenizer: Tokenizer, settings: EncoderSettings, token_limit: int
+        self, worker: Worker, tokenizer: Tokenizer, settings: EncoderSettings, row_limit: int
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
-        self._token_limit = token_limit
+        self._limits = LengthLimits(settings.token_limit, row_limit)
         self._cache = Cache(settings.cache_bytes)
         self._admission = Admission(
             Limits(settings.max_queue_length, settings.max_queue_seconds, settings.max_queue_bytes)
@@ -71,11 +73,9 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         self, request: encoder_pb2.EncodeRequest, context: _Context
     ) -> encoder_pb2.EncodeResponse:
         """All prompts or none."""
-        if not 1 <= len(request.prompts) <= PROMPTS_PER_ENCODE:
-            raise _wrong_prompt_count(len(request.prompts))
+        prompts = _prompts(request)
         with self._admission.place() as place:
             encoder = self._worker.loaded(messages.Encoder)
-            prompts = [embeddings.prompt_from_wire(prompt) for prompt in request.prompts]
             asked = await self._read(prompts, _is_solo(request), encoder)
             _refuse_large_reply([one.reply_bytes for one in asked])
             place.expect(self._cost(asked), context.time_remaining())
@@ -104,6 +104,24 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             async for answer in answers:
                 yield answer
 
+    async def CountTokens(  # noqa: N802
+        self, request: encoder_pb2.CountTokensRequest, context: _Context
+    ) -> encoder_pb2.CountTokensResponse:
+        """Answers at any time."""
+        prompts = _prompts(request)
+        self._limits.check(prompts)
+        answer = encoder_pb2.CountTokensResponse()
+        with self._admission.place():
+            token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts)
+        for prompt, ids in zip(prompts, token_ids, strict=True):
+            recipe = self._limits.recipe(prompt)
+            answer.counts.add(
+                token_count=len(ids),
+                token_limit=recipe.token_limit,
+                row_count=0 if is_too_long(ids, recipe) else recipe.row_count(len(ids)),
+            )
+        return answer
+
     async def Describe(  # noqa: N802
         self, request: encoder_pb2.DescribeRequest, context: _Context
     ) -> encoder_pb2.DescribeResponse:
@@ -119,7 +137,8 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             answer.ready = True
             layer = min(DEFAULT_HIDDEN_LAYER, encoder.max_hidden_layer)
             answer.identity.sha256 = encoder.identities[layer]
-            answer.recipe.CopyFrom(embeddings.recipe_to_wire(self._recipe(layer)))
+            usual = self._limits.recipe(Prompt("", hidden_layer=layer))
+            answer.recipe.CopyFrom(embeddings.recipe_to_wire(usual))
             answer.numerics.CopyFrom(embeddings.numerics_to_wire(_numerics(encoder)))
             answer.width = encoder.width
             answer.layer_count = encoder.layer_count
@@ -134,7 +153,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         answer = encoder_pb2.EncodeStreamResponse(item_id=item.item_id)
         encoder = self._worker.loaded(messages.Encoder)
         try:
-            prompt = embeddings.prompt_from_wire(item.prompt)
+            prompt = embeddings.prompt_from_wire(item.prompt, field="prompt")
             [asked] = await self._read([prompt], _is_solo(item), encoder)
             _refuse_large_reply([asked.reply_bytes])
             answer.embedding.CopyFrom(await self._encoded(asked, caller, encoder))
@@ -149,41 +168,52 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
     ) -> list[_Asked]:
         """The prompts as token ids; raises InvalidRequest for one that cannot be encoded."""
         check_hidden_layers(prompts, encoder.layer_count, encoder.max_hidden_layer)
-        token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts, self._token_limit)
-        return [
-            _Asked(
-                Key(
-                    identity=encoder.identities[prompt.effective_layer],
-                    recipe=self._recipe(prompt.effective_layer),
-                    numerics=_numerics(encoder),
-                    token_ids=ids,
-                    is_solo=is_solo,
-                ),
-                prompt.effective_blend,
-                byte_count(encoder.compute_type, (len(ids), encoder.width)) + ENVELOPE_BYTES,
-            )
-            for prompt, ids in zip(prompts, token_ids, strict=True)
-        ]
+        self._limits.check(prompts)
+        token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts)
+        every = enumerate(zip(prompts, token_ids, strict=True))
+        return [self._asked(index, *one, is_solo, encoder) for index, one in every]
+
+    def _asked(
+        self, index: int, prompt: Prompt, ids: TokenIds, is_solo: bool, encoder: messages.Encoder
+    ) -> _Asked:
+        recipe = self._limits.recipe(prompt)
+        rows = recipe.row_count(len(ids))
+        return _Asked(
+            key=Key(
+                identity=encoder.identities[recipe.hidden_layer],
+                blend=prompt.effective_blend,
+                numerics=_numerics(encoder),
+                token_ids=to_run(index, prompt, recipe, ids),
+                is_solo=is_solo,
+            ),
+            recipe=recipe,
+            token_count=len(ids),
+            reply_bytes=byte_count(encoder.compute_type, (rows, encoder.width)) + ENVELOPE_BYTES,
+        )
 
     async def _encoded(
         self, asked: _Asked, caller: int, encoder: messages.Encoder
     ) -> types_pb2.PromptEmbedding:
-        key = asked.key
+        key, recipe = asked.key, asked.recipe
         tensor = await self._cache.of(key, lambda: self._run(asked, caller))
+        if len(key.token_ids) > recipe.row_limit:
+            tensor = await asyncio.to_thread(
+                compressed, tensor, recipe.row_limit, recipe.long_prompt_mode
+            )
         return embeddings.embedding_to_wire(
             Embedding(
                 tensor=tensor,
                 identity=key.identity,
-                recipe=key.recipe,
+                recipe=recipe,
                 numerics=key.numerics,
-                token_count=len(key.token_ids),
+                token_count=asked.token_count,
                 token_ids_sha256=_sha256(key.token_ids),
             )
         )
 
     async def _run(self, asked: _Asked, caller: int) -> TensorData:
         ids = asked.key.token_ids
-        call = messages.Encode(ids, asked.blend, caller, asked.key.is_solo)
+        call = messages.Encode(ids, asked.key.blend, caller, asked.key.is_solo)
         try:
             [encoded] = [event async for event in self._worker.call(call)]
         except asyncio.CancelledError:
@@ -207,8 +237,17 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             bytes=sum(one.reply_bytes for one in asked),
         )
 
-    def _recipe(self, layer: int) -> Recipe:
-        return Recipe(CHAT_FORMAT, layer, self._token_limit)
+
+def _prompts(
+    request: encoder_pb2.EncodeRequest | encoder_pb2.CountTokensRequest,
+) -> list[Prompt]:
+    count = len(request.prompts)
+    if not 1 <= count <= PROMPTS_PER_ENCODE:
+        raise _wrong_prompt_count(count)
+    return [
+        embeddings.prompt_from_wire(prompt, field=f"prompts[{index}]")
+        for index, prompt in enumerate(request.prompts)
+    ]
 
 
 def _is_solo(request: encoder_pb2.EncodeRequest | encoder_pb2.EncodeStreamRequest) -> bool:

@@ -2,7 +2,7 @@
 
 import grpc.aio
 
-from encoder_service.prompt import Tokenizer, read_token_limit
+from encoder_service.prompt import Tokenizer, read_row_limit
 from encoder_service.rpc.encode import EncoderServicer
 from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.serving.server import Beside, OnReady, Service
@@ -16,11 +16,11 @@ def service(settings: EncoderSettings) -> Service:
     the model folder."""
     files = EncoderFiles.of(settings.model, settings.tokenizer)
     tokenizer = Tokenizer(files.tokenizer)
-    token_limit = settings.token_limit or read_token_limit(settings.model)
+    row_limit = settings.row_limit or read_row_limit(settings.model)
 
     def register(server: grpc.aio.Server, on_ready: OnReady) -> Beside:
         worker = Worker("encoder_service.engine.worker:main", settings, settings.watchdog, on_ready)
-        servicer = EncoderServicer(worker, tokenizer, settings, token_limit)
+        servicer = EncoderServicer(worker, tokenizer, settings, row_limit)
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server)
         return worker.supervise
 

@@ -55,6 +55,7 @@ NAMES = [
     "Stage",
     "TensorData",
     "Tls",
+    "TokenCount",
     "Trace",
     "TrainCaching",
     "TrainCheckpoint",

@@ -33,7 +33,7 @@ def test_a_changed_proto_is_noticed(tmp_path: Path) -> None:
     copy = tmp_path / "protos"
     shutil.copytree(ROOT / "protos", copy, ignore=shutil.ignore_patterns("node_modules"))
     proto = copy / "zimage_rpc/types/v1/types.proto"
-    proto.write_text(proto.read_text().replace("string text = 1;", "string text = 9;"))
+    proto.write_text(proto.read_text().replace("string text = 1;", "string text = 99;"))
     command = [sys.executable, str(copy / "generate.py"), "--check"]
     check = subprocess.run(command, capture_output=True, text=True, check=False)
     assert check.returncode == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from encoder_service.prompt import render
 from tests.e2e.services import PATIENCE_SECONDS, Service, answer, running, typed
-from zimage_client import AsyncClient, Embedding, Prompt, ZImageError
+from zimage_client import AsyncClient, Embedding, Prompt, TokenCount, ZImageError
 from zimage_client.cli.main import main as command
+from zimage_core.embeddings import LONG_PROMPT_MODES
 from zimage_core.errors import DeviceLost, InvalidRequest, Overloaded, Unavailable
 from zimage_core.wire import embeddings, request_id
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
@@ -123,7 +126,8 @@ def test_the_log_carries_the_callers_request_id_through_both_processes(service: 
         (_request("x", hidden_layer=-1), "HIDDEN_LAYER", "prompts[0].hidden_layer", "-4 to -2"),
         (_request("x", hidden_layer=-5), "HIDDEN_LAYER", "prompts[0].hidden_layer", "-4 to -2"),
         (_request("x", hidden_layer=2), "HIDDEN_LAYER", "prompts[0].hidden_layer", "-4 to -2"),
-        (_request("short", "long" * 200), "TOKEN_LIMIT", "prompts[1].text", "512"),
+        (_request("short", "long" * 2000), "TOKEN_LIMIT", "prompts[1].text", "4096"),
+        (_request("x", token_limit=4097), "TOKEN_LIMIT", "prompts[0].token_limit", "1 to 4096"),
         (_request("x" * (1 << 20), system="y"), "TOKEN_LIMIT", "prompts[0].text", "1048576"),
     ],
 )
@@ -147,6 +151,122 @@ def test_a_field_of_a_newer_client_is_refused(service: Service) -> None:
     with pytest.raises(InvalidRequest, match=r"prompts\[0\]: field 127") as refusal:
         _encode(service, request)
     assert refusal.value.reason == "UNKNOWN_FIELD"
+
+
+def test_a_blend_whose_weights_are_nothing_is_refused(service: Service) -> None:
+    request = _request("x", blend=[types_pb2.LayerWeight(hidden_layer=-2, weight=-1.0)])
+    with pytest.raises(InvalidRequest, match=r"prompts\[0\]\.blend: the weights") as refusal:
+        _encode(service, request)
+    assert (refusal.value.reason, refusal.value.field) == ("BLEND", "prompts[0].blend")
+
+
+LONG = "a very long prompt " * 40
+
+
+def _values(embedding: Embedding) -> Any:
+    import torch
+
+    values = torch.frombuffer(bytearray(embedding.tensor.data), dtype=torch.float32)
+    return values.view(embedding.tensor.shape)
+
+
+async def test_long_prompts_are_compressed_and_blends_added_up(
+    service: Service, model_folder: Path
+) -> None:
+    """To the 512 rows that the DiT in the folder takes."""
+    import torch
+    from torch.nn.functional import interpolate
+    from transformers import AutoTokenizer, Qwen3Model
+
+    blend = ((-2, 3.0), (-4, 1.0))
+    prompts = [
+        *(Prompt(LONG, long_prompt_mode=mode) for mode in LONG_PROMPT_MODES),
+        Prompt(LONG, blend=blend),
+    ]
+    ids = AutoTokenizer.from_pretrained(model_folder / "tokenizer")(render(prompts[0])).input_ids
+    with torch.no_grad():
+        states = Qwen3Model.from_pretrained(model_folder / "text_encoder")(
+            torch.tensor([ids]), output_hidden_states=True
+        ).hidden_states
+    both = [states[-2][0], (states[-2][0] * 3 + states[-4][0]) / 4]
+    usual, blended = (
+        interpolate(one.double().T[None], size=512, mode="linear", align_corners=True)[0].T
+        for one in both  # in float32 its places are off by more than we allow
+    )
+    async with AsyncClient(encoder=service.address) as client:
+        counts = await client.count_tokens(prompts[:1])
+        encoded = await client.encode(prompts)
+    assert counts == [TokenCount(len(ids), 4096, 512)]
+    assert {one.token_count for one in encoded} == {len(ids)}
+    assert [one.recipe.long_prompt_mode for one in encoded[:4]] == list(LONG_PROMPT_MODES)
+    assert encoded[4].recipe.blend == ((-4, 0.25), (-2, 0.75))
+    for one, expected in ((encoded[0], usual), (encoded[3], both[0][:512]), (encoded[4], blended)):
+        assert (_values(one) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert len({one.tensor.sha256 for one in encoded}) == 5
+    assert all(one.tensor.shape[0] == 512 for one in encoded)
+
+
+def test_tokens_are_counted(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    at = ["--encoder", service.address]
+    assert command(["tokens", "a cat", *at]) == 0
+    assert command(["tokens", LONG, "--long-prompt-mode", "pool", *at]) == 0
+    assert command(["tokens", LONG, "--token-limit", "600", *at]) == 3
+    assert command(["tokens", "", "--json", *at]) == 0
+    short, long, too_long, empty = capsys.readouterr().out.splitlines()
+    assert short == "24 tokens of 4096"
+    assert long == "779 tokens of 4096: pool leaves 512 rows"
+    assert too_long == "779 tokens: too long, 600 are allowed"
+    assert json.loads(empty) == {"token_count": 19, "token_limit": 4096, "row_count": 19}
+
+
+def test_what_was_encoded_is_answered_without_the_worker(service: Service) -> None:
+    [first] = _encode(service, _request("asked again"))
+    worker = service.worker
+    worker.suspend()
+    try:
+        assert _encode(service, _request("asked again")) == [first]
+    finally:
+        worker.resume()
+
+
+def _reused(service: Service) -> float:
+    found = re.search(r"^zimage_encoder_reused_tokens_total (\S+)", service.metrics_page(), re.M)
+    assert found
+    return float(found[1])
+
+
+async def test_solo_is_the_same_to_the_last_bit_whatever_was_before(
+    service: Service, model_folder: Path
+) -> None:
+    """That of the model alone; shared, what begins alike goes on from there, and is as near."""
+    import torch
+
+    from encoder_service.model.loading import load
+    from encoder_service.model.qwen import Text
+    from encoder_service.prompt import Tokenizer
+    from zimage_core.formats.encoder_files import EncoderFiles
+
+    prompts = [Prompt(f"number {n}", system="You draw. " * 9) for n in range(9)]
+    before = _reused(service)
+    async with AsyncClient(encoder=service.address) as client:
+        shared = [await client.encode(prompt) for prompt in prompts]
+        assert _reused(service) - before >= 8 * 80
+        before = _reused(service)
+        solo = await client.encode(prompts, packing="solo")
+        assert _reused(service) == before
+        assert await client.encode(prompts) == shared
+    files = EncoderFiles.of(model_folder)
+    alone, threads = load(files, -2, "cpu", "float32"), torch.get_num_threads()
+    torch.set_num_threads(1)  # as the service does for a model of this size
+    try:
+        for ids, exact, near in zip(
+            Tokenizer(files.tokenizer).encode(prompts), solo, shared, strict=True
+        ):
+            [run] = alone([Text(ids, ((-2, 1.0),))])
+            assert torch.equal(_values(exact), run.state)
+            assert (_values(near) - run.state).abs().max() <= 1e-5 * run.state.abs().max()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_full_queue_refuses_and_serves_those_inside(service: Service) -> None:

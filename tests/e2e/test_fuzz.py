@@ -111,6 +111,7 @@ _FILE = types_pb2.Digest(sha256=SHA256, size_bytes=9)
 METHODS: dict[str, list[Message]] = {
     f"{_ENCODER}/Describe": [encoder_pb2.DescribeRequest()],
     f"{_ENCODER}/Encode": [encoder_pb2.EncodeRequest(prompts=[PROMPT, PROMPT])],
+    f"{_ENCODER}/CountTokens": [encoder_pb2.CountTokensRequest(prompts=[PROMPT, PROMPT])],
     f"{_ENCODER}/EncodeStream": [encoder_pb2.EncodeStreamRequest(item_id=1, prompt=PROMPT)],
     f"{_DIT}/Describe": [dit_pb2.DescribeRequest()],
     f"{_DIT}/Generate": [
@@ -190,6 +191,7 @@ METHODS: dict[str, list[Message]] = {
 _UNARY = (
     "Describe",
     "Encode",
+    "CountTokens",
     "Find",
     "Trace",
     *(f"{verb}Adapter" for verb in ("Add", "Get", "Remove")),

@@ -64,8 +64,9 @@ def test_a_file_returns_what_was_written(
 
 
 def test_the_prompt_is_left_out_when_asked() -> None:
+    assert rb"\"prompt" in embedding_file.dump(EmbeddingFile(embedding(), PROMPT))
     assert b"red circle" in embedding_file.dump(EmbeddingFile(embedding(), PROMPT))
-    assert b"prompt" not in embedding_file.dump(EmbeddingFile(embedding()))
+    assert rb"\"prompt" not in embedding_file.dump(EmbeddingFile(embedding()))
 
 
 def test_other_programs_read_the_file(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_a_wrong_tensor_is_refused(
         ({"identity": 5}, "identity"),
         ({"recipe": None}, "recipe"),
         ({"recipe": {"chat_format": "one", "hidden_layer": -2, "token_limit": 3}}, "chat_format"),
-        ({"token_count": 4}, "4 tokens and has 3 rows"),
+        ({"token_count": 4}, "4 rows and has 3"),
         ({"prompt": {"system": "no text"}}, "prompt.text"),
         (
             {

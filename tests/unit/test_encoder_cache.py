@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from encoder_service.cache import Cache, Key
-from zimage_core.embeddings import Numerics, Recipe
+from zimage_core.embeddings import Numerics
 from zimage_core.errors import NotReady
 from zimage_core.tensors import TensorData
 
@@ -13,7 +13,7 @@ NUMERICS = Numerics("float32", "float32", "engine", "cpu")
 
 
 def _key(*token_ids: int, layer: int = -2, is_solo: bool = False) -> Key:
-    return Key("identity", Recipe(1, layer, 100), NUMERICS, token_ids, is_solo)
+    return Key("identity", ((layer, 1.0),), NUMERICS, token_ids, is_solo)
 
 
 class Encoder:

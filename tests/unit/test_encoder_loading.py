@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encoder_service.model.loading import choose_device, choose_type, load
+from encoder_service.model.qwen import Text
 from zimage_core.errors import InvalidModel, InvalidSettings, NotReady
 from zimage_core.formats.encoder_files import EncoderFiles
 
@@ -49,7 +50,7 @@ def test_only_what_is_needed_must_be_there(folder: Path) -> None:
 def test_weights_are_held_in_the_type_that_was_asked_for(folder: Path, name: str) -> None:
     encoder = load(files(folder), -2, "cpu", name)
     assert {str(weight.dtype) for weight in encoder.parameters()} == {f"torch.{name}"}
-    assert encoder([[1, 2, 3]], [-2])[0].dtype == getattr(torch, name)
+    assert encoder([Text([1, 2, 3], ((-2, 1.0),))])[0].state.dtype == getattr(torch, name)
 
 
 def test_another_family_is_refused_by_name(folder: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_state_the_encoder_lacks_is_refused(folder: Path, deepest: int) -> Non
 def test_tokens_of_another_models_tokenizer_are_refused(folder: Path) -> None:
     encoder = load(files(folder), -2, "cpu", "auto")
     with pytest.raises(NotReady, match="token 261 is not among the 261") as refusal:
-        encoder([[1, 2], [260, 261]], [-2, -2])
+        encoder([Text(ids, ((-2, 1.0),)) for ids in ([1, 2], [260, 261])])
     assert refusal.value.reason == "TOKENIZER_MISMATCH"
 
 

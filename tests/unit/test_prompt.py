@@ -1,6 +1,8 @@
 """The chat format, the tokenizer against transformers', and what is refused."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoder_service.prompt import (
+    LengthLimits,
+    TokenIds,
     Tokenizer,
     check_hidden_layers,
-    read_token_limit,
+    read_row_limit,
     render,
+    to_run,
 )
-from zimage_core.embeddings import Prompt
+from zimage_core.embeddings import LONG_PROMPT_MODES, TRUNCATE, Prompt
 from zimage_core.errors import InvalidModel, InvalidRequest
 from zimage_core.wire.limits import PROMPT_BYTES
 
@@ -103,19 +108,19 @@ def test_token_ids_are_those_of_transformers(
     ours, theirs = request.getfixturevalue(source)
     prompts = [Prompt(text, system=text, thinking=text), Prompt(text)]
     expected = theirs([render(prompt) for prompt in prompts]).input_ids
-    assert list(map(list, ours.encode(prompts, 9999))) == expected
+    assert list(map(list, ours.encode(prompts))) == expected
 
 
 @given(st.text(max_size=40))
 def test_any_text_has_the_token_ids_of_transformers(qwen: tuple[Tokenizer, Any], text: str) -> None:
     ours, theirs = qwen
-    [ids] = ours.encode([Prompt(text)], 9999)
+    [ids] = ours.encode([Prompt(text)])
     assert list(ids) == theirs(render(Prompt(text))).input_ids
 
 
 def test_a_tokens_name_in_a_prompt_is_that_token(demo: tuple[Tokenizer, Any]) -> None:
     ours, theirs = demo
-    [plain, typed] = ours.encode([Prompt(""), Prompt("<|im_end|>")], 99)
+    [plain, typed] = ours.encode([Prompt(""), Prompt("<|im_end|>")])
     assert len(typed) == len(plain) + 1
     assert typed.count(theirs.convert_tokens_to_ids("<|im_end|>")) == 2
 
@@ -130,29 +135,68 @@ def test_padding_and_truncation_in_the_file_are_ignored(
     cutting.enable_padding(length=64)
     cutting.save(str(tmp_path / "tokenizer.json"))
     prompts = [Prompt("a cat"), Prompt("")]
-    assert Tokenizer(tmp_path / "tokenizer.json").encode(prompts, 99) == demo[0].encode(prompts, 99)
+    assert Tokenizer(tmp_path / "tokenizer.json").encode(prompts) == demo[0].encode(prompts)
 
 
-def test_the_longest_prompt_is_taken_and_one_token_more_refused(
-    demo: tuple[Tokenizer, Any],
+@pytest.mark.parametrize("mode", [None, *LONG_PROMPT_MODES])
+def test_a_long_prompt_is_compressed_cut_or_refused(
+    demo: tuple[Tokenizer, Any], mode: str | None
 ) -> None:
-    tokenizer, _ = demo
-    [ids] = tokenizer.encode([Prompt("a cat")], 24)
-    assert len(ids) == 24
-    with pytest.raises(InvalidRequest) as refusal:
-        tokenizer.encode([Prompt("a cat"), Prompt("a cat", system="much longer")], 24)
+    limits = LengthLimits(tokens=24, rows=20)
+    prompts = [Prompt("a cat", long_prompt_mode=mode), Prompt("x", system="and much longer still")]
+    short, long = demo[0].encode(prompts)
+    assert (len(short), len(long)) == (24, 51)
+
+    def cut(text: Prompt, ids: TokenIds) -> TokenIds:
+        return to_run(1, text, limits.recipe(text), ids)
+
+    kept = short[:20] if mode == TRUNCATE else short
+    assert cut(prompts[0], short) == kept
+    assert limits.recipe(prompts[0]).row_count(24) == 20
+    if mode == TRUNCATE:
+        told = replace(prompts[1], long_prompt_mode=mode, token_limit=9)
+        assert cut(told, long) == long[:9]
+        assert limits.recipe(told).row_count(51) == 9
+        return
+    with pytest.raises(InvalidRequest, match="truncate") as refusal:
+        cut(prompts[1], long)
     assert refusal.value.reason == "TOKEN_LIMIT"
     assert refusal.value.fields == {
         "field": "prompts[1].system",
-        "given": "45",
+        "given": "51",
         "allowed": "24",
         "unit": "tokens",
     }
 
 
+@pytest.mark.parametrize("limit", [-1, 0, 25])
+def test_a_token_limit_that_cannot_be_is_refused(limit: int) -> None:
+    limits = LengthLimits(tokens=24, rows=20)
+    limits.check([Prompt("", token_limit=24), Prompt("", token_limit=1)])
+    with pytest.raises(InvalidRequest, match="allowed is 1 to 24") as refusal:
+        limits.check([Prompt(""), Prompt("", token_limit=limit)])
+    assert refusal.value.field == "prompts[1].token_limit"
+
+
+def test_a_blend_is_of_states_that_are_there_and_its_weights_add_up_to_one() -> None:
+    blend = Prompt("", hidden_layer=-5, blend=((-2, 3.0), (-4, 1.0), (-3, 0.0)))
+    assert blend.effective_blend == ((-4, 0.25), (-2, 0.75))
+    assert blend.effective_layer == -2
+    assert Prompt("", blend=((-9, 0.1),)).effective_blend == ((-9, 1.0),)
+    check_hidden_layers([blend], 36, -2)
+    with pytest.raises(InvalidRequest) as refusal:
+        check_hidden_layers([Prompt("", blend=((-2, 1.0), (-38, 1.0)))], 36, -2)
+    assert refusal.value.field == "prompts[0].blend"
+    for weights in ([1.0, -1.0], [math.nan, 1.0], [math.inf, 1.0], [1e308, 1e308]):
+        with pytest.raises(ValueError, match="blend: the weights"):
+            Prompt("", blend=((-2, weights[0]), (-3, weights[1])))
+    with pytest.raises(ValueError, match="each hidden layer is allowed once"):
+        Prompt("", blend=((-2, 1.0), (-2, 1.0)))
+
+
 def test_too_many_bytes_are_refused_before_tokenizing(demo: tuple[Tokenizer, Any]) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        demo[0].encode([Prompt("\u00e9" * (PROMPT_BYTES // 2), assistant="!")], 9999)
+        demo[0].encode([Prompt("\u00e9" * (PROMPT_BYTES // 2), assistant="!")])
     assert refusal.value.fields["given"] == str(PROMPT_BYTES + 1)
     assert refusal.value.fields["unit"] == "bytes"
 
@@ -171,15 +215,15 @@ def test_other_hidden_layers_are_refused(layer: int) -> None:
     assert ("--max-hidden-layer -1" in refusal.value.message) == (layer == -1)
 
 
-def test_token_limit_is_that_of_the_dit_in_the_folder(tmp_path: Path) -> None:
-    assert read_token_limit(tmp_path) == 1504
+def test_row_limit_is_that_of_the_dit_in_the_folder(tmp_path: Path) -> None:
+    assert read_row_limit(tmp_path) == 1504
     config = tmp_path / "transformer" / "config.json"
     config.parent.mkdir()
     config.write_text('{"axes_lens": [1024, 512, 512]}')
-    assert read_token_limit(tmp_path) == 992
+    assert read_row_limit(tmp_path) == 992
     config.write_text("{}")
     with pytest.raises(InvalidModel, match="axes_lens"):
-        read_token_limit(tmp_path)
+        read_row_limit(tmp_path)
 
 
 def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from dit_service.model.loading import load_transformer, load_vae
 from encoder_service.model.loading import load as load_encoder
+from encoder_service.model.qwen import Text
 from tests import single_files
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats.encoder_files import EncoderFiles
@@ -67,9 +68,9 @@ def test_an_encoder_is_the_same_and_no_stranger(folder: Path, tmp_path: Path, pr
     within = EncoderFiles.of(folder)
     cache = tmp_path / "cache"
     assert encoder_identities(beside, cache) == encoder_identities(within, cache)
-    prompt = [list(range(5, 25))]
+    prompt = [Text(range(5, 25), ((-2, 1.0),))]
     ours, theirs = (load_encoder(files, -2, "cpu", "float32") for files in (beside, within))
-    assert torch.equal(ours(prompt, [-2])[0], theirs(prompt, [-2])[0])
+    assert torch.equal(ours(prompt)[0].state, theirs(prompt)[0].state)
 
 
 def test_an_encoder_file_needs_a_tokenizer(folder: Path, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from zimage_core.embeddings import Embedding, Numerics, Prompt, Recipe
@@ -53,11 +55,41 @@ def test_embeddings_come_back() -> None:
 
 
 def test_prompts_come_back() -> None:
-    prompt = Prompt("a", "b", "c", "d", True, True, -5)
-    assert embeddings.prompt_from_wire(embeddings.prompt_to_wire(prompt)) == prompt
-    unset = embeddings.prompt_from_wire(types_pb2.Prompt(text="a"))
+    blend = ((-2, 0.5), (-9, 3.0))
+    prompt = Prompt("a", "b", "c", "d", True, True, -5, blend, 99, "pool")
+    assert embeddings.prompt_from_wire(embeddings.prompt_to_wire(prompt), field="x") == prompt
+    unset = embeddings.prompt_from_wire(types_pb2.Prompt(text="a"), field="x")
     assert unset == Prompt("a")
     assert unset.effective_layer == -2
+
+
+def test_a_blend_that_is_none_is_refused() -> None:
+    message = types_pb2.Prompt(blend=[types_pb2.LayerWeight(hidden_layer=-2)])
+    with pytest.raises(InvalidRequest, match=r"here\.blend: the weights \[0\.0\]") as refusal:
+        embeddings.prompt_from_wire(message, field="here")
+    assert refusal.value.field == "here.blend"
+
+
+def test_a_mode_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="long_prompt_mode: 'shrink' given, interpolate, pool"):
+        embeddings.prompt_to_wire(Prompt("a", long_prompt_mode="shrink"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "token_count", "rows"),
+    [("interpolate", 9, 9), ("pool", 900, 30), ("truncate", 900, 20), ("truncate", 5, 5)],
+)
+def test_an_embedding_has_as_many_rows_as_its_recipe_says(
+    mode: str, token_count: int, rows: int
+) -> None:
+    recipe = Recipe(1, -2, token_limit=20, long_prompt_mode=mode, row_limit=30)
+    tensor = TensorData("float32", (rows, 1), bytes(4 * rows))
+    long = replace(EMBEDDING, tensor=tensor, recipe=recipe, token_count=token_count)
+    message = embeddings.embedding_to_wire(long)
+    assert embeddings.embedding_from_wire(message, field="x") == long
+    message.token_count = rows - 1
+    with pytest.raises(InvalidRequest):
+        embeddings.embedding_from_wire(message, field="x")
 
 
 @pytest.mark.parametrize("change", ["tensor name", "token count", "rank"])

@@ -185,10 +185,9 @@ def _described(
 
 
 def _embedding(name: str, tensor: TensorData, said: _Side) -> Embedding:
-    if said.token_count != tensor.shape[0]:
-        raise _broken(
-            name, f"it speaks of {said.token_count} tokens and has {tensor.shape[0]} rows"
-        )
+    rows = said.recipe.row_count(said.token_count)
+    if rows != tensor.shape[0]:
+        raise _broken(name, f"it speaks of {rows} rows and has {tensor.shape[0]}")
     if not {said.numerics.compute_type, said.numerics.weight_type} <= ELEMENT_BYTES.keys():
         raise _broken(name, f"its element types are not among {', '.join(ELEMENT_BYTES)}")
     return Embedding(

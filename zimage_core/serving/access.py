@@ -33,6 +33,7 @@ ROLES: dict[str, Role | None] = {
     "/zimage_rpc.blob.v1.BlobService/Put": "generate",
     "/zimage_rpc.blob.v1.BlobService/Get": "generate",
     "/zimage_rpc.encoder.v1.EncoderService/Describe": None,
+    "/zimage_rpc.encoder.v1.EncoderService/CountTokens": "encode",
     "/zimage_rpc.encoder.v1.EncoderService/Encode": "encode",
     "/zimage_rpc.encoder.v1.EncoderService/EncodeStream": "encode",
     "/zimage_rpc.dit.v1.DitService/Describe": None,

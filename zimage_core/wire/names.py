@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from zimage_core import embeddings
 from zimage_core.planning import schedule, shares
 from zimage_rpc.dit.v1 import dit_pb2, training_pb2
 from zimage_rpc.trainer.v1 import trainer_pb2
@@ -23,6 +24,12 @@ VARIANTS = {
 PACKINGS = {
     "shared": types_pb2.PACKING_SHARED,
     "solo": types_pb2.PACKING_SOLO,
+}
+LONG_PROMPT_MODES = {
+    embeddings.INTERPOLATE: types_pb2.LONG_PROMPT_MODE_INTERPOLATE,
+    embeddings.POOL: types_pb2.LONG_PROMPT_MODE_POOL,
+    embeddings.ATTENTION_POOL: types_pb2.LONG_PROMPT_MODE_ATTENTION_POOL,
+    embeddings.TRUNCATE: types_pb2.LONG_PROMPT_MODE_TRUNCATE,
 }
 PRIORITIES = {
     shares.INTERACTIVE: types_pb2.PRIORITY_INTERACTIVE,

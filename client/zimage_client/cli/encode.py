@@ -6,10 +6,10 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from zimage_client import Prompt
 from zimage_client.cli import output, prompt, stack
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds, wrong
+from zimage_core.embeddings import like
 from zimage_core.formats import embedding as embedding_file
 from zimage_core.formats.embedding import EmbeddingFile
 from zimage_core.settings import ClientSettings
@@ -44,8 +44,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     output.check(args.output, overwrite=args.overwrite)
     given = [prompt.prompt(args)]
     if args.negative_prompt is not None:
-        layer = given[0].hidden_layer
-        given.append(prompt.checked(Prompt(args.negative_prompt, hidden_layer=layer)))
+        given.append(prompt.checked(like(args.negative_prompt, given[0])))
     async with stack.for_prompts(settings, terminal) as client:
         terminal.live("encoding")
         began = time.monotonic()
@@ -57,11 +56,12 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     if args.no_prompt:
         content = replace(content, prompt=None, negative_prompt=None)
     embedding_file.write(args.output, content)
-    tokens, width = embedding.tensor.shape
+    rows, width = embedding.tensor.shape
     if args.json:
         line = {
             "path": str(args.output),
-            "token_count": tokens,
+            "token_count": embedding.token_count,
+            "row_count": rows,
             "width": width,
             "element_type": embedding.tensor.element_type,
             "identity": embedding.identity,
@@ -70,4 +70,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         }
         terminal.result(json.dumps(line))
     else:
-        terminal.result(f"{args.output}  {tokens} tokens  {took:.1f} s")
+        count = f"{embedding.token_count} tokens"
+        if rows < embedding.token_count:
+            count += f", {rows} rows"
+        terminal.result(f"{args.output}  {count}  {took:.1f} s")

@@ -25,6 +25,7 @@ from zimage_client.cli import (
     jobs,
     plan,
     profile,
+    tokens,
     trace,
     train,
     up,
@@ -59,6 +60,7 @@ _COMMANDS = {
     "train": (train, "teach a LoRA from pictures and captions"),
     "cache": (cache, "fill, look at and clear what trainings keep of captions and pictures"),
     "jobs": (jobs, "show, watch, pause, resume and export trainings"),
+    "tokens": (tokens, "count a prompt's tokens, and say whether it would be cut or compressed"),
     "trace": (trace, "show what the device of a running DiT service did, and for whom"),
     "verify": (verify, "make a picture again and say whether it is the same"),
 }

@@ -1,9 +1,10 @@
 """The flags that say how a text becomes a prompt."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from zimage_client._conditioning import prompt_message
-from zimage_core.embeddings import Prompt
+from zimage_client.cli.usage import wrong
+from zimage_core.embeddings import LONG_PROMPT_MODES, Blend, Prompt
 
 _PARTS = {
     "system_prompt": "system",
@@ -12,6 +13,9 @@ _PARTS = {
     "force_think_block": "force_think_block",
     "strip_quotes": "strip_quotes",
     "hidden_layer": "hidden_layer",
+    "blend": "blend",
+    "token_limit": "token_limit",
+    "long_prompt_mode": "long_prompt_mode",
 }
 
 
@@ -36,6 +40,21 @@ def add_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--hidden-layer", type=int, metavar="N", help="state to take, from the end (default -2)"
     )
+    group.add_argument(
+        "--blend",
+        type=_blend,
+        metavar="N:WEIGHT,...",
+        help="states to add up in its place, such as --blend=-2:0.7,-9:0.3",
+    )
+    group.add_argument(
+        "--token-limit", type=int, metavar="N", help="longest text in tokens, the chat included"
+    )
+    group.add_argument(
+        "--long-prompt-mode",
+        choices=LONG_PROMPT_MODES,
+        help="what becomes of more tokens than the DiT takes (default: interpolate); truncate with "
+        "--token-limit 512 is what diffusers does",
+    )
 
 
 def given_flags(args: Namespace) -> list[str]:
@@ -46,10 +65,22 @@ def given_flags(args: Namespace) -> list[str]:
 
 def prompt(args: Namespace) -> Prompt:
     """The prompt that the command line describes."""
+    if args.blend and args.hidden_layer is not None:
+        raise wrong("--hidden-layer", "--blend takes the place of --hidden-layer; give one of them")
     values = {part: getattr(args, name) for name, part in _PARTS.items()}
-    return checked(
-        Prompt(args.prompt, **{part: value for part, value in values.items() if value is not None})
-    )
+    given = {part: value for part, value in values.items() if value is not None}
+    try:
+        return checked(Prompt(args.prompt, **given))
+    except ValueError as error:
+        raise wrong("--blend", f"--{error}") from None
+
+
+def _blend(text: str) -> Blend:
+    pairs = [part.split(":") for part in text.split(",")]
+    try:
+        return tuple((int(layer), float(weight)) for layer, weight in pairs)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} given, N:WEIGHT,N:WEIGHT allowed") from None
 
 
 def checked(given: Prompt) -> Prompt:

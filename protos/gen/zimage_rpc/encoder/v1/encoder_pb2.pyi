@@ -142,6 +142,84 @@ class EncodeStreamResponse(_message.Message):
 Global___EncodeStreamResponse: _TypeAlias = EncodeStreamResponse  # noqa: Y015
 
 @_typing.final
+class CountTokensRequest(_message.Message):
+    """What to count."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Prompt]:
+        """1 to 32 prompts."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[_types_pb2.Prompt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountTokensRequest: _TypeAlias = CountTokensRequest  # noqa: Y015
+
+@_typing.final
+class CountTokensResponse(_message.Message):
+    """How long prompts are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenCount]:
+        """One for each prompt, in order."""
+
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[Global___TokenCount] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountTokensResponse: _TypeAlias = CountTokensResponse  # noqa: Y015
+
+@_typing.final
+class TokenCount(_message.Message):
+    """How long a prompt is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_LIMIT_FIELD_NUMBER: _builtins.int
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    token_count: _builtins.int
+    """The tokens of its text, the chat's own included."""
+    token_limit: _builtins.int
+    """How many it may have; with more it would be refused, or cut if that is its mode."""
+    row_count: _builtins.int
+    """The rows that its embedding would have; 0 where it would be refused."""
+    def __init__(
+        self,
+        *,
+        token_count: _builtins.int = ...,
+        token_limit: _builtins.int = ...,
+        row_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["row_count", b"row_count", "token_count", b"token_count", "token_limit", b"token_limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenCount: _TypeAlias = TokenCount  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     """Asks for the description."""
 

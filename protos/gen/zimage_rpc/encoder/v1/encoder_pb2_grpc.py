@@ -45,6 +45,11 @@ class EncoderServiceStub:
                 request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.FromString,
                 _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/zimage_rpc.encoder.v1.EncoderService/CountTokens',
+                request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.CountTokensRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.CountTokensResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/zimage_rpc.encoder.v1.EncoderService/Describe',
                 request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.DescribeRequest.SerializeToString,
@@ -71,6 +76,13 @@ class EncoderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CountTokens(self, request, context):
+        """Counts tokens; encodes nothing. Answers while the model loads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Says which encoder this is and what it can do. Answers while the model loads.
         """
@@ -90,6 +102,11 @@ def add_EncoderServiceServicer_to_server(servicer, server):
                     servicer.EncodeStream,
                     request_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.FromString,
                     response_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.CountTokensRequest.FromString,
+                    response_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.CountTokensResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -152,6 +169,33 @@ class EncoderService:
             '/zimage_rpc.encoder.v1.EncoderService/EncodeStream',
             zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.SerializeToString,
             zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zimage_rpc.encoder.v1.EncoderService/CountTokens',
+            zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.CountTokensRequest.SerializeToString,
+            zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.CountTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class EncoderServiceStub:
     """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
     in any order. The server reads ahead only so far; whoever sends faster waits.
     """
+    CountTokens: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.CountTokensRequest, _encoder_pb2.CountTokensResponse]
+    """Counts tokens; encodes nothing. Answers while the model loads."""
     Describe: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]
     """Says which encoder this is and what it can do. Answers while the model loads."""
 
@@ -53,6 +55,8 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
     in any order. The server reads ahead only so far; whoever sends faster waits.
     """
+    CountTokens: _aio.UnaryUnaryMultiCallable[_encoder_pb2.CountTokensRequest, _encoder_pb2.CountTokensResponse]  # type: ignore[assignment]
+    """Counts tokens; encodes nothing. Answers while the model loads."""
     Describe: _aio.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]  # type: ignore[assignment]
     """Says which encoder this is and what it can do. Answers while the model loads."""
 
@@ -76,6 +80,14 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
         in any order. The server reads ahead only so far; whoever sends faster waits.
         """
+
+    @_abc_1.abstractmethod
+    def CountTokens(
+        self,
+        request: _encoder_pb2.CountTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_encoder_pb2.CountTokensResponse, _abc.Awaitable[_encoder_pb2.CountTokensResponse]]:
+        """Counts tokens; encodes nothing. Answers while the model loads."""
 
     @_abc_1.abstractmethod
     def Describe(

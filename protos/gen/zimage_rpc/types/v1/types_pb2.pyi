@@ -47,6 +47,38 @@ ELEMENT_TYPE_FLOAT16: ElementType.ValueType  # 3
 """IEEE 754 binary16, 2 bytes."""
 Global___ElementType: _TypeAlias = ElementType  # noqa: Y015
 
+class _LongPromptMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LongPromptModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LongPromptMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LONG_PROMPT_MODE_UNSPECIFIED: _LongPromptMode.ValueType  # 0
+    """Not given: interpolated."""
+    LONG_PROMPT_MODE_INTERPOLATE: _LongPromptMode.ValueType  # 1
+    """Rows at even distances between the first and the last, each between its two neighbours."""
+    LONG_PROMPT_MODE_POOL: _LongPromptMode.ValueType  # 2
+    """The means of windows of rows."""
+    LONG_PROMPT_MODE_ATTENTION_POOL: _LongPromptMode.ValueType  # 3
+    """Means of regions in which those rows count more that are least like their neighbours."""
+    LONG_PROMPT_MODE_TRUNCATE: _LongPromptMode.ValueType  # 4
+    """The text is cut, its end with the chat's own; as the model was trained, at token_limit 512."""
+
+class LongPromptMode(_LongPromptMode, metaclass=_LongPromptModeEnumTypeWrapper):
+    """How an embedding comes to have no more rows than the DiT takes. One that is short enough stays as it is."""
+
+LONG_PROMPT_MODE_UNSPECIFIED: LongPromptMode.ValueType  # 0
+"""Not given: interpolated."""
+LONG_PROMPT_MODE_INTERPOLATE: LongPromptMode.ValueType  # 1
+"""Rows at even distances between the first and the last, each between its two neighbours."""
+LONG_PROMPT_MODE_POOL: LongPromptMode.ValueType  # 2
+"""The means of windows of rows."""
+LONG_PROMPT_MODE_ATTENTION_POOL: LongPromptMode.ValueType  # 3
+"""Means of regions in which those rows count more that are least like their neighbours."""
+LONG_PROMPT_MODE_TRUNCATE: LongPromptMode.ValueType  # 4
+"""The text is cut, its end with the chat's own; as the model was trained, at token_limit 512."""
+Global___LongPromptMode: _TypeAlias = LongPromptMode  # noqa: Y015
+
 class _Packing:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -180,6 +212,9 @@ class Prompt(_message.Message):
     FORCE_THINK_BLOCK_FIELD_NUMBER: _builtins.int
     STRIP_QUOTES_FIELD_NUMBER: _builtins.int
     HIDDEN_LAYER_FIELD_NUMBER: _builtins.int
+    BLEND_FIELD_NUMBER: _builtins.int
+    TOKEN_LIMIT_FIELD_NUMBER: _builtins.int
+    LONG_PROMPT_MODE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The user's message. May be empty: the usual negative prompt is."""
     system: _builtins.str
@@ -196,6 +231,16 @@ class Prompt(_message.Message):
     """Which entry of the encoder's hidden states to take, counted from the end: -1 is after the final norm, -2
     (the default) the output of the last but one layer.
     """
+    token_limit: _builtins.int
+    """The longest text, in tokens, the chat's own included; the default is the encoder's. A longer one is refused, or cut
+    where long_prompt_mode says so.
+    """
+    long_prompt_mode: Global___LongPromptMode.ValueType
+    """What becomes of a text of more tokens than the DiT takes."""
+    @_builtins.property
+    def blend(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerWeight]:
+        """Several of them in place of hidden_layer: their sum, each by its weight, the weights divided by their sum."""
+
     def __init__(
         self,
         *,
@@ -206,16 +251,50 @@ class Prompt(_message.Message):
         force_think_block: _builtins.bool = ...,
         strip_quotes: _builtins.bool = ...,
         hidden_layer: _builtins.int | None = ...,
+        blend: _abc.Iterable[Global___LayerWeight] | None = ...,
+        token_limit: _builtins.int | None = ...,
+        long_prompt_mode: Global___LongPromptMode.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_hidden_layer", b"_hidden_layer", "hidden_layer", b"hidden_layer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hidden_layer", b"_hidden_layer", "_token_limit", b"_token_limit", "hidden_layer", b"hidden_layer", "token_limit", b"token_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hidden_layer", b"_hidden_layer", "assistant", b"assistant", "force_think_block", b"force_think_block", "hidden_layer", b"hidden_layer", "strip_quotes", b"strip_quotes", "system", b"system", "text", b"text", "thinking", b"thinking"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hidden_layer", b"_hidden_layer", "_token_limit", b"_token_limit", "assistant", b"assistant", "blend", b"blend", "force_think_block", b"force_think_block", "hidden_layer", b"hidden_layer", "long_prompt_mode", b"long_prompt_mode", "strip_quotes", b"strip_quotes", "system", b"system", "text", b"text", "thinking", b"thinking", "token_limit", b"token_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__hidden_layer: _TypeAlias = _typing.Literal["hidden_layer"]  # noqa: Y015
     _WhichOneofArgType__hidden_layer: _TypeAlias = _typing.Literal["_hidden_layer", b"_hidden_layer"]  # noqa: Y015
+    _WhichOneofReturnType__token_limit: _TypeAlias = _typing.Literal["token_limit"]  # noqa: Y015
+    _WhichOneofArgType__token_limit: _TypeAlias = _typing.Literal["_token_limit", b"_token_limit"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_layer) -> _WhichOneofReturnType__hidden_layer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_limit) -> _WhichOneofReturnType__token_limit | None: ...
 
 Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
+
+@_typing.final
+class LayerWeight(_message.Message):
+    """One of the states of a blend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIDDEN_LAYER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    hidden_layer: _builtins.int
+    """Which one, as in Prompt."""
+    weight: _builtins.float
+    """How much of it. The sum over a blend is more than 0."""
+    def __init__(
+        self,
+        *,
+        hidden_layer: _builtins.int = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_layer", b"hidden_layer", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerWeight: _TypeAlias = LayerWeight  # noqa: Y015
 
 @_typing.final
 class EncoderIdentity(_message.Message):
@@ -250,22 +329,38 @@ class EncodingRecipe(_message.Message):
     CHAT_FORMAT_FIELD_NUMBER: _builtins.int
     HIDDEN_LAYER_FIELD_NUMBER: _builtins.int
     TOKEN_LIMIT_FIELD_NUMBER: _builtins.int
+    BLEND_FIELD_NUMBER: _builtins.int
+    LONG_PROMPT_MODE_FIELD_NUMBER: _builtins.int
+    ROW_LIMIT_FIELD_NUMBER: _builtins.int
     chat_format: _builtins.int
     """The version of the chat format."""
     hidden_layer: _builtins.int
     """The entry of the hidden states that was taken, as in Prompt."""
     token_limit: _builtins.int
     """The longest text allowed, in tokens, the chat's own included."""
+    long_prompt_mode: Global___LongPromptMode.ValueType
+    """What becomes of a text of more tokens than row_limit."""
+    row_limit: _builtins.int
+    """The most rows of an embedding; 0 where nobody knows."""
+    @_builtins.property
+    def blend(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerWeight]:
+        """The states that were added up, with weights whose sum is 1, the deepest last, which hidden_layer names as well; empty
+        where one was taken.
+        """
+
     def __init__(
         self,
         *,
         chat_format: _builtins.int = ...,
         hidden_layer: _builtins.int = ...,
         token_limit: _builtins.int = ...,
+        blend: _abc.Iterable[Global___LayerWeight] | None = ...,
+        long_prompt_mode: Global___LongPromptMode.ValueType = ...,
+        row_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_format", b"chat_format", "hidden_layer", b"hidden_layer", "token_limit", b"token_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "chat_format", b"chat_format", "hidden_layer", b"hidden_layer", "long_prompt_mode", b"long_prompt_mode", "row_limit", b"row_limit", "token_limit", b"token_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -344,7 +439,9 @@ class PromptEmbedding(_message.Message):
     """SHA-256 of the token ids as little-endian 32-bit integers, in hexadecimal."""
     @_builtins.property
     def tensors(self) -> _containers.MessageMap[_builtins.str, Global___Tensor]:
-        """The tensors by name; "embeddings" is [token_count, width] in the encoder's compute type."""
+        """The tensors by name; "embeddings" is [rows, width] in the encoder's compute type, a row for each token
+        unless there were more than the recipe's row_limit.
+        """
 
     @_builtins.property
     def identity(self) -> Global___EncoderIdentity:
