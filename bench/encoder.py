@@ -1,4 +1,5 @@
-"""C1: a 32-token prompt in bfloat16 on a CPU, against diffusers' `encode_prompt`.
+"""C1: a 32-token prompt in bfloat16 on a CPU, against diffusers' `encode_prompt`. C3: a prompt that
+begins like an earlier one, against the same from its first token on.
 
     python -m bench.encoder [--write]
 
@@ -22,11 +23,17 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from bench.timing import compare, machine, write_results
 from demo_model.random_model import byte_level_tokenizer
+from encoder_service.engine.prefixes import Prefixes
 from encoder_service.model.qwen import Qwen3Encoder, Text
 from encoder_service.prompt import Tokenizer
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Prompt
 
 TARGET = 8.0
+BEGINNING_TARGET = 4.0
+BEGINNING_TOKENS = 208
+"""A system prompt of 200 tokens and the chat's own before the user's."""
+END_TOKENS = 24
+USUAL = ((DEFAULT_HIDDEN_LAYER, 1.0),)
 PROMPT = "a red circle!"
 TOKEN_COUNT = 32
 """Of that prompt and the chat around it, with a tokenizer that knows bytes alone."""
@@ -61,16 +68,22 @@ def random_model(sizes: dict[str, Any]) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def ours(model: Any, tokenizer: Tokenizer) -> Callable[[], Any]:
+def _encoder(model: Any) -> Qwen3Encoder:
+    """Ours, of the same weights in the same memory."""
     with torch.device("meta"):
         encoder = Qwen3Encoder(model.config, DEFAULT_HIDDEN_LAYER)
     needed = encoder.state_dict().keys()
     shared = {name: tensor for name, tensor in model.state_dict().items() if name in needed}
     encoder.load_state_dict(shared, assign=True)
+    return encoder
+
+
+def ours(model: Any, tokenizer: Tokenizer) -> Callable[[], Any]:
+    encoder = _encoder(model)
 
     def encode() -> Any:
         [token_ids] = tokenizer.encode([Prompt(PROMPT)])
-        [run] = encoder([Text(token_ids, ((DEFAULT_HIDDEN_LAYER, 1.0),))])
+        [run] = encoder([Text(token_ids, USUAL)])
         return run.state
 
     return encode
@@ -95,8 +108,39 @@ def theirs(model: Any) -> Callable[[], Any]:
     return encode
 
 
-def measure(layer_count: int, rounds: int) -> dict[str, Any]:
-    model = random_model(QWEN3_4B | {"num_hidden_layers": layer_count})
+def measure_beginning(model: Any, rounds: int) -> dict[str, Any]:
+    """Each time another end, behind the same system prompt; what is kept of it is in the time."""
+    encoder = _encoder(model)
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, 1000, (count,), generator=draw).tolist()
+
+    beginning, prefixes = tokens(BEGINNING_TOKENS), Prefixes(1 << 30)
+
+    def from_there() -> Any:
+        text = prefixes.begun(Text([*beginning, *tokens(END_TOKENS)], USUAL))
+        [run] = encoder([text])
+        prefixes.keep(text, run)
+        return run
+
+    def from_the_first() -> Any:
+        [run] = encoder([Text([*beginning, *tokens(END_TOKENS)], USUAL)])
+        return run
+
+    from_there()
+    timings = compare(rounds, reused=from_there, whole=from_the_first)
+    return {
+        "what": f"C3: {END_TOKENS} tokens behind {BEGINNING_TOKENS} that ran before",
+        "target": BEGINNING_TARGET,
+        "ratio": round(timings.ratio("whole", "reused"), 2),
+        "reused_seconds": round(timings.median("reused"), 3),
+        "whole_seconds": round(timings.median("whole"), 3),
+    }
+
+
+def measure(model: Any, rounds: int) -> dict[str, Any]:
+    layer_count = model.config.num_hidden_layers
     with tempfile.TemporaryDirectory() as scratch:
         byte_level_tokenizer().save_pretrained(scratch)
         tokenizer = Tokenizer(Path(scratch) / "tokenizer.json")
@@ -114,7 +158,6 @@ def measure(layer_count: int, rounds: int) -> dict[str, Any]:
             name: [round(seconds, 3) for seconds in each] for name, each in timings.seconds.items()
         },
         "threads": torch.get_num_threads(),
-        "machine": machine("torch", "transformers", "diffusers"),
     }
 
 
@@ -128,7 +171,12 @@ def main() -> None:
         "--layers", type=int, default=36, help="fewer where 8 GB are not free; ours runs one less"
     )
     arguments = parser.parse_args()
-    result = measure(arguments.layers, arguments.rounds)
+    model = random_model(QWEN3_4B | {"num_hidden_layers": arguments.layers})
+    result = {
+        **measure(model, arguments.rounds),
+        "beginning": measure_beginning(model, arguments.rounds),
+        "machine": machine("torch", "transformers", "diffusers"),
+    }
     for name, value in result.items():
         print(f"{name}: {value}")
     if arguments.write:

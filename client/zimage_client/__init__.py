@@ -52,6 +52,7 @@ from zimage_client._jobs import (
 )
 from zimage_client._options import Options
 from zimage_client._receipt import Receipt, read_receipt
+from zimage_client._session import EncodeSession
 from zimage_client._sync import Client
 from zimage_client._sync_trainer import Trainer
 from zimage_client._trainer import AsyncTrainer
@@ -94,6 +95,7 @@ __all__ = [
     "DeviceLost",
     "DitDescription",
     "Embedding",
+    "EncodeSession",
     "Encoder",
     "EncoderDescription",
     "Event",

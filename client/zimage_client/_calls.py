@@ -70,6 +70,18 @@ async def encode(
     return [_reading.embedding(message) for message in response.embeddings]
 
 
+def encode_session(
+    channel: grpc.aio.Channel,
+    items: AsyncIterator[encoder_pb2.EncodeSessionRequest],
+    timeout: float | None,
+    metadata: Metadata,
+) -> Answers[Embedding | TokenCount]:
+    """What comes of a prompt while it is typed."""
+    stub = encoder_pb2_grpc.EncoderServiceStub(channel)
+    call = stub.EncodeSession(items, timeout=timeout, metadata=metadata)
+    return _results(call, _reading.edited)
+
+
 async def count_tokens(
     channel: grpc.aio.Channel,
     prompts: Sequence[Prompt],
@@ -81,10 +93,7 @@ async def count_tokens(
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
     with TypedErrors():
         response = await stub.CountTokens(request, timeout=timeout, metadata=metadata)
-    return [
-        TokenCount(count.token_count, count.token_limit, count.row_count)
-        for count in response.counts
-    ]
+    return [_reading.token_count(count) for count in response.counts]
 
 
 def encode_stream(

@@ -39,6 +39,7 @@ from zimage_client._items import (
 from zimage_client._options import Options, Packing, adapter_files, check_timeout, choice, spec
 from zimage_client._reading import malformed
 from zimage_client._replay import Replay
+from zimage_client._session import EncodeSession, edit_item
 from zimage_core import tracing
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled, Unavailable
@@ -160,6 +161,15 @@ class AsyncClient:
         replay = Replay(timeout=timeout, enabled=retry, others=self._channels.encoder.others)
         encoded = await self._encode(prompts, choice("packing", packing, names.PACKINGS), replay)
         return encoded[0] if given is not prompt else encoded
+
+    def encode_session(self) -> EncodeSession:
+        """One prompt while it is typed: what it begins with is encoded ahead."""
+
+        def open_(edits: AsyncIterator[Any]) -> Answers[Embedding | TokenCount]:
+            way = self._channels.encoder
+            return self._each(edits, edit_item, way, _calls.encode_session, None)
+
+        return EncodeSession(open_)
 
     async def count_tokens(
         self,

@@ -14,6 +14,7 @@ from zimage_client._description import (
     Model,
     Span,
     SpanPart,
+    TokenCount,
     Trace,
     WorkerState,
 )
@@ -235,6 +236,20 @@ def encoder_description(message: encoder_pb2.DescribeResponse) -> EncoderDescrip
         worker=_worker(message.worker),
         features=tuple(message.features),
     )
+
+
+def token_count(message: encoder_pb2.TokenCount) -> TokenCount:
+    """How long a prompt is."""
+    return TokenCount(message.token_count, message.token_limit, message.row_count)
+
+
+def edited(
+    message: types_pb2.PromptEmbedding | encoder_pb2.TokenCount,
+) -> Embedding | TokenCount:
+    """What came of a prompt that is typed: done, or not."""
+    if isinstance(message, encoder_pb2.TokenCount):
+        return token_count(message)
+    return embedding(message)
 
 
 def _worker(message: types_pb2.Worker) -> WorkerState:

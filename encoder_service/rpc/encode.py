@@ -4,8 +4,8 @@ import asyncio
 import hashlib
 import itertools
 import struct
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
 from zimage_core.planning.durations import Durations
 from zimage_core.serving import access, metrics
 from zimage_core.serving.admission import Admission, Cost, Limits
-from zimage_core.serving.batches import answers_to
+from zimage_core.serving.batches import answers_to, read_ahead
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import EncoderSettings
 from zimage_core.tensors import TensorData, byte_count
@@ -36,6 +36,9 @@ from zimage_core.wire import embeddings, features, status
 from zimage_core.wire.limits import ENVELOPE_BYTES, MESSAGE_BYTES, PROMPTS_PER_ENCODE
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
+
+_READ_AHEAD = 64
+"""Edits of a prompt that may have come while one is run."""
 
 T = TypeVar("T")
 
@@ -96,7 +99,9 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         ) -> AsyncIterator[encoder_pb2.EncodeStreamResponse]:
             access.refuse_spent()
             async with self._admission.turn(item.ByteSize()) as place:
-                answer = await self._answer(item, caller)
+                answer = encoder_pb2.EncodeStreamResponse(item_id=item.item_id)
+                with _failing_alone(answer):
+                    answer.embedding.CopyFrom(await self._one(item.prompt, _is_solo(item), caller))
                 place.answered(answer.ByteSize())
                 yield answer
 
@@ -104,23 +109,28 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             async for answer in answers:
                 yield answer
 
+    async def EncodeSession(  # noqa: N802
+        self, request_iterator: AsyncIterator[encoder_pb2.EncodeSessionRequest], context: _Context
+    ) -> AsyncIterator[encoder_pb2.EncodeSessionResponse]:
+        """One after the other; what is not done and has a successor is left out."""
+        self._worker.loaded(messages.Encoder)
+        caller = next(self._callers)
+        async with aclosing(read_ahead(request_iterator, _READ_AHEAD)) as items:
+            async for item, is_newest in items:
+                access.refuse_spent()
+                async with self._admission.turn(item.ByteSize()) as place:
+                    answer = encoder_pb2.EncodeSessionResponse(item_id=item.item_id)
+                    with _failing_alone(answer):
+                        await self._go_on(item, answer, caller, is_newest=is_newest)
+                    place.answered(answer.ByteSize())
+                    yield answer
+
     async def CountTokens(  # noqa: N802
         self, request: encoder_pb2.CountTokensRequest, context: _Context
     ) -> encoder_pb2.CountTokensResponse:
         """Answers at any time."""
-        prompts = _prompts(request)
-        self._limits.check(prompts)
-        answer = encoder_pb2.CountTokensResponse()
         with self._admission.place():
-            token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts)
-        for prompt, ids in zip(prompts, token_ids, strict=True):
-            recipe = self._limits.recipe(prompt)
-            answer.counts.add(
-                token_count=len(ids),
-                token_limit=recipe.token_limit,
-                row_count=0 if is_too_long(ids, recipe) else recipe.row_count(len(ids)),
-            )
-        return answer
+            return encoder_pb2.CountTokensResponse(counts=await self._counts(_prompts(request)))
 
     async def Describe(  # noqa: N802
         self, request: encoder_pb2.DescribeRequest, context: _Context
@@ -145,23 +155,47 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             answer.max_hidden_layer = encoder.max_hidden_layer
         return answer
 
-    async def _answer(
-        self, item: encoder_pb2.EncodeStreamRequest, caller: int
-    ) -> encoder_pb2.EncodeStreamResponse:
-        """An error of the item is its answer; one of the service is not the item's fault: the whole
-        stream is sent again."""
-        answer = encoder_pb2.EncodeStreamResponse(item_id=item.item_id)
+    async def _go_on(
+        self,
+        item: encoder_pb2.EncodeSessionRequest,
+        answer: encoder_pb2.EncodeSessionResponse,
+        caller: int,
+        *,
+        is_newest: bool,
+    ) -> None:
+        """What is run ahead stays in the cache, and its beginning with the worker."""
+        prompt = embeddings.prompt_from_wire(item.prompt, field="prompt")
+        if not item.submit:
+            [count] = await self._counts([prompt])
+            answer.count.CopyFrom(count)
+            if not is_newest or not count.row_count:
+                return
+        encoded = await self._one(item.prompt, False, caller)
+        if item.submit:
+            answer.embedding.CopyFrom(encoded)
+
+    async def _counts(self, prompts: Sequence[Prompt]) -> list[encoder_pb2.TokenCount]:
+        self._limits.check(prompts)
+        counts = []
+        token_ids = await asyncio.to_thread(self._tokenizer.encode, prompts)
+        for prompt, ids in zip(prompts, token_ids, strict=True):
+            recipe = self._limits.recipe(prompt)
+            rows = 0 if is_too_long(ids, recipe) else recipe.row_count(len(ids))
+            counts.append(
+                encoder_pb2.TokenCount(
+                    token_count=len(ids), token_limit=recipe.token_limit, row_count=rows
+                )
+            )
+        return counts
+
+    async def _one(
+        self, message: types_pb2.Prompt, is_solo: bool, caller: int
+    ) -> types_pb2.PromptEmbedding:
         encoder = self._worker.loaded(messages.Encoder)
-        try:
-            prompt = embeddings.prompt_from_wire(item.prompt, field="prompt")
-            [asked] = await self._read([prompt], _is_solo(item), encoder)
-            _refuse_large_reply([asked.reply_bytes])
-            answer.embedding.CopyFrom(await self._encoded(asked, caller, encoder))
-        except Unavailable:
-            raise
-        except ZImageError as error:
-            answer.failure.CopyFrom(_of_one(error))
-        return answer
+        prompt = embeddings.prompt_from_wire(message, field="prompt")
+        [asked] = await self._read([prompt], is_solo, encoder)
+        _refuse_large_reply([asked.reply_bytes])
+        return await self._encoded(asked, caller, encoder)
 
     async def _read(
         self, prompts: Sequence[Prompt], is_solo: bool, encoder: messages.Encoder
@@ -254,13 +288,22 @@ def _is_solo(request: encoder_pb2.EncodeRequest | encoder_pb2.EncodeStreamReques
     return request.packing == types_pb2.PACKING_SOLO
 
 
-def _of_one(error: ZImageError) -> types_pb2.Failure:
-    """The error of a batch of one, in words that fit a single prompt."""
-    failure = status.to_failure(error)
-    failure.message = failure.message.replace("prompts[0]", "prompt")
-    for name, value in error.fields.items():
-        failure.fields[name] = value.replace("prompts[0]", "prompt")
-    return failure
+@contextmanager
+def _failing_alone(
+    answer: encoder_pb2.EncodeStreamResponse | encoder_pb2.EncodeSessionResponse,
+) -> Iterator[None]:
+    """An error of the item is its answer, in words that fit a single prompt; one of the service is
+    not the item's fault, and leaves the block: the whole stream is sent again."""
+    try:
+        yield
+    except Unavailable:
+        raise
+    except ZImageError as error:
+        answer.failure.CopyFrom(status.to_failure(error))
+        failure = answer.failure
+        failure.message = failure.message.replace("prompts[0]", "prompt")
+        for name, value in error.fields.items():
+            failure.fields[name] = value.replace("prompts[0]", "prompt")
 
 
 def _numerics(encoder: messages.Encoder) -> Numerics:

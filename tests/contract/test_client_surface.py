@@ -25,6 +25,7 @@ NAMES = [
     "DeviceLost",
     "DitDescription",
     "Embedding",
+    "EncodeSession",
     "Encoder",
     "EncoderDescription",
     "Event",

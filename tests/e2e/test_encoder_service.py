@@ -19,7 +19,8 @@ from tests.e2e.services import PATIENCE_SECONDS, Service, answer, running, typed
 from zimage_client import AsyncClient, Embedding, Prompt, TokenCount, ZImageError
 from zimage_client.cli.main import main as command
 from zimage_core.embeddings import LONG_PROMPT_MODES
-from zimage_core.errors import DeviceLost, InvalidRequest, Overloaded, Unavailable
+from zimage_core.errors import Cancelled, DeviceLost, InvalidRequest, Overloaded, Unavailable
+from zimage_core.formats import embedding as embedding_file
 from zimage_core.wire import embeddings, request_id
 from zimage_rpc.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from zimage_rpc.types.v1 import types_pb2
@@ -267,6 +268,106 @@ async def test_solo_is_the_same_to_the_last_bit_whatever_was_before(
             assert (_values(near) - run.state).abs().max() <= 1e-5 * run.state.abs().max()
     finally:
         torch.set_num_threads(threads)
+
+
+async def test_a_prompt_is_run_ahead_while_it_is_typed(service: Service) -> None:
+    text = "a quiet harbour in the fog, with one red boat that leaves it, seen from far above"
+    before = _reused(service)
+    async with (
+        AsyncClient(encoder=service.address) as client,
+        client.encode_session() as session,
+    ):
+        for end in range(10, len(text), 10):
+            session.edit(text[:end])
+            while session.count is None or session.count.token_count < end:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # it is run
+        ahead = _reused(service)
+        assert ahead - before > 100
+        embedding = await session.submit(text)
+        assert _reused(service) - ahead >= len(text) - 15
+        alone = await client.encode(text, packing="solo")
+        assert embedding.token_ids_sha256 == alone.token_ids_sha256
+        expected = _values(alone)
+        assert (_values(embedding) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert await session.submit(text) == embedding
+
+
+async def test_of_many_edits_the_last_counts_and_each_submit_is_answered(service: Service) -> None:
+    """What is wrong with one is its own; a lost worker costs nothing but time."""
+
+    def prompts() -> float:
+        found = re.search(r"^zimage_encoder_prompts_total (\S+)", service.metrics_page(), re.M)
+        assert found
+        return float(found[1])
+
+    before = prompts()
+    async with (
+        AsyncClient(encoder=service.address) as client,
+        client.encode_session() as session,
+    ):
+        for number in range(300):
+            session.edit(f"edit {number}")
+        first = await session.submit("done")
+        assert prompts() - before < 30
+        session.edit("half a character \ud83d")
+        with pytest.raises(InvalidRequest, match="half a character"):
+            await session.submit("\ud83d")
+        with pytest.raises(InvalidRequest, match=r"prompt\.text: \d+ tokens given, 4096 allowed"):
+            await session.submit("too long " * 2_000)
+        service.worker.kill()
+        session.edit("done, but for")
+        again, other = await asyncio.gather(session.submit("done"), session.submit("and more"))
+        assert again.token_ids_sha256 == first.token_ids_sha256 != other.token_ids_sha256
+        waiting = asyncio.create_task(session.submit("never answered " * 200))
+        await asyncio.sleep(0)
+    with pytest.raises(Cancelled):
+        await waiting
+
+
+def test_a_file_of_prompts_becomes_a_folder_of_embeddings(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        *(json.dumps(f"prompt {number}") for number in range(40)),
+        "",
+        "no JSON",
+        json.dumps({"prompt": "x", "promt": "y"}),
+        json.dumps("far too long " * 2_000),
+        json.dumps({"prompt": "named", "name": "by hand", "blend": [[-2, 1], [-3, 1]]}),
+        json.dumps({"prompt": "x", "name": "../out"}),
+        json.dumps("half a character \ud83d"),
+        json.dumps("prompt 7"),
+    ]
+    source, folder = tmp_path / "prompts.jsonl", tmp_path / "out"
+    source.write_text("\n".join(lines))
+    asked = ["encode", "--batch", str(source), "-o", str(folder), "--encoder", service.address]
+    assert command([*asked, "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {
+        "done": 42,
+        "failed": 5,
+        "index": str(folder / "index.jsonl"),
+    }
+    assert re.findall(r"^line (\d+)", shown.err, re.M) == ["42", "43", "46", "47", "44"]
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert len(written) == 41
+    content = embedding_file.read(folder / "by hand.safetensors")
+    assert content.prompt == Prompt("named", blend=((-2, 1.0), (-3, 1.0)))
+    assert content.embedding.recipe.blend == ((-3, 0.5), (-2, 0.5))
+
+    # Again, after a crash that tore the index and lost a file.
+    index = folder / "index.jsonl"
+    said = index.read_text().splitlines()
+    (folder / "by hand.safetensors").unlink()
+    index.write_text("\n".join(said[:-1]) + "\n" + said[-1][:20])
+    lines[41:43] = [json.dumps("mended"), json.dumps({"prompt": "too", "name": "by hand, too"})]
+    source.write_text("\n".join(lines))
+    assert command(asked) == 1
+    assert "44 of 47 encoded, 3 failed" in capsys.readouterr().out
+    again = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert len(again) == 43
+    unchanged = [path for path, time in written.items() if again[path] == time]
+    assert 39 <= len(unchanged) <= 40  # but for the lost one, and perhaps the torn
 
 
 def test_a_full_queue_refuses_and_serves_those_inside(service: Service) -> None:

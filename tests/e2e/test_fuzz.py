@@ -113,6 +113,10 @@ METHODS: dict[str, list[Message]] = {
     f"{_ENCODER}/Encode": [encoder_pb2.EncodeRequest(prompts=[PROMPT, PROMPT])],
     f"{_ENCODER}/CountTokens": [encoder_pb2.CountTokensRequest(prompts=[PROMPT, PROMPT])],
     f"{_ENCODER}/EncodeStream": [encoder_pb2.EncodeStreamRequest(item_id=1, prompt=PROMPT)],
+    f"{_ENCODER}/EncodeSession": [
+        encoder_pb2.EncodeSessionRequest(item_id=1, prompt=PROMPT),
+        encoder_pb2.EncodeSessionRequest(item_id=2, prompt=PROMPT, submit=True),
+    ],
     f"{_DIT}/Describe": [dit_pb2.DescribeRequest()],
     f"{_DIT}/Generate": [
         _spec(embedding=_embedding()),

@@ -7,7 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from zimage_core.errors import InvalidRequest
-from zimage_core.serving.batches import answers_to
+from zimage_core.serving.batches import answers_to, read_ahead
 
 
 async def _numbers(count: int, fault: InvalidRequest | None = None) -> AsyncIterator[int]:
@@ -70,3 +70,29 @@ async def test_an_answer_is_held_until_the_next_is_asked_for_and_never_longer() 
                 await asyncio.sleep(0)  # others are done, and nobody will take them
                 break
     assert not held
+
+
+async def test_an_item_is_the_last_until_the_next_has_come() -> None:
+    """Read ahead, up to a bound; a fault comes after the items."""
+    read = 0
+
+    async def items() -> AsyncIterator[int]:
+        nonlocal read
+        for read in range(1, 9):
+            yield read
+        raise InvalidRequest("broken")
+
+    async with aclosing(read_ahead(items(), 4)) as ahead:
+        first = await anext(ahead)
+        await asyncio.sleep(0.01)
+        assert read <= 6
+        rest = []
+        for _ in range(7):
+            rest.append(await anext(ahead))
+            await asyncio.sleep(0.01)
+        with pytest.raises(InvalidRequest, match="broken"):
+            await anext(ahead)
+    assert [number for number, _ in (first, *rest)] == list(range(1, 9))
+    assert not any(is_last for _, is_last in rest)  # behind the last stands the fault
+    async with aclosing(read_ahead(_numbers(1), 4)) as ahead:
+        assert [number async for number, _ in ahead] == [0]

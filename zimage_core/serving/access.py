@@ -36,6 +36,7 @@ ROLES: dict[str, Role | None] = {
     "/zimage_rpc.encoder.v1.EncoderService/CountTokens": "encode",
     "/zimage_rpc.encoder.v1.EncoderService/Encode": "encode",
     "/zimage_rpc.encoder.v1.EncoderService/EncodeStream": "encode",
+    "/zimage_rpc.encoder.v1.EncoderService/EncodeSession": "encode",
     "/zimage_rpc.dit.v1.DitService/Describe": None,
     "/zimage_rpc.dit.v1.DitService/Generate": "generate",
     "/zimage_rpc.dit.v1.DitService/EncodeImages": "generate",
@@ -67,6 +68,7 @@ ROLES: dict[str, Role | None] = {
 _CHARGED = (
     "/zimage_rpc.encoder.v1.EncoderService/Encode",
     "/zimage_rpc.encoder.v1.EncoderService/EncodeStream",
+    "/zimage_rpc.encoder.v1.EncoderService/EncodeSession",
     "/zimage_rpc.dit.v1.DitService/Generate",
 )
 """What costs seconds of the device that are counted."""

@@ -59,6 +59,27 @@ async def answers_to(
         raise fault
 
 
+async def read_ahead(items: AsyncIterator[T], most: int) -> AsyncGenerator[tuple[T, bool], None]:
+    """Each item, and whether it is the last so far. So many are read ahead; more are left to the
+    connection, whose window makes the sender wait."""
+    waiting: asyncio.Queue[T | _End] = asyncio.Queue(most)
+
+    async def read() -> None:
+        item: T | _End | None = None
+        while not isinstance(item, _End):
+            item = await _next(items)
+            await waiting.put(item)
+
+    reading = asyncio.create_task(read())
+    try:
+        while not isinstance(item := await waiting.get(), _End):
+            yield item, waiting.empty()
+    finally:
+        await _leave([reading])
+    if item.fault is not None:
+        raise item.fault
+
+
 async def _leave(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Gives them up, and what those hold that were done."""
     for task in tasks:

@@ -14,4 +14,4 @@ DIT = (
     "train_lora",
 )
 TRAINER = ("lora",)
-ENCODER = ("encode_stream", "packing", "blends", "long_prompts", "count_tokens")
+ENCODER = ("encode_stream", "packing", "blends", "long_prompts", "count_tokens", "encode_session")

@@ -1,4 +1,4 @@
-"""`zimage-client encode`: a prompt in, an embedding file out."""
+"""`zimage-client encode`: a prompt in, an embedding file out; or many of them."""
 
 import json
 import time
@@ -22,8 +22,21 @@ def add_flags(parser: ArgumentParser) -> None:
         "--negative-prompt", metavar="TEXT", help="encode what to lead away from into the same file"
     )
     prompt.add_flags(parser)
+    batch = parser.add_argument_group("many prompts")
+    batch.add_argument(
+        "--batch",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, as a JSON string, or as an object with prompt, name and the parts "
+        "of a prompt; what is there already is not encoded again",
+    )
+    batch.add_argument(
+        "--solo", action="store_true", help="encode each alone: the same bits each time"
+    )
     files = parser.add_argument_group("output")
-    files.add_argument("-o", "--output", type=Path, metavar="FILE", help="required")
+    files.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="required; with --batch a folder"
+    )
     files.add_argument(
         "--no-prompt", action="store_true", help="leave the text itself out of the file"
     )
@@ -34,13 +47,25 @@ def add_flags(parser: ArgumentParser) -> None:
     )
 
 
-async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
-    """Checks the output first, then encodes."""
+async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int:
+    """One prompt, or many."""
     # Not left to argparse, because --print-config needs neither.
-    if args.prompt is None:
-        raise wrong("PROMPT", "give a PROMPT")
+    if (args.prompt is None) == (args.batch is None):
+        raise wrong("PROMPT", "give a PROMPT, or --batch FILE")
     if args.output is None:
-        raise wrong("--output", "give the file to write, -o FILE")
+        raise wrong("--output", "give the file to write, -o FILE; with --batch a folder")
+    if args.batch is None:
+        await _one(args, settings, terminal)
+        return 0
+    if args.negative_prompt is not None:
+        raise wrong("--negative-prompt", "--negative-prompt is for one PROMPT, not for --batch")
+    from zimage_client.cli import encode_batch  # pydantic takes its time
+
+    return await encode_batch.run(args, settings, terminal)
+
+
+async def _one(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
+    """Checks the output first, then encodes."""
     output.check(args.output, overwrite=args.overwrite)
     given = [prompt.prompt(args)]
     if args.negative_prompt is not None:

@@ -141,7 +141,8 @@ def _of_encoder(it: EncoderDescription) -> Iterator[tuple[str, str]]:
     yield "device", numerics.device
     yield "computes in", f"{numerics.compute_type}, weights {numerics.weight_type}"
     yield "engine", numerics.engine
-    yield "limits", f"{model.recipe.token_limit} tokens, {model.max_prompt_count} prompts a call"
+    limits = f"{model.recipe.token_limit} tokens, {model.recipe.row_limit} rows"
+    yield "limits", f"{limits}, {model.max_prompt_count} prompts a call"
     yield "features", ", ".join(it.features)
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from zimage_rpc.types.v1 import types_pb2 as zimage__rpc_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#zimage_rpc/encoder/v1/encoder.proto\x12\x15zimage_rpc.encoder.v1\x1a\x1fzimage_rpc/types/v1/types.proto\"l\n\rEncodeRequest\x12,\n\x07prompts\x18\x01 \x03(\x0b\x32\x1b.zimage_rpc.types.v1.Prompt\x12-\n\x07packing\x18\x02 \x01(\x0e\x32\x1c.zimage_rpc.types.v1.Packing\"J\n\x0e\x45ncodeResponse\x12\x38\n\nembeddings\x18\x01 \x03(\x0b\x32$.zimage_rpc.types.v1.PromptEmbedding\"\x82\x01\n\x13\x45ncodeStreamRequest\x12\x0f\n\x07item_id\x18\x01 \x01(\x03\x12+\n\x06prompt\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Prompt\x12-\n\x07packing\x18\x03 \x01(\x0e\x32\x1c.zimage_rpc.types.v1.Packing\"\x9d\x01\n\x14\x45ncodeStreamResponse\x12\x0f\n\x07item_id\x18\x01 \x01(\x03\x12\x39\n\tembedding\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.PromptEmbeddingH\x00\x12/\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x1c.zimage_rpc.types.v1.FailureH\x00\x42\x08\n\x06result\"B\n\x12\x43ountTokensRequest\x12,\n\x07prompts\x18\x01 \x03(\x0b\x32\x1b.zimage_rpc.types.v1.Prompt\"H\n\x13\x43ountTokensResponse\x12\x31\n\x06\x63ounts\x18\x01 \x03(\x0b\x32!.zimage_rpc.encoder.v1.TokenCount\"I\n\nTokenCount\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\x13\n\x0btoken_limit\x18\x02 \x01(\x05\x12\x11\n\trow_count\x18\x03 \x01(\x05\"\x11\n\x0f\x44\x65scribeRequest\"\xe7\x02\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x36\n\x08identity\x18\x03 \x01(\x0b\x32$.zimage_rpc.types.v1.EncoderIdentity\x12\x33\n\x06recipe\x18\x04 \x01(\x0b\x32#.zimage_rpc.types.v1.EncodingRecipe\x12/\n\x08numerics\x18\x05 \x01(\x0b\x32\x1d.zimage_rpc.types.v1.Numerics\x12\r\n\x05width\x18\x06 \x01(\x05\x12\x13\n\x0blayer_count\x18\x07 \x01(\x05\x12\x18\n\x10max_hidden_layer\x18\x08 \x01(\x05\x12\x18\n\x10max_prompt_count\x18\t \x01(\x05\x12+\n\x06worker\x18\n \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Worker\x12\x10\n\x08\x66\x65\x61tures\x18\x0b \x03(\t2\x97\x03\n\x0e\x45ncoderService\x12U\n\x06\x45ncode\x12$.zimage_rpc.encoder.v1.EncodeRequest\x1a%.zimage_rpc.encoder.v1.EncodeResponse\x12k\n\x0c\x45ncodeStream\x12*.zimage_rpc.encoder.v1.EncodeStreamRequest\x1a+.zimage_rpc.encoder.v1.EncodeStreamResponse(\x01\x30\x01\x12\x64\n\x0b\x43ountTokens\x12).zimage_rpc.encoder.v1.CountTokensRequest\x1a*.zimage_rpc.encoder.v1.CountTokensResponse\x12[\n\x08\x44\x65scribe\x12&.zimage_rpc.encoder.v1.DescribeRequest\x1a\'.zimage_rpc.encoder.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#zimage_rpc/encoder/v1/encoder.proto\x12\x15zimage_rpc.encoder.v1\x1a\x1fzimage_rpc/types/v1/types.proto\"l\n\rEncodeRequest\x12,\n\x07prompts\x18\x01 \x03(\x0b\x32\x1b.zimage_rpc.types.v1.Prompt\x12-\n\x07packing\x18\x02 \x01(\x0e\x32\x1c.zimage_rpc.types.v1.Packing\"J\n\x0e\x45ncodeResponse\x12\x38\n\nembeddings\x18\x01 \x03(\x0b\x32$.zimage_rpc.types.v1.PromptEmbedding\"\x82\x01\n\x13\x45ncodeStreamRequest\x12\x0f\n\x07item_id\x18\x01 \x01(\x03\x12+\n\x06prompt\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Prompt\x12-\n\x07packing\x18\x03 \x01(\x0e\x32\x1c.zimage_rpc.types.v1.Packing\"\x9d\x01\n\x14\x45ncodeStreamResponse\x12\x0f\n\x07item_id\x18\x01 \x01(\x03\x12\x39\n\tembedding\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.PromptEmbeddingH\x00\x12/\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x1c.zimage_rpc.types.v1.FailureH\x00\x42\x08\n\x06result\"d\n\x14\x45ncodeSessionRequest\x12\x0f\n\x07item_id\x18\x01 \x01(\x03\x12+\n\x06prompt\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Prompt\x12\x0e\n\x06submit\x18\x03 \x01(\x08\"\xd2\x01\n\x15\x45ncodeSessionResponse\x12\x0f\n\x07item_id\x18\x01 \x01(\x03\x12\x39\n\tembedding\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.PromptEmbeddingH\x00\x12/\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x1c.zimage_rpc.types.v1.FailureH\x00\x12\x32\n\x05\x63ount\x18\x04 \x01(\x0b\x32!.zimage_rpc.encoder.v1.TokenCountH\x00\x42\x08\n\x06result\"B\n\x12\x43ountTokensRequest\x12,\n\x07prompts\x18\x01 \x03(\x0b\x32\x1b.zimage_rpc.types.v1.Prompt\"H\n\x13\x43ountTokensResponse\x12\x31\n\x06\x63ounts\x18\x01 \x03(\x0b\x32!.zimage_rpc.encoder.v1.TokenCount\"I\n\nTokenCount\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\x13\n\x0btoken_limit\x18\x02 \x01(\x05\x12\x11\n\trow_count\x18\x03 \x01(\x05\"\x11\n\x0f\x44\x65scribeRequest\"\xe7\x02\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x36\n\x08identity\x18\x03 \x01(\x0b\x32$.zimage_rpc.types.v1.EncoderIdentity\x12\x33\n\x06recipe\x18\x04 \x01(\x0b\x32#.zimage_rpc.types.v1.EncodingRecipe\x12/\n\x08numerics\x18\x05 \x01(\x0b\x32\x1d.zimage_rpc.types.v1.Numerics\x12\r\n\x05width\x18\x06 \x01(\x05\x12\x13\n\x0blayer_count\x18\x07 \x01(\x05\x12\x18\n\x10max_hidden_layer\x18\x08 \x01(\x05\x12\x18\n\x10max_prompt_count\x18\t \x01(\x05\x12+\n\x06worker\x18\n \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Worker\x12\x10\n\x08\x66\x65\x61tures\x18\x0b \x03(\t2\x87\x04\n\x0e\x45ncoderService\x12U\n\x06\x45ncode\x12$.zimage_rpc.encoder.v1.EncodeRequest\x1a%.zimage_rpc.encoder.v1.EncodeResponse\x12k\n\x0c\x45ncodeStream\x12*.zimage_rpc.encoder.v1.EncodeStreamRequest\x1a+.zimage_rpc.encoder.v1.EncodeStreamResponse(\x01\x30\x01\x12n\n\rEncodeSession\x12+.zimage_rpc.encoder.v1.EncodeSessionRequest\x1a,.zimage_rpc.encoder.v1.EncodeSessionResponse(\x01\x30\x01\x12\x64\n\x0b\x43ountTokens\x12).zimage_rpc.encoder.v1.CountTokensRequest\x1a*.zimage_rpc.encoder.v1.CountTokensResponse\x12[\n\x08\x44\x65scribe\x12&.zimage_rpc.encoder.v1.DescribeRequest\x1a\'.zimage_rpc.encoder.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,16 +40,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODESTREAMREQUEST']._serialized_end=412
   _globals['_ENCODESTREAMRESPONSE']._serialized_start=415
   _globals['_ENCODESTREAMRESPONSE']._serialized_end=572
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=574
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=640
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=642
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=714
-  _globals['_TOKENCOUNT']._serialized_start=716
-  _globals['_TOKENCOUNT']._serialized_end=789
-  _globals['_DESCRIBEREQUEST']._serialized_start=791
-  _globals['_DESCRIBEREQUEST']._serialized_end=808
-  _globals['_DESCRIBERESPONSE']._serialized_start=811
-  _globals['_DESCRIBERESPONSE']._serialized_end=1170
-  _globals['_ENCODERSERVICE']._serialized_start=1173
-  _globals['_ENCODERSERVICE']._serialized_end=1580
+  _globals['_ENCODESESSIONREQUEST']._serialized_start=574
+  _globals['_ENCODESESSIONREQUEST']._serialized_end=674
+  _globals['_ENCODESESSIONRESPONSE']._serialized_start=677
+  _globals['_ENCODESESSIONRESPONSE']._serialized_end=887
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=889
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=955
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=957
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1029
+  _globals['_TOKENCOUNT']._serialized_start=1031
+  _globals['_TOKENCOUNT']._serialized_end=1104
+  _globals['_DESCRIBEREQUEST']._serialized_start=1106
+  _globals['_DESCRIBEREQUEST']._serialized_end=1123
+  _globals['_DESCRIBERESPONSE']._serialized_start=1126
+  _globals['_DESCRIBERESPONSE']._serialized_end=1485
+  _globals['_ENCODERSERVICE']._serialized_start=1488
+  _globals['_ENCODERSERVICE']._serialized_end=2007
 # @@protoc_insertion_point(module_scope)

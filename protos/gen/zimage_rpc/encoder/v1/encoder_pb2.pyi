@@ -142,6 +142,80 @@ class EncodeStreamResponse(_message.Message):
 Global___EncodeStreamResponse: _TypeAlias = EncodeStreamResponse  # noqa: Y015
 
 @_typing.final
+class EncodeSessionRequest(_message.Message):
+    """The prompt as it stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    SUBMIT_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.int
+    """Names it in the answer."""
+    submit: _builtins.bool
+    """Whether it is done, and its embedding wanted. If not, it is run ahead, unless the next request has come by then."""
+    @_builtins.property
+    def prompt(self) -> _types_pb2.Prompt:
+        """The whole of it."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.int = ...,
+        prompt: _types_pb2.Prompt | None = ...,
+        submit: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "prompt", b"prompt", "submit", b"submit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodeSessionRequest: _TypeAlias = EncodeSessionRequest  # noqa: Y015
+
+@_typing.final
+class EncodeSessionResponse(_message.Message):
+    """What came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.int
+    """As in the request."""
+    @_builtins.property
+    def embedding(self) -> _types_pb2.PromptEmbedding:
+        """Of one that was submitted: its embedding."""
+
+    @_builtins.property
+    def failure(self) -> _types_pb2.Failure:
+        """Why nothing came of it. The session goes on."""
+
+    @_builtins.property
+    def count(self) -> Global___TokenCount:
+        """Of one that is not done: how long it is."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.int = ...,
+        embedding: _types_pb2.PromptEmbedding | None = ...,
+        failure: _types_pb2.Failure | None = ...,
+        count: Global___TokenCount | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "embedding", b"embedding", "failure", b"failure", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "embedding", b"embedding", "failure", b"failure", "item_id", b"item_id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["embedding", "failure", "count"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___EncodeSessionResponse: _TypeAlias = EncodeSessionResponse  # noqa: Y015
+
+@_typing.final
 class CountTokensRequest(_message.Message):
     """What to count."""
 

@@ -45,6 +45,11 @@ class EncoderServiceStub:
                 request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.SerializeToString,
                 response_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.FromString,
                 _registered_method=True)
+        self.EncodeSession = channel.stream_stream(
+                '/zimage_rpc.encoder.v1.EncoderService/EncodeSession',
+                request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeSessionRequest.SerializeToString,
+                response_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeSessionResponse.FromString,
+                _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/zimage_rpc.encoder.v1.EncoderService/CountTokens',
                 request_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.CountTokensRequest.SerializeToString,
@@ -76,6 +81,14 @@ class EncoderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EncodeSession(self, request_iterator, context):
+        """One prompt while it is typed: what it begins with is run ahead, so that little is left when it is done. Each request
+        has one answer, in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CountTokens(self, request, context):
         """Counts tokens; encodes nothing. Answers while the model loads.
         """
@@ -102,6 +115,11 @@ def add_EncoderServiceServicer_to_server(servicer, server):
                     servicer.EncodeStream,
                     request_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.FromString,
                     response_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.SerializeToString,
+            ),
+            'EncodeSession': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeSession,
+                    request_deserializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeSessionRequest.FromString,
+                    response_serializer=zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeSessionResponse.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -169,6 +187,33 @@ class EncoderService:
             '/zimage_rpc.encoder.v1.EncoderService/EncodeStream',
             zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamRequest.SerializeToString,
             zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/zimage_rpc.encoder.v1.EncoderService/EncodeSession',
+            zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeSessionRequest.SerializeToString,
+            zimage__rpc_dot_encoder_dot_v1_dot_encoder__pb2.EncodeSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

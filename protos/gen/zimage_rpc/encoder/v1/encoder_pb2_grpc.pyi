@@ -39,6 +39,10 @@ class EncoderServiceStub:
     """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
     in any order. The server reads ahead only so far; whoever sends faster waits.
     """
+    EncodeSession: _grpc.StreamStreamMultiCallable[_encoder_pb2.EncodeSessionRequest, _encoder_pb2.EncodeSessionResponse]
+    """One prompt while it is typed: what it begins with is run ahead, so that little is left when it is done. Each request
+    has one answer, in order.
+    """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.CountTokensRequest, _encoder_pb2.CountTokensResponse]
     """Counts tokens; encodes nothing. Answers while the model loads."""
     Describe: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]
@@ -54,6 +58,10 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     EncodeStream: _aio.StreamStreamMultiCallable[_encoder_pb2.EncodeStreamRequest, _encoder_pb2.EncodeStreamResponse]  # type: ignore[assignment]
     """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
     in any order. The server reads ahead only so far; whoever sends faster waits.
+    """
+    EncodeSession: _aio.StreamStreamMultiCallable[_encoder_pb2.EncodeSessionRequest, _encoder_pb2.EncodeSessionResponse]  # type: ignore[assignment]
+    """One prompt while it is typed: what it begins with is run ahead, so that little is left when it is done. Each request
+    has one answer, in order.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_encoder_pb2.CountTokensRequest, _encoder_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts tokens; encodes nothing. Answers while the model loads."""
@@ -79,6 +87,16 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_encoder_pb2.EncodeStreamResponse], _abc.AsyncIterator[_encoder_pb2.EncodeStreamResponse]]:
         """Encodes prompts as they come, each for itself: one that fails leaves the others alone. Answers come when they are done,
         in any order. The server reads ahead only so far; whoever sends faster waits.
+        """
+
+    @_abc_1.abstractmethod
+    def EncodeSession(
+        self,
+        request_iterator: _MaybeAsyncIterator[_encoder_pb2.EncodeSessionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_encoder_pb2.EncodeSessionResponse], _abc.AsyncIterator[_encoder_pb2.EncodeSessionResponse]]:
+        """One prompt while it is typed: what it begins with is run ahead, so that little is left when it is done. Each request
+        has one answer, in order.
         """
 
     @_abc_1.abstractmethod
