@@ -12,13 +12,14 @@ from zimage_client._items import Answers
 from zimage_core.embeddings import Embedding, Prompt
 from zimage_core.errors import Cancelled, ZImageError
 from zimage_rpc.encoder.v1 import encoder_pb2
+from zimage_rpc.types.v1 import types_pb2
 
 
 @dataclass(frozen=True, slots=True)
 class _Edit:
     """The prompt as it stands."""
 
-    prompt: Prompt
+    prompt: types_pb2.Prompt
     submitted: asyncio.Future[Embedding] | None = None
     """Where its embedding is waited for, if it is done."""
 
@@ -72,14 +73,14 @@ class EncodeSession:
             await asyncio.gather(talk.task, return_exceptions=True)
 
     def edit(self, prompt: str | Prompt) -> None:
-        """The prompt is this by now. Returns at once; what goes wrong with it is told by the one
-        that is submitted."""
-        self._say(_Edit(_prompt(prompt)))
+        """The prompt is this by now. Returns at once; what the service finds wrong with it is told
+        when it is submitted."""
+        self._say(_Edit(_message(prompt)))
 
     async def submit(self, prompt: str | Prompt) -> Embedding:
         """The embedding of the prompt, which is done. Others may follow."""
         submitted: asyncio.Future[Embedding] = asyncio.get_running_loop().create_future()
-        self._say(_Edit(_prompt(prompt), submitted))
+        self._say(_Edit(_message(prompt), submitted))
         return await submitted
 
     def _say(self, edit: _Edit) -> None:
@@ -115,9 +116,9 @@ class EncodeSession:
 def edit_item(number: int, edit: _Edit) -> encoder_pb2.EncodeSessionRequest:
     """The message of an edit."""
     return encoder_pb2.EncodeSessionRequest(
-        item_id=number, prompt=prompt_message(edit.prompt), submit=edit.submitted is not None
+        item_id=number, prompt=edit.prompt, submit=edit.submitted is not None
     )
 
 
-def _prompt(given: str | Prompt) -> Prompt:
-    return Prompt(given) if isinstance(given, str) else given
+def _message(given: str | Prompt) -> types_pb2.Prompt:
+    return prompt_message(Prompt(given) if isinstance(given, str) else given)

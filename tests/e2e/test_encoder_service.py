@@ -309,7 +309,8 @@ async def test_of_many_edits_the_last_counts_and_each_submit_is_answered(service
             session.edit(f"edit {number}")
         first = await session.submit("done")
         assert prompts() - before < 30
-        session.edit("half a character \ud83d")
+        with pytest.raises(InvalidRequest, match="half a character"):
+            session.edit("\ud83d")
         with pytest.raises(InvalidRequest, match="half a character"):
             await session.submit("\ud83d")
         with pytest.raises(InvalidRequest, match=r"prompt\.text: \d+ tokens given, 4096 allowed"):
@@ -360,7 +361,7 @@ def test_a_file_of_prompts_becomes_a_folder_of_embeddings(
     said = index.read_text().splitlines()
     (folder / "by hand.safetensors").unlink()
     index.write_text("\n".join(said[:-1]) + "\n" + said[-1][:20])
-    lines[41:43] = [json.dumps("mended"), json.dumps({"prompt": "too", "name": "by hand, too"})]
+    lines[41:43] = [json.dumps("mended"), json.dumps({"prompt": "too", "name": "by hand too"})]
     source.write_text("\n".join(lines))
     assert command(asked) == 1
     assert "44 of 47 encoded, 3 failed" in capsys.readouterr().out

@@ -83,7 +83,7 @@ def test_fronts_know_no_torch_whatever_their_workers_say(
 def test_no_number_speaks_of_prompts_or_people(services: tuple[Service, Service]) -> None:
     encoder, dit = services
     labels = {name for metric in metrics.ALL for name in metric._labelnames}
-    known = {"method", "code", "reason", "direction", "work", "stage", "kind", "source"}
+    known = {"method", "code", "reason", "direction", "work", "stage", "kind", "source", "result"}
     assert labels == known
     with Client(dit.address) as client:
         client.generate("a red circle", steps=1)

@@ -95,8 +95,10 @@ class Encoders:
 def encoders(
     sides: Network, dit: Service, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Encoders]:
-    """None at first. The DiT service loads while one starts."""
-    flags = ("--model", str(model_folder), "--insecure")
+    """None at first. The DiT service loads while one starts. They keep nothing: each call is at a
+    worker for a while."""
+    nothing = ("--cache-bytes", "0", "--prefix-cache-bytes", "0")
+    flags = ("--model", str(model_folder), "--insecure", *nothing)
     with ExitStack() as services:
 
         def start(address: str) -> Service:

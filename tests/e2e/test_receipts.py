@@ -92,7 +92,9 @@ def test_flags_change_what_the_receipt_says(picture: Path, dit: Service, tmp_pat
     flags = ["--sigmas", "1,0.5", "--guidance", "0", "-o", str(path), "--count", "2"]
     assert _run("generate", "a red square", "--from", str(picture), *flags, dit=dit) == 0
     receipt = read_receipt(tmp_path / "other-1.png")
-    assert receipt.positive == Prompt("a red square", hidden_layer=-2)
+    assert receipt.positive == Prompt(
+        "a red square", hidden_layer=-2, long_prompt_mode="interpolate"
+    )
     assert receipt.negative is None
     assert receipt.options["seed"] == 8
     assert receipt.options["sigmas"] == [1.0, 0.5]
