@@ -15,6 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RotaryEmbedding,
 )
 
+from encoder_service.model import linear
 from zimage_core.embeddings import Blend
 from zimage_core.errors import Cancelled, NotReady
 
@@ -65,6 +66,7 @@ class Qwen3Encoder(nn.Module):
         run = min(self.layer_count + 1 + deepest, self.layer_count)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, index) for index in range(run))
+        linear.use_in(self.layers)
         self.norm: nn.Module = nn.Identity()
         if deepest == -1:
             self.norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
