@@ -177,7 +177,7 @@ def test_half_precision_is_as_near_as_that_of_transformers(model: Model, count: 
         half = theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2][0]
     found = ours(_texts([ids], [-2]))[0].state
     assert found.dtype == torch.bfloat16
-    assert (found - exact).square().mean() <= 1.2 * (half - exact).square().mean()
+    assert (found - exact).square().mean() <= 2 * (half - exact).square().mean()
 
 
 def _counted(encoder: Qwen3Encoder) -> list[str]:
