@@ -18,6 +18,25 @@ LONG_PROMPT_MODES = (INTERPOLATE, POOL, ATTENTION_POOL, TRUNCATE)
 """How an embedding comes to have no more rows than the DiT takes."""
 
 
+_LARGEST_SHARE = 1e3
+"""Of a state in a blend, either way: more is made of weights that cancel."""
+
+
+def check_blend(blend: Blend) -> None:
+    """Raises ValueError for one whose parts cannot add up to 1."""
+    if not blend:
+        return
+    layers, weights = [layer for layer, _ in blend], [weight for _, weight in blend]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"blend: {layers} given, each hidden layer is allowed once")
+    total = sum(weights)
+    if not 0 < total < math.inf or max(map(abs, weights)) > _LARGEST_SHARE * total:
+        raise ValueError(
+            f"blend: the weights {weights} given; allowed is a sum of more than 0, of which none "
+            f"is more than {_LARGEST_SHARE:g} times"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A text to be encoded, with the parts of the chat format around it."""
@@ -38,13 +57,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a blend that is none."""
-        if not self.blend:
-            return
-        layers, weights = [layer for layer, _ in self.blend], [weight for _, weight in self.blend]
-        if len(set(layers)) < len(layers):
-            raise ValueError(f"blend: {layers} given, each hidden layer is allowed once")
-        if not all(map(math.isfinite, weights)) or not 0 < sum(weights) < math.inf:
-            raise ValueError(f"blend: the weights {weights} given, a sum of more than 0 is allowed")
+        check_blend(self.blend)
 
     @property
     def effective_blend(self) -> Blend:
@@ -87,6 +100,10 @@ class Recipe:
     long_prompt_mode: str = ""
     row_limit: int = 0
     """The most rows; 0 and an empty mode where nobody knows."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a blend that is none."""
+        check_blend(self.blend)
 
     def row_count(self, token_count: int) -> int:
         """Of the embedding of a text with so many tokens."""

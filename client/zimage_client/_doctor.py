@@ -19,7 +19,7 @@ from zimage_client._channel import Place
 from zimage_client._client import AsyncClient
 from zimage_client._description import DitDescription, EncoderDescription
 from zimage_client._placing import speed
-from zimage_core.drift import least_cosine
+from zimage_core.drift import NEAR_COSINE, SAME_COSINE, least_cosine
 from zimage_core.errors import (
     Forbidden,
     Unauthenticated,
@@ -35,7 +35,6 @@ _SOON_DAYS = 14
 _LONG_EMBEDDING_BYTES = 512 * 2560 * 2
 """Of the real model, in bfloat16."""
 _PROBE = "a red circle on a blue background, and beside it a small green square under a yellow star"
-_SAME_COSINE, _NEAR_COSINE = 0.999, 0.995
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """How HTTP/2 begins: this text and empty settings."""
 _FRAME_BYTES = 9
@@ -160,10 +159,10 @@ async def drift(encoders: Sequence[AsyncClient]) -> Finding:
         return Finding("drift", "wrong", said, "let all replicas run the same model")
     cosine = min(least_cosine(first.tensor, other.tensor) for other in others)
     said = f"cosine {cosine:.5f} over {len(encoders)} replicas ({', '.join(sorted(engines))})"
-    if cosine >= _SAME_COSINE:
+    if cosine >= SAME_COSINE:
         return Finding("drift", "ok", said)
     advice = "pictures depend on who encodes: let all replicas run the same model in the same type"
-    return Finding("drift", "note" if cosine >= _NEAR_COSINE else "wrong", said, advice)
+    return Finding("drift", "note" if cosine >= NEAR_COSINE else "wrong", said, advice)
 
 
 async def _socket(path: str) -> Finding:

@@ -44,6 +44,12 @@ class _Talk:
         self.count += 1
         self.edits.put_nowait(edit)
 
+    def end(self, fault: BaseException) -> None:
+        """Tells all who wait."""
+        for edit in self.open.values():
+            if edit.submitted and not edit.submitted.done():
+                edit.submitted.set_exception(fault)
+
     async def each(self) -> AsyncIterator[_Edit]:
         """Those that are to be sent, as they come."""
         while (edit := await self.edits.get()) is not None:
@@ -59,6 +65,7 @@ class EncodeSession:
     def __init__(self, open_: Open) -> None:
         self._open = open_
         self._talk: _Talk | None = None
+        self._is_closed = False
         self.count: TokenCount | None = None
         """How long the prompt was when the service last said so."""
 
@@ -66,11 +73,13 @@ class EncodeSession:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._is_closed = True
         talk, self._talk = self._talk, None
         if talk and talk.task:
             talk.edits.put_nowait(None)
             talk.task.cancel()
             await asyncio.gather(talk.task, return_exceptions=True)
+            talk.end(Cancelled("the session is closed"))  # where the task had not begun
 
     def edit(self, prompt: str | Prompt) -> None:
         """The prompt is this by now. Returns at once; what the service finds wrong with it is told
@@ -84,6 +93,8 @@ class EncodeSession:
         return await submitted
 
     def _say(self, edit: _Edit) -> None:
+        if self._is_closed:
+            raise Cancelled("the session is closed")
         if self._talk is None or self._talk.task is None or self._talk.task.done():
             self._talk = _Talk()
             self._talk.task = asyncio.create_task(self._listen(self._talk))
@@ -99,9 +110,7 @@ class EncodeSession:
         except ZImageError as error:
             fault = error
         finally:
-            for edit in talk.open.values():
-                if edit.submitted and not edit.submitted.done():
-                    edit.submitted.set_exception(fault)
+            talk.end(fault)
 
     def _answer(self, edit: _Edit, result: Embedding | TokenCount | ZImageError) -> None:
         if isinstance(result, TokenCount):

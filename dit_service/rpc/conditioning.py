@@ -49,10 +49,10 @@ class Side:
 
     @property
     def token_count(self) -> int:
-        """Of the text; a guess, until it is encoded."""
+        """Rows of the embedding; a guess, until the text is encoded."""
         if isinstance(self.content, Prompt):
             return len(self.content.text) // _LETTERS_PER_TOKEN + _CHAT_TOKENS
-        return self.content.embedding.token_count
+        return self.content.embedding.tensor.shape[0]
 
     def byte_count(self, width: int) -> int:
         """Of the embedding; a guess, until there is one."""

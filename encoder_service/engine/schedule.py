@@ -13,7 +13,7 @@ from torch import Tensor
 from encoder_service.engine.prefixes import Prefixes
 from encoder_service.messages import Encode, Encoded
 from encoder_service.model.qwen import Qwen3Encoder, Run, Text
-from zimage_core.errors import NotReady
+from zimage_core.errors import NotReady, ZImageError
 from zimage_core.planning.durations import Durations
 from zimage_core.serving.child import Port, is_sticky
 from zimage_core.serving.pipe import Submit
@@ -76,11 +76,14 @@ class Schedule:
         """One prompt of each caller in turn, as long as there is room, and at least one. Those for
         whom nobody waits any more leave; whom there was no room for comes first next time."""
         batch: list[_Item] = []
-        left = min(self._most_tokens, self._durations.units_within(self._seconds_at_once))
+        left = self._durations.units_within(self._seconds_at_once)
+        room = self._most_tokens  # beginnings that ran before take memory as well
         while self._lanes:
             caller, waiting = next(iter(self._lanes.items()))
             item = None if self._port.is_cancelled(waiting[0].call) else self._item(waiting[0])
-            if item and batch and (item.asked.is_solo or len(item.text.rest) > left):
+            size = len(item.asked.token_ids) if item else 0
+            is_too_much = size > room or (item is not None and len(item.text.rest) > left)
+            if item and batch and (item.asked.is_solo or is_too_much):
                 return batch
             waiting.popleft()
             self._lanes.move_to_end(caller)
@@ -89,6 +92,7 @@ class Schedule:
             if item:
                 batch.append(item)
                 left -= len(item.text.rest)
+                room -= size
                 if item.asked.is_solo:
                     return batch
         return batch
@@ -110,12 +114,16 @@ class Schedule:
                 return
             if is_sticky(error):
                 raise
-            _log.warning("%s prompts together failed: %s", len(batch), error)
-            self._prefixes.clear()  # it may be memory that is missing
-            for item in batch:
-                if not self._port.is_cancelled(item.submitted.call):
-                    alone = Text(item.asked.token_ids, item.asked.blend)
-                    self._run([replace(item, text=alone)])
+            if not isinstance(error, ZImageError):
+                _log.warning("%s prompts together failed: %s", len(batch), error)
+                self._prefixes.clear()  # it may be memory that is missing
+        else:
+            return
+        # Behind the block: the error holds on to all that the failed run had computed.
+        for item in batch:
+            if not self._port.is_cancelled(item.submitted.call):
+                alone = Text(item.asked.token_ids, item.asked.blend)
+                self._run([replace(item, text=alone)])
 
     def _encode(self, batch: Sequence[_Item]) -> None:
         texts = [item.text for item in batch]

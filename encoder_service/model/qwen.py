@@ -182,8 +182,8 @@ class _Packed:
 
 
 def _added(before: Tensor | None, state: Tensor, part: float) -> Tensor:
-    """What a state adds to a blend; one alone is taken as it is."""
-    if part == 1.0:
+    """What a state adds to a blend, in float32; one alone is taken as it is."""
+    if part == 1.0 and before is None:
         return state
     share = state.float() * part
     return share if before is None else before + share

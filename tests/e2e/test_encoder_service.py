@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,6 +324,16 @@ async def test_of_many_edits_the_last_counts_and_each_submit_is_answered(service
         await asyncio.sleep(0)
     with pytest.raises(Cancelled):
         await waiting
+    async with (
+        AsyncClient(encoder=service.address) as client,
+        client.encode_session() as session,
+    ):
+        waiting = asyncio.create_task(session.submit("its stream has not begun"))
+        await asyncio.sleep(0)
+    with pytest.raises(Cancelled):
+        await waiting
+    with pytest.raises(Cancelled, match="closed"):
+        session.edit("too late")
 
 
 def test_a_file_of_prompts_becomes_a_folder_of_embeddings(
@@ -336,6 +347,8 @@ def test_a_file_of_prompts_becomes_a_folder_of_embeddings(
         json.dumps("far too long " * 2_000),
         json.dumps({"prompt": "named", "name": "by hand", "blend": [[-2, 1], [-3, 1]]}),
         json.dumps({"prompt": "x", "name": "../out"}),
+        json.dumps({"prompt": "another", "name": "By Hand"}),
+        "[" * 100_000,
         json.dumps("half a character \ud83d"),
         json.dumps("prompt 7"),
     ]
@@ -346,10 +359,10 @@ def test_a_file_of_prompts_becomes_a_folder_of_embeddings(
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {
         "done": 42,
-        "failed": 5,
+        "failed": 7,
         "index": str(folder / "index.jsonl"),
     }
-    assert re.findall(r"^line (\d+)", shown.err, re.M) == ["42", "43", "46", "47", "44"]
+    assert re.findall(r"^line (\d+)", shown.err, re.M) == ["42", "43", "46", "47", "48", "49", "44"]
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert len(written) == 41
     content = embedding_file.read(folder / "by hand.safetensors")
@@ -364,11 +377,40 @@ def test_a_file_of_prompts_becomes_a_folder_of_embeddings(
     lines[41:43] = [json.dumps("mended"), json.dumps({"prompt": "too", "name": "by hand too"})]
     source.write_text("\n".join(lines))
     assert command(asked) == 1
-    assert "44 of 47 encoded, 3 failed" in capsys.readouterr().out
+    assert "44 of 49 encoded, 5 failed" in capsys.readouterr().out
     again = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert len(again) == 43
     unchanged = [path for path, time in written.items() if again[path] == time]
     assert 39 <= len(unchanged) <= 40  # but for the lost one, and perhaps the torn
+
+
+def test_two_encoders_are_compared(
+    service: Service, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same in half precision is near; one with other weights is a stranger."""
+    from safetensors.torch import load_file, save_file
+
+    assert command(["verify-encoder", service.address, service.address]) == 0
+    assert "cosine 1.000000 on average, 1.000000 at the worst" in capsys.readouterr().out
+    with running("encoder_service", "--model", str(model_folder), "--dtype", "bfloat16") as half:
+        half.wait_until("SERVING")
+        assert command(["verify-encoder", service.address, half.address]) == 0
+        assert re.search(r"0\.999\d+ at the worst: token \d+ of", capsys.readouterr().out)
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    [path] = (other / "text_encoder").glob("*.safetensors")
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("layers.0.mlp.down_proj.weight"))
+    weights[name][:, 0] += 1.0
+    save_file(weights, path, metadata={"format": "pt"})
+    with running("encoder_service", "--model", str(other)) as stranger:
+        stranger.wait_until("SERVING")
+        asked = ["verify-encoder", service.address, stranger.address, "--json"]
+        assert command(asked) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert not told["same_identity"]
+    assert told["worst_cosine"] < 0.999
+    assert "ENCODER_MISMATCH" in told["verdict"]
 
 
 def test_a_full_queue_refuses_and_serves_those_inside(service: Service) -> None:

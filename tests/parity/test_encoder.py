@@ -193,7 +193,12 @@ def _counted(encoder: Qwen3Encoder) -> list[str]:
     return runs
 
 
-BLENDS: list[Blend] = [((-2, 1.0),), ((-4, 0.25), (-2, 0.75)), ((-5, 1.0),)]
+BLENDS: list[Blend] = [
+    ((-2, 1.0),),
+    ((-4, 0.25), (-2, 0.75)),
+    ((-5, 1.0),),
+    ((-4, -0.5), (-3, 0.5), (-2, 1.0)),
+]
 
 
 @pytest.mark.parametrize("blend", BLENDS, ids=str)

@@ -91,7 +91,10 @@ def embedding_from_wire(
         raise _invalid(f"{field}.tensors", f"{sorted(message.tensors)}", f"exactly {_TENSOR!r}")
     from_wire = tensors.named_from_wire if may_be_named else tensors.from_wire
     tensor = from_wire(message.tensors[_TENSOR], field=f"{field}.tensors[{_TENSOR!r}]")
-    recipe = recipe_from_wire(message.recipe)
+    try:
+        recipe = recipe_from_wire(message.recipe)
+    except ValueError as error:
+        raise _invalid(f"{field}.recipe.blend", str(error), "a blend of weights") from None
     rows = recipe.row_count(message.token_count)
     if len(tensor.shape) != 2 or tensor.shape[0] != rows:
         raise _invalid(

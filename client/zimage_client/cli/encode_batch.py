@@ -29,6 +29,8 @@ _DONE, _SOME_FAILED = 0, 1
 _INDEX = "index.jsonl"
 _NAME = re.compile(r"\w[\w .-]{0,199}", re.ASCII)
 _MOST_SHOWN = 10
+_LOADING_SECONDS = 1.0
+"""Between two looks at an encoder that loads."""
 
 
 class _Line(BaseModel):
@@ -105,11 +107,13 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         total = sum(1 for line in file if line.strip())
     folder.mkdir(parents=True, exist_ok=True)
     async with stack.for_prompts(settings, terminal) as client:
-        encoder = await _encoder(client)
+        how = f"{await _encoder(client)} {args.solo} {args.no_prompt}"
         known = _known(folder / _INDEX)
         with (folder / _INDEX).open("a", encoding="utf-8") as index:
+            if index.tell():
+                index.write("\n")  # the last line may be torn
             batch = _Batch(folder, total, terminal, index)
-            prompts = _prompts(source, base, encoder, known, batch)
+            prompts = _prompts(source, base, how, known, batch)
             answers = client.encode_stream(prompts, packing="solo" if args.solo else "shared")
             async for number, result in answers:
                 await _keep(batch, batch.open.pop(number), result, has_prompt=not args.no_prompt)
@@ -125,10 +129,9 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
 
 async def _encoder(client: AsyncClient) -> str:
     """Which one it is: files of another are made again."""
-    await client.encode("")  # waits for one that loads
-    model = (await client.describe_encoder()).model
-    assert model is not None
-    return f"{model.identity} {json.dumps(asdict(model.numerics), sort_keys=True)}"
+    while (model := (await client.describe_encoder()).model) is None:  # noqa: ASYNC110
+        await asyncio.sleep(_LOADING_SECONDS)
+    return json.dumps([model.identity, asdict(model.numerics), asdict(model.recipe)])
 
 
 def _known(index: Path) -> dict[Path, str]:
@@ -148,17 +151,24 @@ def _known(index: Path) -> dict[Path, str]:
 
 
 def _prompts(
-    source: Path, base: Prompt, encoder: str, known: dict[Path, str], batch: _Batch
+    source: Path, base: Prompt, how: str, known: dict[Path, str], batch: _Batch
 ) -> Iterator[Prompt]:
     """Those that are to be encoded, in the file's order."""
+    names: dict[str, str] = {}
     with source.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
                 continue
             try:
-                asked = _asked(number, raw, base, encoder, batch.folder)
+                asked = _asked(number, raw, base, how, batch.folder)
             except InvalidRequest as error:
                 batch.fail(number, error)
+                continue
+            name = asked.path.name.lower()  # some file systems know no other
+            if names.setdefault(name, asked.key) != asked.key:
+                batch.fail(
+                    number, _invalid(f"name: {asked.path.stem!r} is that of an earlier line")
+                )
                 continue
             if known.get(asked.path) == asked.key and asked.path.is_file():
                 batch.done += 1
@@ -169,21 +179,25 @@ def _prompts(
             yield asked.prompt
 
 
-def _asked(number: int, raw: bytes, base: Prompt, encoder: str, folder: Path) -> _Asked:
+def _asked(number: int, raw: bytes, base: Prompt, how: str, folder: Path) -> _Asked:
     try:
         value = json.loads(raw)
         line = _Line.model_validate_json(raw) if isinstance(value, dict) else _Line(prompt=value)
         given = line.model_dump(exclude={"prompt", "name"}, exclude_none=True)
+        if {"blend", "hidden_layer"} <= given.keys():
+            raise ValueError("blend takes the place of hidden_layer; give one of them")
+        if "hidden_layer" in given:
+            base = replace(base, blend=())
         whole = prompt.checked(replace(base, text=line.prompt, **given))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise _invalid(f"{where}: {first['msg']}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _invalid(str(error)) from None
     if line.name and not _NAME.fullmatch(line.name):
         raise _invalid(f"name: {line.name!r} is no plain name of a file")
-    said = json.dumps([encoder, asdict(whole)], sort_keys=True)
+    said = json.dumps([how, asdict(whole)], sort_keys=True)
     key = hashlib.sha256(said.encode()).hexdigest()
     return _Asked(number, whole, folder / f"{line.name or key[:16]}.safetensors", key)
 

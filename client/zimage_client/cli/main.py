@@ -30,6 +30,7 @@ from zimage_client.cli import (
     train,
     up,
     verify,
+    verify_encoder,
 )
 from zimage_client.cli.terminal import Terminal
 from zimage_core import settings, tracing
@@ -63,6 +64,10 @@ _COMMANDS = {
     "tokens": (tokens, "count a prompt's tokens, and say whether it would be cut or compressed"),
     "trace": (trace, "show what the device of a running DiT service did, and for whom"),
     "verify": (verify, "make a picture again and say whether it is the same"),
+    "verify-encoder": (
+        verify_encoder,
+        "compare what two encoders make of the same prompts",
+    ),
 }
 _WITH_JOB_FILES = ("cache", "train")
 """Whose --config is that of a job."""
