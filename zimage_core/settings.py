@@ -375,9 +375,17 @@ class ClientSettings(_Program):
     tls_cert: Path | None = Field(None, description="certificate to show them (mutual TLS)")
     tls_key: Path | None = Field(None, description="key to the certificate")
 
+    models: Path | None = Field(
+        None, description="folder of `models add`; unset: a folder of this user"
+    )
     traces: str = Field(
         "", description="OpenTelemetry collector, http://host:4317 (OTLP over gRPC); unset: none"
     )
+
+    @property
+    def models_folder(self) -> Path:
+        """With the usual place."""
+        return self.models or platformdirs.user_data_path("zimage") / "models"
 
     @property
     def credentials(self) -> Credentials:

@@ -1,14 +1,16 @@
 """From files to an encoder on its device: what is read, to where, in which type."""
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import Qwen3Config
 
 from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import InvalidModel, InvalidSettings
-from zimage_core.formats import weights
+from zimage_core.formats import encoder_gguf, weights
 from zimage_core.formats.encoder_files import EncoderFiles, canonical_name
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -29,7 +31,7 @@ def load(files: EncoderFiles, deepest: int, device: str, dtype: str) -> Qwen3Enc
     _refuse_sliding_windows(files.weights, config, len(encoder.layers))
     stored = _stored(files, encoder)
     target = choose_device(device)
-    _read(encoder, files.weights, target, choose_type(dtype, target, next(iter(stored.values()))))
+    _read(encoder, files, target, choose_type(dtype, target, next(iter(stored.values()))))
     encoder.rotary_emb.to(target)
     return encoder.requires_grad_(False).eval()
 
@@ -89,20 +91,40 @@ def _stored(files: EncoderFiles, encoder: Qwen3Encoder) -> dict[str, torch.dtype
                 folder,
                 f"{name} is {list(weight.shape)}, but its config says {list(parameter.shape)}",
             )
-        if weight.element_type not in _TYPES:
+        if weight.element_type not in _TYPES and not files.is_gguf:
             raise InvalidModel.at(
                 folder, f"{name} is stored as {weight.element_type}", "ELEMENT_TYPE"
             )
-    return {name: _TYPES[found[name].element_type] for name in encoder.state_dict()}
+    blocks = torch.bfloat16  # holds as much as a few bits do
+    return {name: _TYPES.get(found[name].element_type, blocks) for name in encoder.state_dict()}
 
 
-def _read(encoder: Qwen3Encoder, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def _read(
+    encoder: Qwen3Encoder, files: EncoderFiles, device: torch.device, dtype: torch.dtype
+) -> None:
     """One tensor at a time, straight to the device: never two copies of more than one."""
     wanted = encoder.state_dict()
-    for path in weights.files(folder):
+    values = _blocks if files.is_gguf else _tensors
+    for name, value in values(files, wanted.keys(), device):
+        wanted[name] = value.to(dtype)
+    encoder.load_state_dict(wanted, assign=True)
+
+
+def _tensors(
+    files: EncoderFiles, names: Collection[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    for path in weights.files(files.weights):
         with safe_open(path, "pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 canonical = canonical_name(name)
-                if canonical in wanted:
-                    wanted[canonical] = file.get_tensor(name).to(dtype)
-    encoder.load_state_dict(wanted, assign=True)
+                if canonical in names:
+                    yield canonical, file.get_tensor(name)
+
+
+def _blocks(
+    files: EncoderFiles, names: Collection[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in files.tensors().items():
+        if name in names:
+            values = encoder_gguf.values(files.weights, name, weight)
+            yield name, torch.from_numpy(values).to(device)

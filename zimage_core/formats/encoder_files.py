@@ -1,4 +1,5 @@
-"""Where an encoder's parts lie: in a model folder, or in a single file and a tokenizer."""
+"""Where an encoder's parts lie: in a model folder, in the encoder's own, or in a single file and a
+tokenizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,11 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from zimage_core.errors import InvalidModel, InvalidSettings
-from zimage_core.formats import published, weights
+from zimage_core.formats import encoder_gguf, published, weights
 from zimage_core.formats.json_object import read_json_object
 from zimage_core.formats.weights import Weight
 
-_TOKENIZER = "tokenizer.json"
+_TOKENIZER, _CONFIG = "tokenizer.json", "config.json"
 _LAYER_NAMES = {
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
@@ -37,6 +38,8 @@ class EncoderFiles:
         if tokenizer is not None and tokenizer.is_dir():
             tokenizer = tokenizer / _TOKENIZER
         if not model.is_file():
+            if (model / _CONFIG).is_file() and not (model / "text_encoder").exists():
+                return cls(model, tokenizer or model / _TOKENIZER)  # a checkpoint of Qwen3 alone
             return cls(model / "text_encoder", tokenizer or model / "tokenizer" / _TOKENIZER)
         if tokenizer is None:
             raise InvalidSettings(
@@ -48,17 +51,26 @@ class EncoderFiles:
 
     def paths(self) -> tuple[Path, ...]:
         """Every file that decides what the encoder answers."""
-        config = () if self.weights.is_file() else (self.weights / "config.json",)
+        config = () if self.weights.is_file() else (self.weights / _CONFIG,)
         return (*config, self.tokenizer, *weights.files(self.weights))
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are in llama.cpp's format."""
+        return self.weights.is_file() and encoder_gguf.is_gguf(self.weights)
 
     def config(self) -> Mapping[str, Any]:
         """The config, as transformers names its entries."""
         if not self.weights.is_file():
-            return read_json_object(self.weights / "config.json")
+            return read_json_object(self.weights / _CONFIG)
+        if self.is_gguf:
+            return encoder_gguf.config(self.weights)
         return _config_of(self.weights, self.tensors())
 
     def tensors(self) -> dict[str, Weight]:
         """All tensors by canonical name; nothing is read but the headers."""
+        if self.is_gguf:
+            return encoder_gguf.tensors(self.weights)
         stored = weights.read_all(self.weights)
         return {canonical_name(name): weight for name, weight in stored.items()}
 

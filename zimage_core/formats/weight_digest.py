@@ -12,25 +12,26 @@ def weight_digest(weight: Weight) -> str:
     """Over shape and values: as bfloat16 where that loses nothing, else as float32. Types that are
     no plain floats, such as fp8, are lossy and stand for themselves."""
     kind: str = weight.element_type
-    chunks: Iterable[bytes | memoryview] = _chunks(weight)
+    parts: Iterable[bytes | memoryview] = chunks(weight)
     if kind in ("F32", "F16"):
-        narrow = all(map(_is_bfloat16, _float32(weight)))
+        narrow = all(map(is_bfloat16, _float32(weight)))
         kind = "BF16" if narrow else "F32"
-        chunks = map(_as_bfloat16, _float32(weight)) if narrow else _float32(weight)
+        parts = map(as_bfloat16, _float32(weight)) if narrow else _float32(weight)
     digest = hashlib.sha256(f"{kind}{list(weight.shape)}".encode())
-    for chunk in chunks:
+    for chunk in parts:
         digest.update(chunk)  # releases the interpreter: several tensors at once are worth it
     return digest.hexdigest()
 
 
-def _chunks(weight: Weight) -> Iterator[memoryview]:
+def chunks(weight: Weight) -> Iterator[memoryview]:
+    """The bytes, so many at a time that memory stays small."""
     starts = range(0, len(weight.data), _CHUNK_BYTES)
     return (weight.data[start : start + _CHUNK_BYTES] for start in starts)
 
 
 def _float32(weight: Weight) -> Iterator[bytes]:
-    chunks = map(bytes, _chunks(weight))
-    return chunks if weight.element_type == "F32" else map(_widened, chunks)
+    parts = map(bytes, chunks(weight))
+    return parts if weight.element_type == "F32" else map(_widened, parts)
 
 
 def _widened(halves: bytes) -> bytes:
@@ -39,13 +40,14 @@ def _widened(halves: bytes) -> bytes:
     return np.frombuffer(halves, "<f2").astype("<f4").tobytes()
 
 
-def _is_bfloat16(floats: bytes) -> bool:
+def is_bfloat16(floats: bytes) -> bool:
     """Whether the lower halves are all zero."""
     zeros = bytes(len(floats) // 4)
     return floats[0::4] == zeros and floats[1::4] == zeros
 
 
-def _as_bfloat16(floats: bytes) -> bytes:
+def as_bfloat16(floats: bytes) -> bytes:
+    """The upper halves."""
     upper = bytearray(len(floats) // 2)
     upper[0::2], upper[1::2] = floats[2::4], floats[3::4]
     return bytes(upper)

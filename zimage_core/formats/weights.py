@@ -76,8 +76,8 @@ def read_all(folder: Path) -> dict[str, Weight]:
 
 def read_file(path: Path) -> Iterator[tuple[str, Weight]]:
     """The tensors of one file; raises InvalidModel for a file that is not what it should be."""
-    header, elements = _open(path)
-    for name, entry in header.items():
+    described, elements = _open(path)
+    for name, entry in described.items():
         if name != _METADATA:
             yield name, _weight(path, name, entry, elements)
 
@@ -86,23 +86,28 @@ def read_whole(
     path: Path, longest_header: int = _LONGEST_HEADER
 ) -> tuple[dict[str, Weight], dict[str, str]]:
     """The tensors of one file, and what it says of itself; raises InvalidModel, too."""
-    header, elements = _open(path, longest_header)
-    metadata = header.pop(_METADATA, {})
+    described, elements = _open(path, longest_header)
+    metadata = described.pop(_METADATA, {})
     if not isinstance(metadata, dict):
         raise InvalidModel.at(path, "its metadata is no JSON object")
-    tensors = {name: _weight(path, name, entry, elements) for name, entry in header.items()}
+    tensors = {name: _weight(path, name, entry, elements) for name, entry in described.items()}
     return tensors, {str(name): str(value) for name, value in metadata.items()}
 
 
 def copy(path: Path, to: Path, metadata: Mapping[str, str]) -> None:
     """Writes a file that says more of itself."""
-    header, elements = _open(path)
-    header[_METADATA] = {**header.get(_METADATA, {}), **metadata}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    described, elements = _open(path)
+    described[_METADATA] = {**described.get(_METADATA, {}), **metadata}
     with to.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header(described))
         file.write(elements)
+
+
+def header(described: Mapping[str, Any]) -> bytes:
+    """What stands in a file before the elements."""
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def refuse_quantized(path: Path, tensors: Mapping[str, Weight]) -> None:
@@ -129,8 +134,8 @@ def _open(path: Path, longest_header: int = _LONGEST_HEADER) -> tuple[dict[str, 
     if header_bytes > longest_header:
         what = f"its header has {header_bytes} bytes, {longest_header} at most are read"
         raise InvalidModel.at(path, what)
-    header = parse_json_object(path, bytes(content[8 : 8 + header_bytes]))
-    return header, content[8 + header_bytes :]
+    described = parse_json_object(path, bytes(content[8 : 8 + header_bytes]))
+    return described, content[8 + header_bytes :]
 
 
 def _weight(path: Path, name: str, entry: Any, elements: memoryview) -> Weight:

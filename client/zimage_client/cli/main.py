@@ -23,6 +23,7 @@ from zimage_client.cli import (
     inline,
     inspect,
     jobs,
+    models,
     plan,
     profile,
     tokens,
@@ -57,6 +58,7 @@ _COMMANDS = {
     "doctor": (doctor, "try every link to the services and say what to change"),
     "certs": (certs, "make a private authority, and certificates for machines"),
     "plan": (plan, "print what a training takes of a card's memory, and the fastest way that fits"),
+    "models": (models, "fetch models for the services of this machine, and check them"),
     "profile": (profile, "measure encoding, steps and pictures, and compare ways to compute"),
     "train": (train, "teach a LoRA from pictures and captions"),
     "cache": (cache, "fill, look at and clear what trainings keep of captions and pictures"),
@@ -90,7 +92,7 @@ _HINTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its notes would run into the live line
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its notes would run into the live line
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a text must not break its own printing
