@@ -41,5 +41,7 @@ class Encoder:
     width: int
     compute_type: str
     weight_type: str
+    weights: str
+    """The form of the layers' weights, as the setting names it."""
     engine: str
     device: str

@@ -132,6 +132,13 @@ class Numerics:
     weight_type: str
     engine: str
     device: str
+    weights: str = "full"
+    """The form of the layers' weights: full, in the weight type; int8 and the like, narrower."""
+
+    def __str__(self) -> str:
+        """For people."""
+        held = self.weight_type if self.weights == "full" else self.weights
+        return f"{self.device}, {self.compute_type}, weights {held}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,11 @@ class EncoderSettings(ModelSettings):
     tokenizer: Path | None = Field(
         None, description="tokenizer.json or its folder; needed where --model is a single file"
     )
+    weights: Literal["full", "int8", "int8_dynamic", "int4"] = Field(
+        "full",
+        description="form of the layers' weights: full, as the model computes; int8, a byte each; "
+        "int8_dynamic, a byte each and multiplied with bytes, which is fastest; int4, half of one",
+    )
     max_hidden_layer: int = Field(
         -2, le=-1, description="deepest hidden state to compute, from the end; -1 loads all layers"
     )

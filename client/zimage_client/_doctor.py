@@ -153,12 +153,12 @@ async def drift(encoders: Sequence[AsyncClient]) -> Finding:
         return Finding("drift", "note", f"not measured: {error.message}", "calls wait for it")
     except ZImageError as error:
         return Finding("drift", "wrong", error.message, _advice(error))
-    engines = {f"{one.numerics.device} {one.numerics.compute_type}" for one in (first, *others)}
+    engines = {str(one.numerics) for one in (first, *others)}
     if {one.tensor.shape for one in others} != {first.tensor.shape}:
         said = "their embeddings have different shapes"
         return Finding("drift", "wrong", said, "let all replicas run the same model")
     cosine = min(least_cosine(first.tensor, other.tensor) for other in others)
-    said = f"cosine {cosine:.5f} over {len(encoders)} replicas ({', '.join(sorted(engines))})"
+    said = f"cosine {cosine:.5f} over {len(encoders)} replicas ({'; '.join(sorted(engines))})"
     if cosine >= SAME_COSINE:
         return Finding("drift", "ok", said)
     advice = "pictures depend on who encodes: let all replicas run the same model in the same type"

@@ -89,9 +89,7 @@ async def encoder_here(client: AsyncClient, address: str) -> EncoderHere:
         embedding = await client.encode(text, packing="solo", retry=False)
         took.append(time.monotonic() - began)
         size = len(embedding.tensor.data)
-    numerics = embedding.numerics
-    device = f"{numerics.device}, {numerics.compute_type}"
-    return EncoderHere(address, device, statistics.median(took), size)
+    return EncoderHere(address, str(embedding.numerics), statistics.median(took), size)
 
 
 async def dit_here(client: AsyncClient, address: str) -> DitHere:

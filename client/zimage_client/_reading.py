@@ -306,6 +306,7 @@ def _numerics(message: types_pb2.Numerics) -> Numerics:
         weight_type=_element_type(message.weight_type),
         engine=message.engine,
         device=message.device,
+        weights=message.weights or "full",
     )
 
 

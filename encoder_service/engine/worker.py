@@ -3,7 +3,6 @@
 from importlib.metadata import version
 
 import torch
-from torch import nn
 
 from encoder_service.engine.schedule import Schedule, type_name
 from encoder_service.messages import Encoder
@@ -23,23 +22,25 @@ def main(port: Port, settings: EncoderSettings) -> None:
     """Serves calls until the process ends."""
     port.announce("load", _loading_seconds(settings))
     files = EncoderFiles.of(settings.model, settings.tokenizer)
-    encoder = loading.load(files, settings.max_hidden_layer, settings.device, settings.dtype)
+    encoder = loading.load(
+        files, settings.max_hidden_layer, settings.device, settings.dtype, settings.weights
+    )
     identities = encoder_identities(files)
     _settle_threads(encoder)
     schedule = Schedule(encoder, port, settings)
     schedule.warm_up()
-    port.ready(_description(encoder, identities))
+    port.ready(_description(encoder, identities, settings.weights))
     schedule.serve()
 
 
 def _settle_threads(encoder: Qwen3Encoder) -> None:
     """A small model computes on one thread: the others would wait longer than they work, and they
     wait spinning, on cores that the DiT beside this service needs at that very moment."""
-    if all(_size(layer) < _THREADED_LAYER_PARAMETERS for layer in encoder.layers):
+    if encoder.layer_size < _THREADED_LAYER_PARAMETERS:
         torch.set_num_threads(1)
 
 
-def _description(encoder: Qwen3Encoder, identities: dict[int, str]) -> Encoder:
+def _description(encoder: Qwen3Encoder, identities: dict[int, str], form: str) -> Encoder:
     table = encoder.embed_tokens.weight
     return Encoder(
         identities=identities,
@@ -48,6 +49,7 @@ def _description(encoder: Qwen3Encoder, identities: dict[int, str]) -> Encoder:
         width=encoder.width,
         compute_type=type_name(table.dtype),
         weight_type=type_name(table.dtype),
+        weights=form,
         engine=f"transformers {version('transformers')}",
         device=table.device.type,
     )
@@ -57,7 +59,3 @@ def _loading_seconds(settings: EncoderSettings) -> float:
     files = EncoderFiles.of(settings.model, settings.tokenizer)
     size = sum(path.stat().st_size for path in weights.files(files.weights))
     return size / _SLOW_DISK_BYTES_PER_SECOND
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

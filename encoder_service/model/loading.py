@@ -8,6 +8,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Qwen3Config
 
+from encoder_service.model import narrow
+from encoder_service.model.narrow import FULL
 from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats import encoder_gguf, weights
@@ -17,8 +19,11 @@ _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _FAMILY = "qwen3"
 
 
-def load(files: EncoderFiles, deepest: int, device: str, dtype: str) -> Qwen3Encoder:
-    """Reads the weights up to the hidden state `deepest`; "auto" chooses device and type."""
+def load(
+    files: EncoderFiles, deepest: int, device: str, dtype: str, form: str = FULL
+) -> Qwen3Encoder:
+    """Reads the weights up to the hidden state `deepest`, those of the layers' linears in a narrow
+    form if one is given; "auto" chooses device and type."""
     config = _config(files)
     if not -config.num_hidden_layers - 1 <= deepest <= -1:
         raise InvalidSettings(
@@ -31,7 +36,12 @@ def load(files: EncoderFiles, deepest: int, device: str, dtype: str) -> Qwen3Enc
     _refuse_sliding_windows(files.weights, config, len(encoder.layers))
     stored = _stored(files, encoder)
     target = choose_device(device)
-    _read(encoder, files, target, choose_type(dtype, target, next(iter(stored.values()))))
+    if why := narrow.obstacle(form, target):
+        raise InvalidSettings(
+            f"weights {form}: {why}; take int8 or full", fields={"field": "weights", "given": form}
+        )
+    computing = choose_type(dtype, target, next(iter(stored.values())))
+    _read(encoder, files, form, target, computing)
     encoder.rotary_emb.to(target)
     return encoder.requires_grad_(False).eval()
 
@@ -100,14 +110,19 @@ def _stored(files: EncoderFiles, encoder: Qwen3Encoder) -> dict[str, torch.dtype
 
 
 def _read(
-    encoder: Qwen3Encoder, files: EncoderFiles, device: torch.device, dtype: torch.dtype
+    encoder: Qwen3Encoder, files: EncoderFiles, form: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     """One tensor at a time, straight to the device: never two copies of more than one."""
     wanted = encoder.state_dict()
+    linears = set(encoder.linears()) if form != FULL else set()
     values = _blocks if files.is_gguf else _tensors
     for name, value in values(files, wanted.keys(), device):
-        wanted[name] = value.to(dtype)
-    encoder.load_state_dict(wanted, assign=True)
+        module = name.removesuffix(".weight")
+        if module in linears:
+            encoder.set_submodule(module, narrow.linear(value.to(dtype), form))
+        else:
+            wanted[name] = value.to(dtype)
+    encoder.load_state_dict({name: wanted[name] for name in encoder.state_dict()}, assign=True)
 
 
 def _tensors(

@@ -66,6 +66,7 @@ class Qwen3Encoder(nn.Module):
         run = min(self.layer_count + 1 + deepest, self.layer_count)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, index) for index in range(run))
+        self.layer_size = sum(weight.numel() for weight in self.layers[:1].parameters())
         linear.use_in(self.layers)
         self.norm: nn.Module = nn.Identity()
         if deepest == -1:
@@ -97,6 +98,11 @@ class Qwen3Encoder(nn.Module):
             for index, whole in enumerate(taken)
             if whole is not None
         ]
+
+    def linears(self) -> list[str]:
+        """The names of those in the layers: nearly all of the weights, but for the table."""
+        found = self.layers.named_modules(prefix="layers")
+        return [name for name, module in found if isinstance(module, nn.Linear)]
 
     def _by_depth(self, blend: Blend) -> dict[int, float]:
         """The parts of a blend by how many layers come before."""

@@ -307,7 +307,13 @@ def _failing_alone(
 
 
 def _numerics(encoder: messages.Encoder) -> Numerics:
-    return Numerics(encoder.compute_type, encoder.weight_type, encoder.engine, encoder.device)
+    return Numerics(
+        encoder.compute_type,
+        encoder.weight_type,
+        encoder.engine,
+        encoder.device,
+        encoder.weights,
+    )
 
 
 def _sha256(token_ids: TokenIds) -> str:

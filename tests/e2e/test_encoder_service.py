@@ -17,7 +17,7 @@ import pytest
 
 from encoder_service.prompt import render
 from tests.e2e.services import PATIENCE_SECONDS, Service, answer, running, typed
-from zimage_client import AsyncClient, Embedding, Prompt, TokenCount, ZImageError
+from zimage_client import AsyncClient, Client, Embedding, Prompt, TokenCount, ZImageError
 from zimage_client.cli.main import main as command
 from zimage_core.embeddings import LONG_PROMPT_MODES
 from zimage_core.errors import Cancelled, DeviceLost, InvalidRequest, Overloaded, Unavailable
@@ -396,6 +396,16 @@ def test_two_encoders_are_compared(
         half.wait_until("SERVING")
         assert command(["verify-encoder", service.address, half.address]) == 0
         assert re.search(r"0\.999\d+ at the worst: token \d+ of", capsys.readouterr().out)
+    with running("encoder_service", "--model", str(model_folder), "--weights", "int8") as narrow:
+        narrow.wait_until("SERVING")
+        with Client(encoder=narrow.address) as client:
+            model = client.describe_encoder().model
+            assert model is not None
+            assert model.numerics.weights == "int8"
+        assert command(["verify-encoder", service.address, narrow.address]) == 0
+        told = capsys.readouterr().out
+        assert "taken: the same encoder" in told
+        assert "weights int8" in told
     other = tmp_path / "other"
     shutil.copytree(model_folder, other)
     [path] = (other / "text_encoder").glob("*.safetensors")

@@ -143,6 +143,7 @@ def numerics_to_wire(numerics: Numerics) -> types_pb2.Numerics:
         weight_type=tensors.element_type_to_wire(numerics.weight_type),
         engine=numerics.engine,
         device=numerics.device,
+        weights=numerics.weights,
     )
 
 
@@ -154,6 +155,7 @@ def numerics_from_wire(message: types_pb2.Numerics, *, field: str) -> Numerics:
         weight_type=read(message.weight_type, field=f"{field}.weight_type"),
         engine=message.engine,
         device=message.device,
+        weights=message.weights or "full",
     )
 
 

@@ -138,8 +138,7 @@ def _of_encoder(it: EncoderDescription) -> Iterator[tuple[str, str]]:
     model, numerics = it.model, it.model.numerics
     yield "identity", f"{model.identity} at hidden layer {model.recipe.hidden_layer}"
     yield "layers", f"{model.layer_count}, computed to hidden layer {model.max_hidden_layer}"
-    yield "device", numerics.device
-    yield "computes in", f"{numerics.compute_type}, weights {numerics.weight_type}"
+    yield "computes in", str(numerics)
     yield "engine", numerics.engine
     limits = f"{model.recipe.token_limit} tokens, {model.recipe.row_limit} rows"
     yield "limits", f"{limits}, {model.max_prompt_count} prompts a call"

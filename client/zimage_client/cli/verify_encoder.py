@@ -72,9 +72,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
         terminal.result(json.dumps(said))
         return _WELL if is_well else _ILL
     for address, (first, *_) in ((args.one, ones), (args.other, others)):
-        numerics = first.numerics
-        how = f"{numerics.compute_type}, weights {numerics.weight_type}, {numerics.engine}"
-        terminal.result(f"{address}  {first.identity[:12]}  {numerics.device} {how}")
+        how = f"{first.numerics}, {first.numerics.engine}"
+        terminal.result(f"{address}  {first.identity[:12]}  {how}")
     if worst is not None:
         where = f"token {worst.token} of {worst.prompt[:40]!r}"
         terminal.result(f"cosine {mean:.6f} on average, {worst.cosine:.6f} at the worst: {where}")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fzimage_rpc/types/v1/types.proto\x12\x13zimage_rpc.types.v1\"\x8a\x01\n\x06Tensor\x12\x36\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12+\n\x06\x64igest\x18\x04 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\"@\n\x06\x44igest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x12\n\nmedia_type\x18\x03 \x01(\t\"\xc2\x02\n\x06Prompt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\x10\n\x08thinking\x18\x03 \x01(\t\x12\x11\n\tassistant\x18\x04 \x01(\t\x12\x19\n\x11\x66orce_think_block\x18\x05 \x01(\x08\x12\x14\n\x0cstrip_quotes\x18\x06 \x01(\x08\x12\x19\n\x0chidden_layer\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12/\n\x05\x62lend\x18\x08 \x03(\x0b\x32 .zimage_rpc.types.v1.LayerWeight\x12\x18\n\x0btoken_limit\x18\t \x01(\x05H\x01\x88\x01\x01\x12=\n\x10long_prompt_mode\x18\n \x01(\x0e\x32#.zimage_rpc.types.v1.LongPromptModeB\x0f\n\r_hidden_layerB\x0e\n\x0c_token_limit\"3\n\x0bLayerWeight\x12\x14\n\x0chidden_layer\x18\x01 \x01(\x05\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"!\n\x0f\x45ncoderIdentity\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"\xd3\x01\n\x0e\x45ncodingRecipe\x12\x13\n\x0b\x63hat_format\x18\x01 \x01(\x05\x12\x14\n\x0chidden_layer\x18\x02 \x01(\x05\x12\x13\n\x0btoken_limit\x18\x03 \x01(\x05\x12/\n\x05\x62lend\x18\x04 \x03(\x0b\x32 .zimage_rpc.types.v1.LayerWeight\x12=\n\x10long_prompt_mode\x18\x05 \x01(\x0e\x32#.zimage_rpc.types.v1.LongPromptMode\x12\x11\n\trow_limit\x18\x06 \x01(\x05\"\x99\x01\n\x08Numerics\x12\x36\n\x0c\x63ompute_type\x18\x01 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x35\n\x0bweight_type\x18\x02 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\xef\x02\n\x0fPromptEmbedding\x12\x42\n\x07tensors\x18\x01 \x03(\x0b\x32\x31.zimage_rpc.types.v1.PromptEmbedding.TensorsEntry\x12\x36\n\x08identity\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.EncoderIdentity\x12\x33\n\x06recipe\x18\x03 \x01(\x0b\x32#.zimage_rpc.types.v1.EncodingRecipe\x12/\n\x08numerics\x18\x04 \x01(\x0b\x32\x1d.zimage_rpc.types.v1.Numerics\x12\x13\n\x0btoken_count\x18\x05 \x01(\x05\x12\x18\n\x10token_ids_sha256\x18\x06 \x01(\t\x1aK\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Tensor:\x02\x38\x01\"\xb7\x01\n\x07Segment\x12-\n\x06prompt\x18\x01 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.PromptH\x00\x12\x39\n\tembedding\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.PromptEmbeddingH\x00\x12\x37\n\x10\x65mbedding_digest\x18\x03 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.DigestH\x00\x42\t\n\x07\x63ontent\">\n\x0c\x43onditioning\x12.\n\x08segments\x18\x01 \x03(\x0b\x32\x1c.zimage_rpc.types.v1.Segment\"\xf8\x03\n\x0bNumericPlan\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x36\n\x0c\x63ompute_type\x18\x02 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12:\n\x10vae_compute_type\x18\x03 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x19\n\x11\x61ttention_backend\x18\x04 \x01(\t\x12\x14\n\x0cthread_count\x18\x05 \x01(\x05\x12O\n\x10library_versions\x18\x06 \x03(\x0b\x32\x35.zimage_rpc.types.v1.NumericPlan.LibraryVersionsEntry\x12-\n\x07packing\x18\x07 \x01(\x0e\x32\x1c.zimage_rpc.types.v1.Packing\x12\x10\n\x08\x63ompiled\x18\x08 \x01(\x08\x12\x13\n\x0bvae_tile_px\x18\t \x01(\x05\x12\x0f\n\x07weights\x18\n \x01(\t\x12\x15\n\rfused_adapter\x18\x0b \x01(\t\x12\x1b\n\x13\x66used_adapter_scale\x18\x0c \x01(\x01\x12\x10\n\x08learning\x18\r \x01(\x08\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc9\x01\n\x06Worker\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.zimage_rpc.types.v1.Worker.State\x12\x0c\n\x04work\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x05\x12\x15\n\rrestart_count\x18\x04 \x01(\x05\"T\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0e\n\nSTATE_IDLE\x10\x02\x12\x11\n\rSTATE_WORKING\x10\x03\"\xa1\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x38\n\x06\x66ields\x18\x04 \x03(\x0b\x32(.zimage_rpc.types.v1.Failure.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*z\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x02\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x03*\xb3\x01\n\x0eLongPromptMode\x12 \n\x1cLONG_PROMPT_MODE_UNSPECIFIED\x10\x00\x12 \n\x1cLONG_PROMPT_MODE_INTERPOLATE\x10\x01\x12\x19\n\x15LONG_PROMPT_MODE_POOL\x10\x02\x12#\n\x1fLONG_PROMPT_MODE_ATTENTION_POOL\x10\x03\x12\x1d\n\x19LONG_PROMPT_MODE_TRUNCATE\x10\x04*H\n\x07Packing\x12\x17\n\x13PACKING_UNSPECIFIED\x10\x00\x12\x12\n\x0ePACKING_SHARED\x10\x01\x12\x10\n\x0cPACKING_SOLO\x10\x02*l\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fzimage_rpc/types/v1/types.proto\x12\x13zimage_rpc.types.v1\"\x8a\x01\n\x06Tensor\x12\x36\n\x0c\x65lement_type\x18\x01 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12+\n\x06\x64igest\x18\x04 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Digest\"@\n\x06\x44igest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x12\n\nmedia_type\x18\x03 \x01(\t\"\xc2\x02\n\x06Prompt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\x10\n\x08thinking\x18\x03 \x01(\t\x12\x11\n\tassistant\x18\x04 \x01(\t\x12\x19\n\x11\x66orce_think_block\x18\x05 \x01(\x08\x12\x14\n\x0cstrip_quotes\x18\x06 \x01(\x08\x12\x19\n\x0chidden_layer\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12/\n\x05\x62lend\x18\x08 \x03(\x0b\x32 .zimage_rpc.types.v1.LayerWeight\x12\x18\n\x0btoken_limit\x18\t \x01(\x05H\x01\x88\x01\x01\x12=\n\x10long_prompt_mode\x18\n \x01(\x0e\x32#.zimage_rpc.types.v1.LongPromptModeB\x0f\n\r_hidden_layerB\x0e\n\x0c_token_limit\"3\n\x0bLayerWeight\x12\x14\n\x0chidden_layer\x18\x01 \x01(\x05\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"!\n\x0f\x45ncoderIdentity\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"\xd3\x01\n\x0e\x45ncodingRecipe\x12\x13\n\x0b\x63hat_format\x18\x01 \x01(\x05\x12\x14\n\x0chidden_layer\x18\x02 \x01(\x05\x12\x13\n\x0btoken_limit\x18\x03 \x01(\x05\x12/\n\x05\x62lend\x18\x04 \x03(\x0b\x32 .zimage_rpc.types.v1.LayerWeight\x12=\n\x10long_prompt_mode\x18\x05 \x01(\x0e\x32#.zimage_rpc.types.v1.LongPromptMode\x12\x11\n\trow_limit\x18\x06 \x01(\x05\"\xaa\x01\n\x08Numerics\x12\x36\n\x0c\x63ompute_type\x18\x01 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x35\n\x0bweight_type\x18\x02 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07weights\x18\x05 \x01(\t\"\xef\x02\n\x0fPromptEmbedding\x12\x42\n\x07tensors\x18\x01 \x03(\x0b\x32\x31.zimage_rpc.types.v1.PromptEmbedding.TensorsEntry\x12\x36\n\x08identity\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.EncoderIdentity\x12\x33\n\x06recipe\x18\x03 \x01(\x0b\x32#.zimage_rpc.types.v1.EncodingRecipe\x12/\n\x08numerics\x18\x04 \x01(\x0b\x32\x1d.zimage_rpc.types.v1.Numerics\x12\x13\n\x0btoken_count\x18\x05 \x01(\x05\x12\x18\n\x10token_ids_sha256\x18\x06 \x01(\t\x1aK\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.Tensor:\x02\x38\x01\"\xb7\x01\n\x07Segment\x12-\n\x06prompt\x18\x01 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.PromptH\x00\x12\x39\n\tembedding\x18\x02 \x01(\x0b\x32$.zimage_rpc.types.v1.PromptEmbeddingH\x00\x12\x37\n\x10\x65mbedding_digest\x18\x03 \x01(\x0b\x32\x1b.zimage_rpc.types.v1.DigestH\x00\x42\t\n\x07\x63ontent\">\n\x0c\x43onditioning\x12.\n\x08segments\x18\x01 \x03(\x0b\x32\x1c.zimage_rpc.types.v1.Segment\"\xf8\x03\n\x0bNumericPlan\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x36\n\x0c\x63ompute_type\x18\x02 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12:\n\x10vae_compute_type\x18\x03 \x01(\x0e\x32 .zimage_rpc.types.v1.ElementType\x12\x19\n\x11\x61ttention_backend\x18\x04 \x01(\t\x12\x14\n\x0cthread_count\x18\x05 \x01(\x05\x12O\n\x10library_versions\x18\x06 \x03(\x0b\x32\x35.zimage_rpc.types.v1.NumericPlan.LibraryVersionsEntry\x12-\n\x07packing\x18\x07 \x01(\x0e\x32\x1c.zimage_rpc.types.v1.Packing\x12\x10\n\x08\x63ompiled\x18\x08 \x01(\x08\x12\x13\n\x0bvae_tile_px\x18\t \x01(\x05\x12\x0f\n\x07weights\x18\n \x01(\t\x12\x15\n\rfused_adapter\x18\x0b \x01(\t\x12\x1b\n\x13\x66used_adapter_scale\x18\x0c \x01(\x01\x12\x10\n\x08learning\x18\r \x01(\x08\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc9\x01\n\x06Worker\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.zimage_rpc.types.v1.Worker.State\x12\x0c\n\x04work\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x05\x12\x15\n\rrestart_count\x18\x04 \x01(\x05\"T\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0e\n\nSTATE_IDLE\x10\x02\x12\x11\n\rSTATE_WORKING\x10\x03\"\xa1\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x38\n\x06\x66ields\x18\x04 \x03(\x0b\x32(.zimage_rpc.types.v1.Failure.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*z\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x02\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x03*\xb3\x01\n\x0eLongPromptMode\x12 \n\x1cLONG_PROMPT_MODE_UNSPECIFIED\x10\x00\x12 \n\x1cLONG_PROMPT_MODE_INTERPOLATE\x10\x01\x12\x19\n\x15LONG_PROMPT_MODE_POOL\x10\x02\x12#\n\x1fLONG_PROMPT_MODE_ATTENTION_POOL\x10\x03\x12\x1d\n\x19LONG_PROMPT_MODE_TRUNCATE\x10\x04*H\n\x07Packing\x12\x17\n\x13PACKING_UNSPECIFIED\x10\x00\x12\x12\n\x0ePACKING_SHARED\x10\x01\x12\x10\n\x0cPACKING_SOLO\x10\x02*l\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,14 +37,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_FAILURE_FIELDSENTRY']._loaded_options = None
   _globals['_FAILURE_FIELDSENTRY']._serialized_options = b'8\001'
-  _globals['_ELEMENTTYPE']._serialized_start=2541
-  _globals['_ELEMENTTYPE']._serialized_end=2663
-  _globals['_LONGPROMPTMODE']._serialized_start=2666
-  _globals['_LONGPROMPTMODE']._serialized_end=2845
-  _globals['_PACKING']._serialized_start=2847
-  _globals['_PACKING']._serialized_end=2919
-  _globals['_PRIORITY']._serialized_start=2921
-  _globals['_PRIORITY']._serialized_end=3029
+  _globals['_ELEMENTTYPE']._serialized_start=2558
+  _globals['_ELEMENTTYPE']._serialized_end=2680
+  _globals['_LONGPROMPTMODE']._serialized_start=2683
+  _globals['_LONGPROMPTMODE']._serialized_end=2862
+  _globals['_PACKING']._serialized_start=2864
+  _globals['_PACKING']._serialized_end=2936
+  _globals['_PRIORITY']._serialized_start=2938
+  _globals['_PRIORITY']._serialized_end=3046
   _globals['_TENSOR']._serialized_start=57
   _globals['_TENSOR']._serialized_end=195
   _globals['_DIGEST']._serialized_start=197
@@ -58,25 +58,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODINGRECIPE']._serialized_start=677
   _globals['_ENCODINGRECIPE']._serialized_end=888
   _globals['_NUMERICS']._serialized_start=891
-  _globals['_NUMERICS']._serialized_end=1044
-  _globals['_PROMPTEMBEDDING']._serialized_start=1047
-  _globals['_PROMPTEMBEDDING']._serialized_end=1414
-  _globals['_PROMPTEMBEDDING_TENSORSENTRY']._serialized_start=1339
-  _globals['_PROMPTEMBEDDING_TENSORSENTRY']._serialized_end=1414
-  _globals['_SEGMENT']._serialized_start=1417
-  _globals['_SEGMENT']._serialized_end=1600
-  _globals['_CONDITIONING']._serialized_start=1602
-  _globals['_CONDITIONING']._serialized_end=1664
-  _globals['_NUMERICPLAN']._serialized_start=1667
-  _globals['_NUMERICPLAN']._serialized_end=2171
-  _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_start=2117
-  _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_end=2171
-  _globals['_WORKER']._serialized_start=2174
-  _globals['_WORKER']._serialized_end=2375
-  _globals['_WORKER_STATE']._serialized_start=2291
-  _globals['_WORKER_STATE']._serialized_end=2375
-  _globals['_FAILURE']._serialized_start=2378
-  _globals['_FAILURE']._serialized_end=2539
-  _globals['_FAILURE_FIELDSENTRY']._serialized_start=2494
-  _globals['_FAILURE_FIELDSENTRY']._serialized_end=2539
+  _globals['_NUMERICS']._serialized_end=1061
+  _globals['_PROMPTEMBEDDING']._serialized_start=1064
+  _globals['_PROMPTEMBEDDING']._serialized_end=1431
+  _globals['_PROMPTEMBEDDING_TENSORSENTRY']._serialized_start=1356
+  _globals['_PROMPTEMBEDDING_TENSORSENTRY']._serialized_end=1431
+  _globals['_SEGMENT']._serialized_start=1434
+  _globals['_SEGMENT']._serialized_end=1617
+  _globals['_CONDITIONING']._serialized_start=1619
+  _globals['_CONDITIONING']._serialized_end=1681
+  _globals['_NUMERICPLAN']._serialized_start=1684
+  _globals['_NUMERICPLAN']._serialized_end=2188
+  _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_start=2134
+  _globals['_NUMERICPLAN_LIBRARYVERSIONSENTRY']._serialized_end=2188
+  _globals['_WORKER']._serialized_start=2191
+  _globals['_WORKER']._serialized_end=2392
+  _globals['_WORKER_STATE']._serialized_start=2308
+  _globals['_WORKER_STATE']._serialized_end=2392
+  _globals['_FAILURE']._serialized_start=2395
+  _globals['_FAILURE']._serialized_end=2556
+  _globals['_FAILURE_FIELDSENTRY']._serialized_start=2511
+  _globals['_FAILURE_FIELDSENTRY']._serialized_end=2556
 # @@protoc_insertion_point(module_scope)

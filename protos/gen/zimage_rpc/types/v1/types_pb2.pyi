@@ -376,6 +376,7 @@ class Numerics(_message.Message):
     WEIGHT_TYPE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     compute_type: Global___ElementType.ValueType
     """The type that the layers computed in."""
     weight_type: Global___ElementType.ValueType
@@ -384,6 +385,8 @@ class Numerics(_message.Message):
     """The library that ran the layers and its version, such as "transformers 5.23.0"."""
     device: _builtins.str
     """The kind of device, such as "cpu"."""
+    weights: _builtins.str
+    """The form of the layers' weights: "full", or narrower than weight_type, such as "int8". Empty is "full"."""
     def __init__(
         self,
         *,
@@ -391,10 +394,11 @@ class Numerics(_message.Message):
         weight_type: Global___ElementType.ValueType = ...,
         engine: _builtins.str = ...,
         device: _builtins.str = ...,
+        weights: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_type", b"compute_type", "device", b"device", "engine", b"engine", "weight_type", b"weight_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_type", b"compute_type", "device", b"device", "engine", b"engine", "weight_type", b"weight_type", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
