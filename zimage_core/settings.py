@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from zimage_core.drift import NEAR_COSINE
 from zimage_core.errors import InvalidSettings
 from zimage_core.tls import Credentials, Tls
 
@@ -109,6 +110,11 @@ class EncoderSettings(ModelSettings):
         description="form of the layers' weights: full, as the model computes; int8, a byte each; "
         "int8_dynamic, a byte each and multiplied with bytes, which is fastest; int4, half of one",
     )
+    cpu_offload: bool = Field(
+        False,
+        description="keep the weights in host memory, and on a GPU only while prompts are encoded: "
+        "for an encoder and a DiT on one card",
+    )
     max_hidden_layer: int = Field(
         -2, le=-1, description="deepest hidden state to compute, from the end; -1 loads all layers"
     )
@@ -166,6 +172,14 @@ class DitSettings(ModelSettings):
     )
     encoder_identity: str = Field(
         "", description="digest of the encoder to insist on, where none lies beside the model"
+    )
+    encoder_drifts: Path | None = Field(
+        None,
+        description="file of `zimage-client verify-encoder --write`: other encoders that are "
+        "taken, with a warning, and what they were measured to lose",
+    )
+    encoder_drift_limit: float = Field(
+        NEAR_COSINE, gt=0, le=1, description="least cosine of the worst token of one of these"
     )
     vae: Path | None = Field(
         None,
@@ -596,6 +610,11 @@ def keep_compiled_code() -> None:
         return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def are_threads_given() -> bool:
+    """Whether somebody has decided how many threads libraries compute with."""
+    return bool(os.environ.get("OMP_NUM_THREADS"))
 
 
 def bound_kernel_caches() -> None:

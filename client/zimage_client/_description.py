@@ -18,6 +18,11 @@ class WorkerState:
     call_count: int
     restart_count: int
     """How often it died or hung and was replaced."""
+    load_seconds: float
+    """From the start of its process until it could serve; 0 while it loads."""
+    memory_bytes: Mapping[str, int]
+    """What its process holds: "host", "device" and "device_reserved" now, "host_peak" and
+    "device_peak" at most; empty while it loads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,8 @@ class Provenance:
     recipe: Recipe
     numerics: Numerics
     token_count: int
+    worst_cosine: float | None = None
+    """How near the encoder was measured to be to the one that the DiT pins; None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)

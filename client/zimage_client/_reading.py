@@ -258,6 +258,8 @@ def _worker(message: types_pb2.Worker) -> WorkerState:
         work=message.work,
         call_count=message.call_count,
         restart_count=message.restart_count,
+        load_seconds=message.load_seconds,
+        memory_bytes=dict(message.memory_bytes),
     )
 
 
@@ -297,6 +299,7 @@ def provenance(message: dit_pb2.ConditioningProvenance) -> Provenance:
         recipe=embeddings.recipe_from_wire(message.recipe),
         numerics=_numerics(message.numerics),
         token_count=message.token_count,
+        worst_cosine=message.worst_cosine or None,
     )
 
 

@@ -1,4 +1,5 @@
-"""Which embeddings this model takes: those of the encoder that it belongs to."""
+"""Which embeddings this model takes: those of the encoder that it belongs to, and by the settings
+those of others that were measured to be near."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -6,6 +7,7 @@ from dataclasses import dataclass, replace
 from dit_service import messages
 from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding
 from zimage_core.errors import InvalidRequest, NotReady
+from zimage_core.formats import drift_file
 from zimage_core.settings import DitSettings
 from zimage_core.wire import embeddings
 from zimage_core.wire.tensors import digest
@@ -24,6 +26,8 @@ class CheckedEmbedding:
     """Whether its encoder is surely the right one."""
     digest: types_pb2.Digest
     """The name of its elements."""
+    worst_cosine: float = 0.0
+    """How near its encoder was measured to be to the right one; 0 for nobody knows, or need to."""
 
     @property
     def is_hollow(self) -> bool:
@@ -44,6 +48,7 @@ class CheckedEmbedding:
             numerics=embeddings.numerics_to_wire(self.embedding.numerics),
             token_count=self.embedding.token_count,
             identity_verified=self.identity_verified,
+            worst_cosine=self.worst_cosine,
         )
 
 
@@ -52,7 +57,9 @@ class EncoderPin:
 
     def __init__(self, settings: DitSettings) -> None:
         self._settings = settings
-        self._warned = False
+        self._drifts = drift_file.read(settings.encoder_drifts) if settings.encoder_drifts else []
+        self._warned: set[str] = set()
+        """Of these encoders."""
 
     def usual(self, model: messages.Model) -> str:
         """The identity insisted on at the usual hidden layer; empty when there is none."""
@@ -79,30 +86,59 @@ class EncoderPin:
             allowed = f"{min(known)} to {max(known)} for its encoder"
             raise _mismatch(field, "hidden layer", layer, allowed)
         pinned = self._at(layer, model)
-        if pinned and embedding.identity != pinned:
-            raise NotReady(
-                f"{field}: the embedding comes from encoder {embedding.identity or '(unnamed)'} "
-                f"at hidden layer {layer}; this model belongs to {pinned}",
-                reason="ENCODER_MISMATCH",
-                fields={"field": field, "given": embedding.identity, "allowed": pinned},
-            )
+        is_own = bool(pinned) and embedding.identity == pinned
+        cosine = self._measured(embedding, pinned, field) if pinned else 0.0
         if not pinned:
-            self._warn_once(embedding)
-        return CheckedEmbedding(embedding, bool(pinned), digest(embedding.tensor, named))
+            self._warn_once(
+                "",
+                "no encoder is pinned: embeddings of any encoder of the right width are taken; "
+                f"set encoder_identity to insist on one (this one is {_name(embedding)})",
+            )
+        elif not is_own:
+            self._warn_once(
+                embedding.identity,
+                f"embeddings of encoder {_name(embedding)} are taken for those of {pinned}: "
+                f"cosine {cosine:.5f} at the worst, as encoder_drifts has it",
+            )
+        return CheckedEmbedding(embedding, is_own, digest(embedding.tensor, named), cosine)
+
+    def _measured(self, embedding: Embedding, pinned: str, field: str) -> float:
+        """How near the encoder is to the one that is pinned, 0 where nobody measured that one
+        itself. Raises NotReady for a stranger, and for one that is too far."""
+        given, weights = embedding.identity, embedding.numerics.weights
+        own = [drift for drift in self._drifts if (drift.pinned, drift.identity) == (pinned, given)]
+        known = [drift.worst_cosine for drift in own if drift.numerics.weights == weights]
+        if not known and given != pinned:
+            raise NotReady(
+                f"{field}: the embedding comes from encoder {_name(embedding)} at hidden layer "
+                f"{embedding.recipe.hidden_layer}; this model belongs to {pinned}",
+                reason="ENCODER_MISMATCH",
+                fields={"field": field, "given": given, "allowed": pinned},
+            )
+        cosine, limit = min(known, default=0.0), self._settings.encoder_drift_limit
+        if known and cosine < limit:
+            raise NotReady(
+                f"{field}: encoder {_name(embedding)}, weights {weights}, is too far from "
+                f"{pinned}: cosine {cosine:.5f} at the worst, {limit} are asked for "
+                "(encoder_drift_limit)",
+                reason="ENCODER_DRIFT",
+                fields={"field": field, "given": given, "allowed": pinned},
+            )
+        return cosine
 
     def _at(self, hidden_layer: int, model: messages.Model) -> str:
         if model.encoder_identities:
             return model.encoder_identities.get(hidden_layer, "")
         return self._settings.encoder_identity
 
-    def _warn_once(self, embedding: Embedding) -> None:
-        if not self._warned:
-            self._warned = True
-            _log.warning(
-                "no encoder is pinned: embeddings of any encoder of the right width are taken; set "
-                "encoder_identity to insist on one (this one is %s)",
-                embedding.identity or "unnamed",
-            )
+    def _warn_once(self, encoder: str, said: str) -> None:
+        if encoder not in self._warned:
+            self._warned.add(encoder)
+            _log.warning("%s", said)
+
+
+def _name(embedding: Embedding) -> str:
+    return embedding.identity or "(unnamed)"
 
 
 def _mismatch(field: str, what: str, given: int, allowed: str) -> InvalidRequest:

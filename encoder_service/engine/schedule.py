@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from encoder_service.engine.prefixes import Prefixes
+from encoder_service.engine.residence import Residence
 from encoder_service.messages import Encode, Encoded
 from encoder_service.model.qwen import Qwen3Encoder, Run, Text
 from zimage_core.errors import NotReady, ZImageError
@@ -23,6 +24,7 @@ from zimage_core.tensors import TensorData
 _log = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 32
+_IDLE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,17 @@ class _Item:
 class Schedule:
     """One batch after the other: a caller who sends many shares each with those who send few."""
 
-    def __init__(self, encoder: Qwen3Encoder, port: Port, settings: EncoderSettings) -> None:
+    def __init__(
+        self,
+        encoder: Qwen3Encoder,
+        port: Port,
+        settings: EncoderSettings,
+        residence: Residence | None = None,
+    ) -> None:
+        """With a residence, weights are on the device only while there is work."""
         self._encoder = encoder
         self._port = port
+        self._residence = residence
         self._seconds_at_once = settings.max_batch_ms / 1000
         self._most_tokens = settings.max_batch_tokens
         self._prefixes = Prefixes(settings.prefix_cache_bytes)
@@ -50,6 +60,8 @@ class Schedule:
 
     def warm_up(self) -> None:
         """Touches every weight, then measures what a prompt takes."""
+        if self._residence:
+            self._residence.arrive()
         text = Text([0] * _WARM_UP_TOKENS, ((self._encoder.deepest, 1.0),))
         self._encoder([text])
         began = time.monotonic()
@@ -63,11 +75,21 @@ class Schedule:
         """Until the process ends."""
         while True:
             if not self._lanes:
-                self._take(self._port.next_call())
+                self._take(self._awaited())
             for submitted in self._port.new_calls():
                 self._take(submitted)
             if batch := self._next():
                 self._run(batch)
+
+    def _awaited(self) -> Submit:
+        """The next call. Where it does not come soon, the device's memory is given back."""
+        if self._residence and not self._residence.is_away:
+            soon = self._port.next_call_within(_IDLE_SECONDS)
+            if soon:
+                return soon
+            self._prefixes.clear()
+            self._residence.leave()
+        return self._port.next_call()
 
     def _take(self, submitted: Submit) -> None:
         self._lanes.setdefault(_asked(submitted).caller, deque()).append(submitted)
@@ -126,6 +148,8 @@ class Schedule:
                 self._run([replace(item, text=alone)])
 
     def _encode(self, batch: Sequence[_Item]) -> None:
+        if self._residence:
+            self._residence.arrive()
         texts = [item.text for item in batch]
         tokens = sum(len(text.rest) for text in texts)
         self._port.announce("encode", self._seconds_per_token * tokens)

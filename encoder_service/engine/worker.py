@@ -4,12 +4,14 @@ from importlib.metadata import version
 
 import torch
 
+from encoder_service.engine.residence import Residence
 from encoder_service.engine.schedule import Schedule, type_name
 from encoder_service.messages import Encoder
 from encoder_service.model import loading
 from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.formats import weights
 from zimage_core.formats.encoder_files import EncoderFiles
+from zimage_core.serving import cpus
 from zimage_core.serving.child import Port
 from zimage_core.settings import EncoderSettings
 from zimage_core.wire.identities import encoder_identities
@@ -22,14 +24,24 @@ def main(port: Port, settings: EncoderSettings) -> None:
     """Serves calls until the process ends."""
     port.announce("load", _loading_seconds(settings))
     files = EncoderFiles.of(settings.model, settings.tokenizer)
+    device = loading.choose_device(settings.device)
+    is_resident = device.type == "cpu" or not settings.cpu_offload
+    if device.type == "cpu" and (threads := cpus.settle()):
+        torch.set_num_threads(threads)
     encoder = loading.load(
-        files, settings.max_hidden_layer, settings.device, settings.dtype, settings.weights
+        files,
+        settings.max_hidden_layer,
+        settings.device,
+        settings.dtype,
+        settings.weights,
+        is_resident=is_resident,
     )
     identities = encoder_identities(files)
     _settle_threads(encoder)
-    schedule = Schedule(encoder, port, settings)
+    residence = None if is_resident else Residence(encoder, device)
+    schedule = Schedule(encoder, port, settings, residence)
     schedule.warm_up()
-    port.ready(_description(encoder, identities, settings.weights))
+    port.ready(_description(encoder, identities, device, settings.weights))
     schedule.serve()
 
 
@@ -40,7 +52,9 @@ def _settle_threads(encoder: Qwen3Encoder) -> None:
         torch.set_num_threads(1)
 
 
-def _description(encoder: Qwen3Encoder, identities: dict[int, str], form: str) -> Encoder:
+def _description(
+    encoder: Qwen3Encoder, identities: dict[int, str], device: torch.device, form: str
+) -> Encoder:
     table = encoder.embed_tokens.weight
     return Encoder(
         identities=identities,
@@ -51,7 +65,7 @@ def _description(encoder: Qwen3Encoder, identities: dict[int, str], form: str) -
         weight_type=type_name(table.dtype),
         weights=form,
         engine=f"transformers {version('transformers')}",
-        device=table.device.type,
+        device=device.type,
     )
 
 

@@ -1,11 +1,12 @@
 """From files to an encoder on its device: what is read, to where, in which type."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3Config
 
 from encoder_service.model import narrow
@@ -20,10 +21,17 @@ _FAMILY = "qwen3"
 
 
 def load(
-    files: EncoderFiles, deepest: int, device: str, dtype: str, form: str = FULL
+    files: EncoderFiles,
+    deepest: int,
+    device: str,
+    dtype: str,
+    form: str = FULL,
+    *,
+    is_resident: bool = True,
 ) -> Qwen3Encoder:
     """Reads the weights up to the hidden state `deepest`, those of the layers' linears in a narrow
-    form if one is given; "auto" chooses device and type."""
+    form if one is given; "auto" chooses device and type. Those that are not resident stay in host
+    memory, for whoever brings them to the device."""
     config = _config(files)
     if not -config.num_hidden_layers - 1 <= deepest <= -1:
         raise InvalidSettings(
@@ -41,8 +49,10 @@ def load(
             f"weights {form}: {why}; take int8 or full", fields={"field": "weights", "given": form}
         )
     computing = choose_type(dtype, target, next(iter(stored.values())))
-    _read(encoder, files, form, target, computing)
-    encoder.rotary_emb.to(target)
+    place = target if is_resident else torch.device("cpu")
+    narrowed = partial(narrow.linear, form=form, device=target) if form != FULL else None
+    _read(encoder, files, narrowed, place, computing)
+    encoder.rotary_emb.to(place)
     return encoder.requires_grad_(False).eval()
 
 
@@ -110,16 +120,20 @@ def _stored(files: EncoderFiles, encoder: Qwen3Encoder) -> dict[str, torch.dtype
 
 
 def _read(
-    encoder: Qwen3Encoder, files: EncoderFiles, form: str, device: torch.device, dtype: torch.dtype
+    encoder: Qwen3Encoder,
+    files: EncoderFiles,
+    narrowed: Callable[[Tensor], nn.Module] | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """One tensor at a time, straight to the device: never two copies of more than one."""
     wanted = encoder.state_dict()
-    linears = set(encoder.linears()) if form != FULL else set()
+    linears = encoder.linears() if narrowed else ()
     values = _blocks if files.is_gguf else _tensors
     for name, value in values(files, wanted.keys(), device):
         module = name.removesuffix(".weight")
-        if module in linears:
-            encoder.set_submodule(module, narrow.linear(value.to(dtype), form))
+        if narrowed and module in linears:
+            encoder.set_submodule(module, narrowed(value.to(dtype)))
         else:
             wanted[name] = value.to(dtype)
     encoder.load_state_dict({name: wanted[name] for name in encoder.state_dict()}, assign=True)

@@ -20,7 +20,7 @@ FULL, INT8, INT8_DYNAMIC, INT4 = "full", "int8", "int8_dynamic", "int4"
 
 _LARGEST, _ZERO, _SECOND = 127.0, 128, 254.0
 _SMALLEST = 1e-12
-_GROUP, _LEVELS = 64, 15.0
+_GROUP, _LEVELS, _PACKED_BY = 64, 15.0, 16
 _INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 _FEWEST_ROWS, _ROWS_BY = 17, 8
 """What an NVIDIA GPU's integer product takes."""
@@ -37,14 +37,15 @@ def obstacle(form: str, device: torch.device) -> str:
     return ""
 
 
-def linear(weight_OI: Tensor, form: str) -> nn.Module:
-    """One with these weights, on their device, for inputs of their type."""
+def linear(weight_OI: Tensor, form: str, device: torch.device) -> nn.Module:
+    """One with these weights, where they are, for inputs of their type; it will run on `device`."""
+    is_cpu = device.type == "cpu"
     if form == INT4:
         if weight_OI.shape[1] % _GROUP:
-            return linear(weight_OI, INT8)
-        on_cpu = weight_OI.device.type == "cpu" and weight_OI.shape[0] % 16 == 0
-        return PackedHalves(weight_OI) if on_cpu else WidenedHalves(weight_OI)
-    if weight_OI.device.type == "cpu" and _multiplies_integers():
+            return linear(weight_OI, INT8, device)
+        is_packed = is_cpu and weight_OI.shape[0] % _PACKED_BY == 0
+        return PackedHalves(weight_OI) if is_packed else WidenedHalves(weight_OI)
+    if is_cpu and _multiplies_integers():
         return Integers(weight_OI, is_dynamic=form == INT8_DYNAMIC)
     return CudaIntegers(weight_OI) if form == INT8_DYNAMIC else WidenedIntegers(weight_OI)
 
@@ -100,8 +101,9 @@ class CudaIntegers(nn.Module):
 
     def __init__(self, weight_OI: Tensor) -> None:
         super().__init__()
-        values_OI, self._scale_O1 = _rounded(weight_OI)
-        self._values_IO = values_OI.T
+        values_OI, scale_O1 = _rounded(weight_OI)
+        self._values_OI = _Moved(values_OI)
+        self._scale_O1 = _Moved(scale_O1)
 
     def forward(self, x_1TI: Tensor) -> Tensor:
         """The product, [1, T, O]."""
@@ -111,7 +113,7 @@ class CudaIntegers(nn.Module):
         count = len(whole_TI)
         rows = -(-max(count, _FEWEST_ROWS) // _ROWS_BY) * _ROWS_BY
         whole_TI = functional.pad(whole_TI, (0, 0, 0, rows - count))
-        product_TO = torch._int_mm(whole_TI, self._values_IO)[:count].float()
+        product_TO = torch._int_mm(whole_TI, self._values_OI.T)[:count].float()
         return product_TO.mul_(scale_T1).mul_(self._scale_O1.T).to(x_1TI.dtype).unsqueeze(0)
 
 
@@ -120,8 +122,10 @@ class WidenedIntegers(nn.Module):
 
     def __init__(self, weight_OI: Tensor) -> None:
         super().__init__()
-        self._values_OI, scale_O1 = _rounded(weight_OI)
-        self._scale_O = scale_O1.flatten().to(weight_OI.dtype)
+        values_OI, scale_O1 = _rounded(weight_OI)
+        scale_O = scale_O1.flatten().to(weight_OI.dtype)
+        self._values_OI = _Moved(values_OI)
+        self._scale_O = _Moved(scale_O)
 
     def forward(self, x_1TI: Tensor) -> Tensor:
         """The product, [1, T, O]."""
@@ -152,9 +156,10 @@ class WidenedHalves(nn.Module):
     def __init__(self, weight_OI: Tensor) -> None:
         super().__init__()
         levels_OI, scale_OG, least_OG = _levels(weight_OI)
-        self._halves = levels_OI[:, ::2] | levels_OI[:, 1::2] << 4
-        self._scale_OG1 = scale_OG.to(weight_OI.dtype).unsqueeze(-1)
-        self._least_OG1 = least_OG.to(weight_OI.dtype).unsqueeze(-1)
+        halves = levels_OI[:, ::2] | levels_OI[:, 1::2] << 4
+        groups = (one.to(weight_OI.dtype).unsqueeze(-1) for one in (scale_OG, least_OG))
+        self._halves = _Moved(halves)
+        self._scale_OG1, self._least_OG1 = map(_Moved, groups)
 
     def forward(self, x_1TI: Tensor) -> Tensor:
         """The product, [1, T, O]."""
@@ -162,6 +167,11 @@ class WidenedHalves(nn.Module):
         groups_OGN = levels_OI.unflatten(1, (-1, _GROUP)).to(x_1TI.dtype)
         weight_OGN = torch.addcmul(self._least_OG1, groups_OGN, self._scale_OG1)
         return functional.linear(x_1TI, weight_OGN.flatten(1))
+
+
+def _Moved(tensor: Tensor) -> nn.Buffer:  # noqa: N802 - what it makes
+    """Goes where the module goes."""
+    return nn.Buffer(tensor, persistent=False)
 
 
 def _rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

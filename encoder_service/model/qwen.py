@@ -99,10 +99,10 @@ class Qwen3Encoder(nn.Module):
             if whole is not None
         ]
 
-    def linears(self) -> list[str]:
+    def linears(self) -> set[str]:
         """The names of those in the layers: nearly all of the weights, but for the table."""
         found = self.layers.named_modules(prefix="layers")
-        return [name for name, module in found if isinstance(module, nn.Linear)]
+        return {name for name, module in found if isinstance(module, nn.Linear)}
 
     def _by_depth(self, blend: Blend) -> dict[int, float]:
         """The parts of a blend by how many layers come before."""

@@ -1,6 +1,7 @@
 """The DiT service as it runs: real processes, real sockets, the SDK as its users have it."""
 
 import json
+import shutil
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.services import PATIENCE_SECONDS, Service, answer, free_address, running
 from zimage_client import (
@@ -233,6 +235,43 @@ def test_embeddings_of_another_encoder_are_refused(client: Client, base_folder: 
         client.generate(embedding)
     assert refusal.value.reason == "ENCODER_MISMATCH"
     assert embedding.identity in refusal.value.message
+
+
+def test_a_measured_stranger_is_taken_by_a_setting(
+    encoder: Service, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that lost a little is another encoder; how near it is was measured."""
+    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    [path] = (other / "text_encoder").glob("*.safetensors")
+    save_file({name: one.half() for name, one in load_file(path).items()}, path)
+    drifts = tmp_path / "drifts.json"
+    with running("encoder_service", "--model", str(other)) as stranger:
+        stranger.wait_until("SERVING")
+        both = [encoder.address, stranger.address]
+        assert command(["verify-encoder", *both, "--write", str(drifts)]) == 1
+        assert "this is near" in capsys.readouterr().out
+        with Client(encoder=stranger.address) as encoding:
+            embedding = encoding.encode(PROMPT)
+    model = "--model", str(model_folder), "--encoder-drifts", str(drifts)
+    with running("dit_service", *model) as dit, Client(dit.address) as client:
+        dit.wait_until("SERVING")
+        of = client.generate(embedding, seed=1, steps=1).completed.positive
+        assert not of.identity_verified
+        assert of.worst_cosine is not None
+        assert 0.995 < of.worst_cosine < 1
+        told = dit.wait_for_line(embedding.identity, "are taken for those of")
+        assert f"cosine {of.worst_cosine:.5f} at the worst" in told
+        with pytest.raises(NotReady) as refusal:
+            client.generate(replace(embedding, identity="ab" * 32))
+        assert refusal.value.reason == "ENCODER_MISMATCH"
+    limit = "--encoder-drift-limit", "1"
+    with running("dit_service", *model, *limit) as dit, Client(dit.address) as client:
+        dit.wait_until("SERVING")
+        with pytest.raises(NotReady) as refusal:
+            client.generate(embedding)
+        assert refusal.value.reason == "ENCODER_DRIFT"
+        own = json.loads(drifts.read_text())["drifts"][0]["pinned"]
+        assert {embedding.identity, own} <= set(refusal.value.fields.values())
 
 
 @pytest.mark.parametrize("layer", [0, 5, -9])

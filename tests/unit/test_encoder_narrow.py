@@ -41,7 +41,7 @@ def _run(module: nn.Module, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(("form", "least"), [(INT8, 0.9999), (INT8_DYNAMIC, 0.999), (INT4, 0.99)])
 def test_every_token_keeps_its_direction(form: str, least: float, dtype: torch.dtype) -> None:
     tokens = _tokens().to(dtype)
-    module = narrow.linear(_weight().to(dtype), form)
+    module = narrow.linear(_weight().to(dtype), form, CPU)
     found = _run(module, tokens).float()
     assert cosine_similarity(found, tokens.float() @ _weight().T).min() > least
 
@@ -69,7 +69,7 @@ def test_no_token_changes_another(is_dynamic: bool) -> None:
 def test_another_device_multiplies_the_same_integers(count: int) -> None:
     tokens = _tokens(count)
     found = _run(narrow.CudaIntegers(_weight()), tokens)
-    whole = _run(narrow.linear(_weight(), INT8_DYNAMIC), tokens)
+    whole = _run(narrow.linear(_weight(), INT8_DYNAMIC, CPU), tokens)
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
@@ -83,9 +83,9 @@ def test_half_bytes_are_the_same_however_they_lie() -> None:
 
 def test_half_bytes_need_whole_groups() -> None:
     assert not isinstance(
-        narrow.linear(_weight(inputs=96), INT4), narrow.PackedHalves | narrow.WidenedHalves
+        narrow.linear(_weight(inputs=96), INT4, CPU), narrow.PackedHalves | narrow.WidenedHalves
     )
-    assert isinstance(narrow.linear(_weight(outputs=90), INT4), narrow.WidenedHalves)
+    assert isinstance(narrow.linear(_weight(outputs=90), INT4, CPU), narrow.WidenedHalves)
 
 
 def test_what_a_device_cannot_do_is_refused_by_name() -> None:
@@ -100,7 +100,7 @@ def test_an_old_cpu_takes_the_slower_way(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert isinstance(narrow.linear(_weight(), INT8), narrow.WidenedIntegers)
+    assert isinstance(narrow.linear(_weight(), INT8, CPU), narrow.WidenedIntegers)
     with pytest.raises(InvalidSettings, match=r"int8_dynamic: this CPU .* take int8 or full"):
         load(EncoderFiles.of(model_folder), -2, "cpu", "float32", INT8_DYNAMIC)
 
@@ -110,7 +110,7 @@ def test_a_whole_encoder(model_folder: Path, form: str, least: float) -> None:
     files, text = EncoderFiles.of(model_folder), Text(TOKENS, ((-2, 1.0),))
     [exact] = load(files, -2, "cpu", "float32")([text])
     encoder = load(files, -2, "cpu", "float32", form)
-    assert encoder.linears() == []
+    assert encoder.linears() == set()
     [found] = encoder([text])
     assert cosine_similarity(found.state, exact.state).min() > least
     others = [Text(list(range(index, 60)), ((-2, 1.0),)) for index in range(3)]

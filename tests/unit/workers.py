@@ -9,7 +9,9 @@ from typing import Any
 
 from dit_service import messages
 from zimage_core.errors import InvalidModel, InvalidRequest
+from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.serving.child import Port
+from zimage_core.settings import EncoderSettings
 
 
 def echo(port: Port, settings: object) -> None:
@@ -51,6 +53,22 @@ def pictures(port: Port, settings: object) -> None:
             for index in range(2):
                 port.emit(submitted.call, messages.Picture(index, bytes(64 * 64 * 3)))
             port.emit(submitted.call, messages.Spent(step_count=2, forward_count=2, occupancy=2))
+
+
+def offloaded_encoder(port: Port, settings: EncoderSettings) -> None:
+    """Its weights come and go, though from host memory to host memory."""
+    import torch
+
+    from encoder_service.engine.residence import Residence
+    from encoder_service.engine.schedule import Schedule
+    from encoder_service.model import loading
+
+    files = EncoderFiles.of(settings.model)
+    encoder = loading.load(files, -2, "cpu", settings.dtype)
+    schedule = Schedule(encoder, port, settings, Residence(encoder, torch.device("cpu")))
+    schedule.warm_up()
+    port.ready(settings)
+    schedule.serve()
 
 
 def _serve(port: Port, settings: object, folder: Path, studio: Any) -> None:

@@ -37,12 +37,19 @@ class Port:
     def next_call(self) -> pipe.Submit:
         """The oldest new call that is still wanted; waits for one."""
         while True:
-            if self._announced is not None and self._inbox.empty():
-                self._announced = None
-                self._send(pipe.Idle())
-            submitted = self._inbox.get()
-            if not self.is_cancelled(submitted.call):
+            if submitted := self.next_call_within(None):
                 return submitted
+
+    def next_call_within(self, seconds: float | None) -> pipe.Submit | None:
+        """The same, or None where none came in time, or one that is not wanted any more."""
+        if self._announced is not None and self._inbox.empty():
+            self._announced = None
+            self._send(pipe.Idle())
+        try:
+            submitted = self._inbox.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        return None if self.is_cancelled(submitted.call) else submitted
 
     def new_calls(self) -> Iterator[pipe.Submit]:
         """The new calls that are there already."""

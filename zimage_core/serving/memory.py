@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _PAGES = Path("/proc/self/statm")
@@ -11,13 +12,15 @@ _FORGET_THE_PEAK = "5"
 
 def held() -> dict[str, int]:
     """Bytes on the host, and on the device where that has memory of its own: what tensors take, and
-    what was reserved for them. Asks the torch that is there: this room imports none."""
-    found = _host()
+    what was reserved for them, with the peaks of both. Asks the torch that is there: this room
+    imports none."""
+    found = _host() | _host_most()
     torch = sys.modules.get("torch")
     if torch is None:
         return found
     if torch.cuda.is_initialized():
         found["device"] = torch.cuda.memory_allocated()
+        found["device_peak"] = torch.cuda.max_memory_allocated()
         found["device_reserved"] = torch.cuda.memory_reserved()
     elif torch.backends.mps.is_available() and torch.mps.driver_allocated_memory():
         found["device"] = torch.mps.current_allocated_memory()
@@ -39,13 +42,19 @@ def used_and_peak() -> tuple[int, int]:
 
 
 def _host_peak() -> int:
-    try:
-        lines = _STATUS.read_text().splitlines()
-        peak = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+    peak = _host_most().get("host_peak", 0)
+    with suppress(OSError):
         _MARKS.write_text(_FORGET_THE_PEAK)
-    except (OSError, StopIteration):
-        return 0
     return peak
+
+
+def _host_most() -> dict[str, int]:
+    """At its peak, where the system tells."""
+    with suppress(OSError, StopIteration):
+        lines = _STATUS.read_text().splitlines()
+        most = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+        return {"host_peak": most}
+    return {}
 
 
 def _host() -> dict[str, int]:

@@ -37,7 +37,8 @@ WORKER_SECONDS = Counter(
 )
 WORKER_MEMORY = Gauge(
     "zimage_worker_memory_bytes",
-    "what the worker's process holds: host, device (tensors), device_reserved (for tensors)",
+    "what the worker's process holds: host, device (tensors), device_reserved (for tensors), and "
+    "held at most: host_peak, device_peak",
     ["kind"],
 )
 

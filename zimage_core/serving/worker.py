@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
@@ -46,6 +46,8 @@ class Worker:
         self._work: pipe.Working | None = None
         self._work_began = 0.0
         self._lives = 0
+        self._load_seconds = 0.0
+        self._memory: Mapping[str, int] = {}
         metrics.WORKER_CALLS.set_function(lambda: len(self._calls))
         self.description: object | None = None
         """What the worker said of itself when it was ready; None until then."""
@@ -81,6 +83,8 @@ class Worker:
             work=self._work.what if self._work else "",
             call_count=len(self._calls),
             restart_count=max(0, self._lives - 1),
+            load_seconds=0.0 if is_loading else self._load_seconds,
+            memory_bytes=self._memory,
         )
 
     async def call(self, payload: object) -> AsyncGenerator[object, None]:
@@ -123,7 +127,8 @@ class Worker:
     async def _listen(self, reader: asyncio.StreamReader, process: BaseProcess) -> None:
         """Hands out what the worker says, until it falls silent for good."""
         self._work = None
-        work_ends = float("inf")
+        work_ends, began = float("inf"), time.monotonic()
+        self._memory = {}
         metrics.WORKER_MEMORY.clear()
         while True:
             patience = min(self._watchdog.silence_seconds, work_ends - time.monotonic())
@@ -139,6 +144,7 @@ class Worker:
                     _log.error("worker %s died with exit code %s", process.pid, process.exitcode)
                     return
                 case pipe.Alive(memory):
+                    self._memory = memory
                     metrics.enter_memory(memory)
                 case pipe.Event() | pipe.Finished():
                     self._deliver(message)
@@ -151,6 +157,7 @@ class Worker:
                     work_ends = float("inf")
                 case pipe.Ready(description):
                     self.description = description
+                    self._load_seconds = time.monotonic() - began
                     self._on_ready(True)
                 case pipe.LoadFailed(error):
                     raise error

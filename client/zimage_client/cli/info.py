@@ -23,6 +23,12 @@ from zimage_core.tls import Credentials
 
 Description = DitDescription | EncoderDescription
 
+_MEMORY = {
+    "device": "on the device",
+    "device_peak": "at most",
+    "host": "in RAM",
+    "host_peak": "at most",
+}
 _REACHED, _UNREACHABLE = 0, 4
 
 
@@ -100,7 +106,7 @@ def _told(
 
 def _of_dit(it: DitDescription) -> Iterator[tuple[str, str]]:
     yield "version", it.version
-    yield "worker", _state(it.worker)
+    yield from _process(it.worker)
     yield "prompts", "by its encoder" if it.has_encoder else "no encoder: embeddings alone"
     if it.model is None or it.limits is None or it.numeric_plan is None:
         return
@@ -132,7 +138,7 @@ def _of_dit(it: DitDescription) -> Iterator[tuple[str, str]]:
 
 def _of_encoder(it: EncoderDescription) -> Iterator[tuple[str, str]]:
     yield "version", it.version
-    yield "worker", _state(it.worker)
+    yield from _process(it.worker)
     if it.model is None:
         return
     model, numerics = it.model, it.model.numerics
@@ -143,6 +149,19 @@ def _of_encoder(it: EncoderDescription) -> Iterator[tuple[str, str]]:
     limits = f"{model.recipe.token_limit} tokens, {model.recipe.row_limit} rows"
     yield "limits", f"{limits}, {model.max_prompt_count} prompts a call"
     yield "features", ", ".join(it.features)
+
+
+def _process(worker: WorkerState) -> Iterator[tuple[str, str]]:
+    yield "worker", _state(worker)
+    if worker.load_seconds:
+        yield "loaded", f"in {worker.load_seconds:.1f} s"
+    held = [
+        f"{worker.memory_bytes[kind] / 1e9:.2f} GB {where}"
+        for kind, where in _MEMORY.items()
+        if kind in worker.memory_bytes
+    ]
+    if held:
+        yield "memory", ", ".join(held)
 
 
 def _state(worker: WorkerState) -> str:

@@ -6,11 +6,14 @@ import statistics
 from argparse import ArgumentParser, Namespace
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from zimage_client import AsyncClient, Embedding
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import wrong
 from zimage_core.drift import NEAR_COSINE, SAME_COSINE, cosines
+from zimage_core.formats import drift_file
+from zimage_core.formats.drift_file import Drift
 from zimage_core.settings import ClientSettings
 
 _WELL, _ILL = 0, 1
@@ -42,6 +45,13 @@ def add_flags(parser: ArgumentParser) -> None:
     parser.add_argument("one", nargs="?", metavar="A", help="address of an encoder service")
     parser.add_argument("other", nargs="?", metavar="B", help="address of another")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="add what was measured to a file for a DiT service's encoder_drifts, by which one "
+        "that belongs to A takes B's embeddings",
+    )
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int:
@@ -58,6 +68,15 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     ones, others = both
     worst, mean = _compared(ones, others)
     verdict, is_well = _verdict(ones[0], others[0], worst)
+    if args.write and worst is not None:
+        measured = Drift(
+            pinned=ones[0].identity,
+            identity=others[0].identity,
+            numerics=others[0].numerics,
+            worst_cosine=worst.cosine,
+            mean_cosine=mean,
+        )
+        drift_file.add(args.write, measured)
     if args.json:
         said = {
             "same_identity": ones[0].identity == others[0].identity,
@@ -96,10 +115,19 @@ def _verdict(one: Embedding, other: Embedding, worst: _Worst | None) -> tuple[st
     if worst is None:
         return "not taken: they make embeddings of different shapes", False
     if one.identity != other.identity:
-        said = f"{one.identity[:12]} is not {other.identity[:12]}"
-        return f"not taken: a DiT service pins the encoder, and {said} (ENCODER_MISMATCH)", False
+        near = "near" if worst.cosine >= NEAR_COSINE else "far"
+        return (
+            f"not taken: a DiT service pins the encoder, and {one.identity[:12]} is not "
+            f"{other.identity[:12]} (ENCODER_MISMATCH); with encoder_drifts it takes what is near, "
+            f"and this is {near}",
+            False,
+        )
     if worst.cosine >= SAME_COSINE:
         return "taken: the same encoder, as good as equal", True
     if worst.cosine >= NEAR_COSINE:
         return "taken: the same encoder; pictures may differ a little by who encodes", True
-    return "taken, but wrong: the same encoder by its weights, and its values are not", False
+    return (
+        "taken, but wrong: the same encoder by its weights, and its values are not; with "
+        "encoder_drifts it is refused (ENCODER_DRIFT)",
+        False,
+    )

@@ -837,10 +837,15 @@ class ConditioningProvenance(_message.Message):
     NUMERICS_FIELD_NUMBER: _builtins.int
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     IDENTITY_VERIFIED_FIELD_NUMBER: _builtins.int
+    WORST_COSINE_FIELD_NUMBER: _builtins.int
     token_count: _builtins.int
     """How many tokens the text had."""
     identity_verified: _builtins.bool
     """Whether the encoder is the one that this DiT pins: false when it pins none."""
+    worst_cosine: _builtins.float
+    """How near its encoder was measured to be to the pinned one: the cosine of the worst token of some probes; 0 where
+    nobody measured it.
+    """
     @_builtins.property
     def embedding_digest(self) -> _types_pb2.Digest:
         """SHA-256 of the tensor "embeddings"."""
@@ -866,10 +871,11 @@ class ConditioningProvenance(_message.Message):
         numerics: _types_pb2.Numerics | None = ...,
         token_count: _builtins.int = ...,
         identity_verified: _builtins.bool = ...,
+        worst_cosine: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embedding_digest", b"embedding_digest", "identity", b"identity", "numerics", b"numerics", "recipe", b"recipe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_digest", b"embedding_digest", "identity", b"identity", "identity_verified", b"identity_verified", "numerics", b"numerics", "recipe", b"recipe", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_digest", b"embedding_digest", "identity", b"identity", "identity_verified", b"identity_verified", "numerics", b"numerics", "recipe", b"recipe", "token_count", b"token_count", "worst_cosine", b"worst_cosine"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -664,10 +664,32 @@ class Worker(_message.Message):
     STATE_WORKING: Worker.State.ValueType  # 3
     """It computes."""
 
+    @_typing.final
+    class MemoryBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STATE_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
     CALL_COUNT_FIELD_NUMBER: _builtins.int
     RESTART_COUNT_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     state: Global___Worker.State.ValueType
     """What it does."""
     work: _builtins.str
@@ -676,6 +698,12 @@ class Worker(_message.Message):
     """How many calls it has."""
     restart_count: _builtins.int
     """How often it died or hung and was replaced."""
+    load_seconds: _builtins.float
+    """How long it took from the start of its process until it could serve; 0 while it loads."""
+    @_builtins.property
+    def memory_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """What its process holds, by kind: "host", "device", "device_reserved" now, "host_peak" and "device_peak" at most."""
+
     def __init__(
         self,
         *,
@@ -683,10 +711,12 @@ class Worker(_message.Message):
         work: _builtins.str = ...,
         call_count: _builtins.int = ...,
         restart_count: _builtins.int = ...,
+        load_seconds: _builtins.float = ...,
+        memory_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_count", b"call_count", "restart_count", b"restart_count", "state", b"state", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_count", b"call_count", "load_seconds", b"load_seconds", "memory_bytes", b"memory_bytes", "restart_count", b"restart_count", "state", b"state", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
