@@ -46,17 +46,25 @@ class Cache:
         """Of those that are kept."""
         metrics.ENCODER_CACHE_BYTES.set_function(lambda: self.bytes)
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether it can be had at once."""
+        return any(one in self._kept for one in _serving(key))
+
+    def drop(self, key: Key) -> None:
+        """Lets go of something that nobody will want."""
+        if tensor := self._kept.pop(key, None):
+            self.bytes -= len(tensor.data)
+
     async def of(self, key: Key, make: Make) -> TensorData:
         """What is kept, or comes of what somebody makes, or is made now: in a task of its own, that
         ends early when nobody waits for it any more. A failure is that of all who waited, and is
         not kept."""
-        serving = (key, replace(key, is_solo=True))
-        for one in serving:
+        for one in _serving(key):
             if one in self._kept:
                 metrics.ENCODER_CACHE.labels("hit").inc()
                 self._kept.move_to_end(one)
                 return self._kept[one]
-        making = next((self._making[one] for one in serving if one in self._making), None)
+        making = next((self._making[one] for one in _serving(key) if one in self._making), None)
         metrics.ENCODER_CACHE.labels("joined" if making else "miss").inc()
         if making is None:
             making = self._making[key] = _Making(key)
@@ -94,3 +102,8 @@ class Cache:
         while self.bytes > self._most_bytes:
             _, oldest = self._kept.popitem(last=False)
             self.bytes -= len(oldest.data)
+
+
+def _serving(key: Key) -> tuple[Key, Key]:
+    """What is as good as what is asked for."""
+    return key, replace(key, is_solo=True)

@@ -54,6 +54,8 @@ class _Asked:
     token_count: int
     """Of the whole text."""
     reply_bytes: int
+    whole_bytes: int
+    """Before a long one is made to fit."""
 
 
 class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
@@ -115,15 +117,17 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         """One after the other; what is not done and has a successor is left out."""
         self._worker.loaded(messages.Encoder)
         caller = next(self._callers)
+        ahead: Key | None = None
         async with aclosing(read_ahead(request_iterator, _READ_AHEAD)) as items:
             async for item, is_newest in items:
                 access.refuse_spent()
-                async with self._admission.turn(item.ByteSize()) as place:
-                    answer = encoder_pb2.EncodeSessionResponse(item_id=item.item_id)
-                    with _failing_alone(answer):
-                        await self._go_on(item, answer, caller, is_newest=is_newest)
-                    place.answered(answer.ByteSize())
-                    yield answer
+                answer = encoder_pb2.EncodeSessionResponse(item_id=item.item_id)
+                with _failing_alone(answer), self._admission.place():
+                    ran = await self._go_on(item, answer, caller, is_newest=is_newest)
+                    if ran and ahead:
+                        self._cache.drop(ahead)  # nobody will ask for what was left half typed
+                    ahead = None if item.submit else ran or ahead
+                yield answer
 
     async def CountTokens(  # noqa: N802
         self, request: encoder_pb2.CountTokensRequest, context: _Context
@@ -162,17 +166,21 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         caller: int,
         *,
         is_newest: bool,
-    ) -> None:
-        """What is run ahead stays in the cache, and its beginning with the worker."""
+    ) -> Key | None:
+        """What was run. What is run ahead stays in the cache, and its beginning with the worker."""
         prompt = embeddings.prompt_from_wire(item.prompt, field="prompt")
         if not item.submit:
             [count] = await self._counts([prompt])
             answer.count.CopyFrom(count)
             if not is_newest or not count.row_count:
-                return
-        encoded = await self._one(item.prompt, False, caller)
+                return None
+        encoder = self._worker.loaded(messages.Encoder)
+        [asked] = await self._read([prompt], False, encoder)
+        is_new = asked.key not in self._cache
+        encoded = await self._encoded(asked, caller, encoder)
         if item.submit:
             answer.embedding.CopyFrom(encoded)
+        return asked.key if is_new else None
 
     async def _counts(self, prompts: Sequence[Prompt]) -> list[encoder_pb2.TokenCount]:
         self._limits.check(prompts)
@@ -223,6 +231,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             recipe=recipe,
             token_count=len(ids),
             reply_bytes=byte_count(encoder.compute_type, (rows, encoder.width)) + ENVELOPE_BYTES,
+            whole_bytes=byte_count(encoder.compute_type, (len(ids), encoder.width)),
         )
 
     async def _encoded(
@@ -264,11 +273,12 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         return encoded.tensor
 
     def _cost(self, asked: Sequence[_Asked]) -> Cost:
-        tokens = [len(one.key.token_ids) for one in asked]
-        seconds = [self._encoding.expected(count, count) for count in tokens]
+        left = [one for one in asked if one.key not in self._cache]
+        lengths = [len(one.key.token_ids) for one in left]
+        seconds = [self._encoding.expected(count, count) for count in lengths]
         return Cost(
             seconds=None if None in seconds else sum(filter(None, seconds)),
-            bytes=sum(one.reply_bytes for one in asked),
+            bytes=sum(max(one.reply_bytes, one.whole_bytes) for one in asked),
         )
 
 

@@ -355,6 +355,15 @@ def test_a_file_of_prompts_becomes_a_folder_of_embeddings(
     source, folder = tmp_path / "prompts.jsonl", tmp_path / "out"
     source.write_text("\n".join(lines))
     asked = ["encode", "--batch", str(source), "-o", str(folder), "--encoder", service.address]
+    folder.mkdir()
+    (folder / "by hand.safetensors").write_text("somebody else's")
+    assert command([*asked, "--timeout", "0.001"]) == 1
+    assert "the same command goes on from here" in capsys.readouterr().err
+    (folder / "index.jsonl").unlink(missing_ok=True)
+    assert command(asked) == 1
+    assert "is there, and of no batch; add --overwrite" in capsys.readouterr().err
+    assert (folder / "by hand.safetensors").read_text() == "somebody else's"
+    shutil.rmtree(folder)
     assert command([*asked, "--json"]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {

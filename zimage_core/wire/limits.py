@@ -67,6 +67,7 @@ SERVICE_CONFIG = {
         {
             "name": [
                 {"service": "zimage_rpc.encoder.v1.EncoderService", "method": "Encode"},
+                {"service": "zimage_rpc.encoder.v1.EncoderService", "method": "CountTokens"},
                 {"service": "zimage_rpc.encoder.v1.EncoderService", "method": "Describe"},
                 {"service": "zimage_rpc.dit.v1.DitService", "method": "Describe"},
                 {"service": "zimage_rpc.dit.v1.DitService", "method": "AddAdapter"},

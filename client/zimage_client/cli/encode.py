@@ -1,5 +1,6 @@
 """`zimage-client encode`: a prompt in, an embedding file out; or many of them."""
 
+import asyncio
 import json
 import time
 from argparse import ArgumentParser, Namespace
@@ -10,9 +11,12 @@ from zimage_client.cli import output, prompt, stack
 from zimage_client.cli.terminal import Terminal
 from zimage_client.cli.usage import seconds, wrong
 from zimage_core.embeddings import like
+from zimage_core.errors import DeadlineTooShort
 from zimage_core.formats import embedding as embedding_file
 from zimage_core.formats.embedding import EmbeddingFile
 from zimage_core.settings import ClientSettings
+
+_PATIENCE_SECONDS = 30.0
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -43,7 +47,7 @@ def add_flags(parser: ArgumentParser) -> None:
     files.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     files.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument(
-        "--timeout", type=seconds, default=30.0, metavar="SECONDS", help="default: 30"
+        "--timeout", type=seconds, metavar="SECONDS", help="default: 30; of a batch, none"
     )
 
 
@@ -55,13 +59,20 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     if args.output is None:
         raise wrong("--output", "give the file to write, -o FILE; with --batch a folder")
     if args.batch is None:
+        if args.solo:
+            terminal.note("--solo has no effect: one PROMPT is always encoded alone")
         await _one(args, settings, terminal)
         return 0
     if args.negative_prompt is not None:
         raise wrong("--negative-prompt", "--negative-prompt is for one PROMPT, not for --batch")
     from zimage_client.cli import encode_batch  # pydantic takes its time
 
-    return await encode_batch.run(args, settings, terminal)
+    try:
+        async with asyncio.timeout(args.timeout):
+            return await encode_batch.run(args, settings, terminal)
+    except TimeoutError:
+        said = f"not all were encoded in {args.timeout:g} s; the same command goes on from here"
+        raise DeadlineTooShort(said) from None
 
 
 async def _one(args: Namespace, settings: ClientSettings, terminal: Terminal) -> None:
@@ -73,7 +84,9 @@ async def _one(args: Namespace, settings: ClientSettings, terminal: Terminal) ->
     async with stack.for_prompts(settings, terminal) as client:
         terminal.live("encoding")
         began = time.monotonic()
-        embedding, *negative = await client.encode(given, packing="solo", timeout=args.timeout)
+        embedding, *negative = await client.encode(
+            given, packing="solo", timeout=args.timeout or _PATIENCE_SECONDS
+        )
         took = time.monotonic() - began
     content = EmbeddingFile(embedding, given[0])
     if negative:
@@ -87,6 +100,7 @@ async def _one(args: Namespace, settings: ClientSettings, terminal: Terminal) ->
             "path": str(args.output),
             "token_count": embedding.token_count,
             "row_count": rows,
+            "long_prompt_mode": embedding.recipe.long_prompt_mode,
             "width": width,
             "element_type": embedding.tensor.element_type,
             "identity": embedding.identity,
@@ -97,5 +111,5 @@ async def _one(args: Namespace, settings: ClientSettings, terminal: Terminal) ->
     else:
         count = f"{embedding.token_count} tokens"
         if rows < embedding.token_count:
-            count += f", {rows} rows"
+            count += f", {rows} rows ({embedding.recipe.long_prompt_mode})"
         terminal.result(f"{args.output}  {count}  {took:.1f} s")

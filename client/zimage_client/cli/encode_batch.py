@@ -4,9 +4,11 @@ The folder's index.jsonl says what became of each line; whoever asks again goes 
 """
 
 import asyncio
+import errno
 import hashlib
 import json
 import re
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +31,8 @@ _DONE, _SOME_FAILED = 0, 1
 _INDEX = "index.jsonl"
 _NAME = re.compile(r"\w[\w .-]{0,199}", re.ASCII)
 _MOST_SHOWN = 10
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the next line would meet as well."""
 _LOADING_SECONDS = 1.0
 """Between two looks at an encoder that loads."""
 
@@ -70,6 +74,12 @@ class _Batch:
     total: int
     terminal: Terminal
     index: TextIOWrapper
+    known: dict[Path, str]
+    """The keys of the files that an earlier start finished."""
+    strangers: set[Path]
+    """Files that were in the folder before any batch, which stay."""
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    """Lines that are wrong are found in another thread."""
     done: int = 0
     failed: int = 0
     sent: int = 0
@@ -78,8 +88,9 @@ class _Batch:
 
     def enter(self, line: int, **said: object) -> None:
         """What is known at once, and at the next start."""
-        self.index.write(json.dumps({"line": line, **said}) + "\n")
-        self.index.flush()
+        with self.writing:
+            self.index.write(json.dumps({"line": line, **said}) + "\n")
+            self.index.flush()
         self.count()
 
     def fail(self, line: int, error: ZImageError) -> None:
@@ -106,14 +117,16 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
     with source.open("rb") as file:
         total = sum(1 for line in file if line.strip())
     folder.mkdir(parents=True, exist_ok=True)
+    is_new = not (folder / _INDEX).exists() and not args.overwrite
+    strangers = set(folder.iterdir()) if is_new else set()
     async with stack.for_prompts(settings, terminal) as client:
         how = f"{await _encoder(client)} {args.solo} {args.no_prompt}"
         known = _known(folder / _INDEX)
         with (folder / _INDEX).open("a", encoding="utf-8") as index:
             if index.tell():
                 index.write("\n")  # the last line may be torn
-            batch = _Batch(folder, total, terminal, index)
-            prompts = _prompts(source, base, how, known, batch)
+            batch = _Batch(folder, total, terminal, index, known, strangers)
+            prompts = _prompts(source, base, how, batch)
             answers = client.encode_stream(prompts, packing="solo" if args.solo else "shared")
             async for number, result in answers:
                 await _keep(batch, batch.open.pop(number), result, has_prompt=not args.no_prompt)
@@ -150,9 +163,7 @@ def _known(index: Path) -> dict[Path, str]:
     return known
 
 
-def _prompts(
-    source: Path, base: Prompt, how: str, known: dict[Path, str], batch: _Batch
-) -> Iterator[Prompt]:
+def _prompts(source: Path, base: Prompt, how: str, batch: _Batch) -> Iterator[Prompt]:
     """Those that are to be encoded, in the file's order."""
     names: dict[str, str] = {}
     with source.open("rb") as file:
@@ -170,9 +181,13 @@ def _prompts(
                     number, _invalid(f"name: {asked.path.stem!r} is that of an earlier line")
                 )
                 continue
-            if known.get(asked.path) == asked.key and asked.path.is_file():
+            if batch.known.get(asked.path) == asked.key and asked.path.is_file():
                 batch.done += 1
                 batch.count()
+                continue
+            if asked.path in batch.strangers:
+                what = f"{asked.path} is there, and of no batch; add --overwrite to replace it"
+                batch.fail(number, _invalid(what))
                 continue
             batch.open[batch.sent] = asked
             batch.sent += 1
@@ -209,7 +224,13 @@ async def _keep(
         batch.fail(asked.line, result)
         return
     content = EmbeddingFile(result, asked.prompt if has_prompt else None)
-    await asyncio.to_thread(embedding_file.write, asked.path, content)
+    try:
+        await asyncio.to_thread(embedding_file.write, asked.path, content)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        batch.fail(asked.line, _invalid(f"{asked.path}: {error.strerror}"))
+        return
     batch.done += 1
     batch.enter(
         asked.line,
@@ -217,6 +238,7 @@ async def _keep(
         key=asked.key,
         token_count=result.token_count,
         row_count=result.tensor.shape[0],
+        mode=result.recipe.long_prompt_mode,
         sha256=result.tensor.sha256,
     )
 

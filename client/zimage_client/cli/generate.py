@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from zimage_client import (
     Accepted,
+    Completed,
     Options,
     Picture,
     Preview,
@@ -166,6 +167,8 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
                 now = time.monotonic()
                 terminal.result(_result(args, path, event, accepted, now - began))
                 began = now
+            if isinstance(event, Completed):
+                _tell_what_was_compressed(event, terminal)
     terminal.clear()
 
 
@@ -199,6 +202,16 @@ def _options(args: Namespace, terminal: Terminal, receipt: Receipt | None) -> Op
     options = {name: value for name, value in options.items() if name not in replaced}
     options |= {name: value for name, value in given.items() if value is not None}
     return cast("Options", options)
+
+
+def _tell_what_was_compressed(completed: Completed, terminal: Terminal) -> None:
+    for name, side in (("prompt", completed.positive), ("negative prompt", completed.negative)):
+        if side is None:
+            continue
+        count, rows = side.token_count, side.recipe.row_count(side.token_count)
+        if rows < count:
+            mode = side.recipe.long_prompt_mode
+            terminal.note(f"the {name} has {count} tokens; {mode} left {rows} rows of them")
 
 
 def _tell_what_has_no_effect(args: Namespace, accepted: Accepted, terminal: Terminal) -> None:
