@@ -71,8 +71,13 @@ soak: ## everything at once for MINUTES=10: nothing grows
 parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E5)
 	$(SIDE_BY_SIDE) tests/parity $(PARITY)
 
-bench-encoder: ## C1: a prompt against diffusers' encode_prompt
+bench-encoder: ## C1 to C4: a prompt against diffusers and llama.cpp, beginnings, forms of weights, first and thousandth
 	$(BIN)/python -m bench.encoder
+	@$(BIN)/python -c "import llama_cpp" 2>/dev/null || { command -v g++ >/dev/null && \
+	  echo "building llama.cpp, which takes some minutes" && $(BIN)/python -m pip install --quiet -c constraints.txt llama-cpp-python; } \
+	  || echo "llama.cpp is not here and cannot be built without a C++ compiler: C2 will be SKIPPED" >&2
+	$(BIN)/python -m bench.encoder_forms
+	$(BIN)/python -m bench.encoder_start
 
 bench-dit: ## C5, C6, C7, C9: a forward against diffusers and the bare matmuls; adapters, loading, VAE, services
 	$(BIN)/python -m bench.dit

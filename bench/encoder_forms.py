@@ -7,19 +7,21 @@ All forms are loaded from one file by the service's own loader, and take their t
 what a form holds and takes at its peak is measured in a process of its own. llama.cpp runs seven
 layers of the same weights in Q8_0, and its final norm, without a head.
 
-With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 a CPU with AMX computes as one without does (llama.cpp
-then is left out: it heeds no such wish).
+With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 a CPU with AMX computes as one without does; llama.cpp
+heeds no such wish, and is built without: its own code for AMX crashed on the machine at hand.
 """
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import Qwen3Config, Qwen3Model
 
-from bench.encoder import QWEN3_4B, USUAL
+from bench.encoder import QWEN3_4B
 from bench.timing import compare, machine, write_results
 from encoder_service.model.loading import load
 from encoder_service.model.narrow import FULL, INT4, INT8, INT8_DYNAMIC
@@ -38,7 +40,7 @@ from encoder_service.model.qwen import Qwen3Encoder, Text
 from zimage_core.formats.encoder_files import EncoderFiles
 from zimage_core.serving import memory
 
-LAYERS, TIMES = 7, 5
+LAYERS, FEW_LAYERS, TIMES = 7, 3, 5
 TOKENS = (8, 32, 128, 512, 1504)
 FORMS = {
     "float32": ("float32", FULL),
@@ -49,7 +51,6 @@ FORMS = {
 }
 MEMORY_TARGET, COSINE_TARGETS = 0.60, {"int8": 0.999, "int8_dynamic": 0.995}
 LLAMA_TARGETS = {32: 1.5, 128: 2.0}
-LLAMA_TOKENS = (32, 128)
 _SIZES = QWEN3_4B | {"num_hidden_layers": LAYERS + 1}
 
 
@@ -74,9 +75,9 @@ def files_in(folder: Path) -> EncoderFiles:
     return EncoderFiles(folder, folder / "tokenizer.json")
 
 
-def loaded(folder: Path, form: str) -> Qwen3Encoder:
+def loaded(folder: Path, form: str, layers: int = LAYERS) -> Qwen3Encoder:
     dtype, weights = FORMS[form]
-    return load(files_in(folder), -2, "cpu", dtype, weights)
+    return load(files_in(folder), layers - LAYERS - 2, "cpu", dtype, weights)
 
 
 def tokens(count: int) -> list[int]:
@@ -85,16 +86,15 @@ def tokens(count: int) -> list[int]:
 
 
 def run(encoder: Qwen3Encoder, count: int) -> Callable[[], Tensor]:
-    text = Text(tokens(count), USUAL)
+    text = Text(tokens(count), ((encoder.deepest, 1.0),))
     return lambda: encoder([text])[0].state
 
 
-def held(folder: str, form: str, results: Any) -> None:
-    """In a process of its own: bytes of the layers, seconds until they are there, and what a run
-    takes besides."""
+def held(folder: str, form: str, layers: int, results: Any) -> None:
+    """In a process of its own: bytes and seconds of so many layers, and what runs take besides."""
     before = memory.used_and_peak()[0]
     began = time.perf_counter()
-    encoder = loaded(Path(folder), form)
+    encoder = loaded(Path(folder), form, layers)
     seconds = time.perf_counter() - began
     run(encoder, 8)()  # touches every weight that lies in a mapped file
     own = memory.used_and_peak()[0] - before
@@ -106,60 +106,63 @@ def held(folder: str, form: str, results: Any) -> None:
     results.put({"bytes": own, "seconds": seconds, "peaks": peaks})
 
 
-def measured_memory(folder: Path, form: str) -> dict[str, Any]:
+def apart(folder: Path, form: str, layers: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=held, args=(str(folder), form, results))
+    process = context.Process(target=held, args=(str(folder), form, layers, results))
     process.start()
     found: dict[str, Any] = results.get(timeout=600)
     process.join()
-    table = QWEN3_4B["vocab_size"] * QWEN3_4B["hidden_size"] * (4 if form == "float32" else 2)
-    mapped = QWEN3_4B["hidden_size"] * 2 * 8  # of the table, what eight tokens touched
-    is_mapped = form != "float32"
-    layers = found["bytes"] - (mapped if is_mapped else table)
-    whole = table + TIMES * layers
+    return found
+
+
+def measured_memory(folder: Path, form: str) -> dict[str, Any]:
+    """Of 35 layers, by what 4 more layers take; and of the token table, all of it."""
+    few, many = apart(folder, form, FEW_LAYERS), apart(folder, form, LAYERS)
+
+    def of_all(what: str) -> float:
+        each: float = (many[what] - few[what]) / (LAYERS - FEW_LAYERS)
+        return float(many[what]) + each * LAYERS * (TIMES - 1)
+
+    table = QWEN3_4B["vocab_size"] * QWEN3_4B["hidden_size"] * 2
+    # In float32 it was made and is there; else it is mapped, and eight tokens touched some of it.
+    whole = of_all("bytes") + (0 if form == "float32" else table)
     return {
         "weights_gb": round(whole / 1e9, 2),
-        "load_seconds": round(TIMES * found["seconds"], 1),
-        "peak_gb": {
-            count: round((whole + peak) / 1e9, 2) for count, peak in found["peaks"].items()
-        },
+        "load_seconds": round(of_all("seconds"), 1),
+        "peak_gb": {count: round((whole + peak) / 1e9, 2) for count, peak in many["peaks"].items()},
     }
 
 
-def llama(folder: Path) -> Iterator[tuple[int, Callable[[], object]]]:
-    """llama.cpp's runs of as many tokens, each from nothing."""
-    import llama_cpp as cpp  # type: ignore[import-not-found]
-
+@contextmanager
+def llama(folder: Path) -> Iterator[Callable[[int], Callable[[], object]]]:
+    """Runs of as many tokens, each from nothing, in llama.cpp's own process."""
     path = folder / "q8_0.gguf"
     write_q8_0(folder, path)
-    cpp.llama_log_set(_silent(cpp), ctypes.c_void_p(0))
-    cpp.llama_backend_init()
-    model = cpp.llama_model_load_from_file(str(path).encode(), cpp.llama_model_default_params())
-    wishes = cpp.llama_context_default_params()
-    wishes.n_ctx = wishes.n_batch = wishes.n_ubatch = max(LLAMA_TOKENS)
-    wishes.n_threads = wishes.n_threads_batch = torch.get_num_threads()
-    wishes.embeddings, wishes.pooling_type = True, cpp.LLAMA_POOLING_TYPE_NONE
-    context = cpp.llama_init_from_model(model, wishes)
-    for count in LLAMA_TOKENS:
-        batch = cpp.llama_batch_init(count, 0, 1)
-        batch.n_tokens = count
-        for at, token in enumerate(tokens(count)):
-            batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, at, 1
-            batch.seq_id[at][0], batch.logits[at] = 0, True
+    command = [sys.executable, "-m", "bench.llama_peer"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
 
-        def encode(batch: Any = batch) -> object:
-            cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
-            if cpp.llama_decode(context, batch):
-                raise RuntimeError("llama.cpp failed")
-            return cpp.llama_get_embeddings_ith(context, batch.n_tokens - 1)[0]
+        def answer_to(line: str) -> str:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            if not (answer := process.stdout.readline()):
+                raise RuntimeError("llama.cpp died")
+            return answer
 
-        yield count, encode
+        answer_to(f"{path} {torch.get_num_threads()}")
 
+        def run_of(count: int) -> Callable[[], object]:
+            line = " ".join(map(str, tokens(count)))
+            return lambda: answer_to(line)
 
-def _silent(cpp: Any) -> Any:
-    _silent.kept = cpp.llama_log_callback(lambda *_: None)  # type: ignore[attr-defined]
-    return _silent.kept  # type: ignore[attr-defined]
+        yield run_of
+        process.stdin.close()
 
 
 def write_q8_0(folder: Path, path: Path) -> None:
@@ -216,24 +219,23 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _beside_llama(folder: Path, encoders: dict[str, Qwen3Encoder], rounds: int) -> dict[str, Any]:
-    if os.environ.get("ONEDNN_MAX_CPU_ISA"):
-        return {}
     if importlib.util.find_spec("llama_cpp") is None:
-        print("SKIPPED: C2: llama.cpp is not here; pip install llama-cpp-python builds it, with a")
-        print("C++ compiler and some minutes")
+        print("SKIPPED: C2: llama.cpp is not here; `make bench-encoder` builds it, with a C++")
+        print("compiler and some minutes")
         return {}
     ours = {name: encoders[name] for name in ("bfloat16", "int8", "int8_dynamic")}
     found = {}
-    for count, theirs in llama(folder):
-        runs: dict[str, Callable[[], object]] = {
-            name: run(one, count) for name, one in ours.items()
-        }
-        timings = compare(rounds, llama=theirs, **runs)
-        found[count] = {
-            "target": LLAMA_TARGETS[count],
-            "llama_seconds": round(TIMES * timings.median("llama"), 3),
-            **{name: round(timings.ratio("llama", name), 2) for name in ours},
-        }
+    with llama(folder) as run_of:
+        for count, target in LLAMA_TARGETS.items():
+            runs: dict[str, Callable[[], object]] = {
+                name: run(one, count) for name, one in ours.items()
+            }
+            timings = compare(rounds, llama=run_of(count), **runs)
+            found[count] = {
+                "target": target,
+                "llama_seconds": round(TIMES * timings.median("llama"), 3),
+                **{name: round(timings.ratio("llama", name), 2) for name in ours},
+            }
     return {"C2: Q8_0 of llama.cpp over ours": found}
 
 

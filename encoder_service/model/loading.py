@@ -15,6 +15,7 @@ from encoder_service.model.qwen import Qwen3Encoder
 from zimage_core.errors import InvalidModel, InvalidSettings
 from zimage_core.formats import encoder_gguf, weights
 from zimage_core.formats.encoder_files import EncoderFiles, canonical_name
+from zimage_core.serving import memory
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _FAMILY = "qwen3"
@@ -127,21 +128,22 @@ def _read(
     dtype: torch.dtype,
 ) -> None:
     """One tensor at a time, straight to the device: never two copies of more than one."""
-    wanted = encoder.state_dict()
-    linears = encoder.linears() if narrowed else ()
+    linears = {f"{name}.weight": name for name in encoder.linears()} if narrowed else {}
     values = _blocks if files.is_gguf else _tensors
+    if narrowed:
+        for name, value in values(files, linears.keys(), device):
+            encoder.set_submodule(linears[name], narrowed(value.to(dtype)))
+        memory.give_back()
+    wanted = encoder.state_dict()
     for name, value in values(files, wanted.keys(), device):
-        module = name.removesuffix(".weight")
-        if narrowed and module in linears:
-            encoder.set_submodule(module, narrowed(value.to(dtype)))
-        else:
-            wanted[name] = value.to(dtype)
-    encoder.load_state_dict({name: wanted[name] for name in encoder.state_dict()}, assign=True)
+        wanted[name] = value.to(dtype)
+    encoder.load_state_dict(wanted, assign=True)
 
 
 def _tensors(
     files: EncoderFiles, names: Collection[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
+    """On a CPU they are parts of the mapped file, which stays mapped as long as one of them is."""
     for path in weights.files(files.weights):
         with safe_open(path, "pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

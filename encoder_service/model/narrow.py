@@ -20,6 +20,8 @@ FULL, INT8, INT8_DYNAMIC, INT4 = "full", "int8", "int8_dynamic", "int4"
 
 _LARGEST, _ZERO, _SECOND = 127.0, 128, 254.0
 _SMALLEST = 1e-12
+_TOKENS_AT_ONCE = 512
+"""More only take memory."""
 _GROUP, _LEVELS, _PACKED_BY = 64, 15.0, 16
 _INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 _FEWEST_ROWS, _ROWS_BY = 17, 8
@@ -63,9 +65,13 @@ class Integers(nn.Module):
 
     def forward(self, x_1TI: Tensor) -> Tensor:
         """The product, [1, T, O]."""
-        x_TI = x_1TI[0].float()
-        scale_T1 = _scale(x_TI)
-        share_TI = x_TI.div_(scale_T1) if x_1TI.dtype != torch.float32 else x_TI / scale_T1
+        parts = [self._product(part_TI) for part_TI in x_1TI[0].split(_TOKENS_AT_ONCE)]
+        return torch.cat(parts).unsqueeze(0)
+
+    def _product(self, x_TI: Tensor) -> Tensor:
+        wide_TI = x_TI.float()
+        scale_T1 = _scale(wide_TI)
+        share_TI = wide_TI / scale_T1
         first_TI = share_TI.round()
         if self._is_dynamic:
             product_TO = self._times(first_TI)
@@ -74,7 +80,7 @@ class Integers(nn.Module):
             both_TO = self._times(torch.cat((first_TI, second_TI)))
             product_TO, rest_TO = both_TO.chunk(2)
             product_TO.add_(rest_TO, alpha=1 / _SECOND)
-        return product_TO.mul_(scale_T1).to(x_1TI.dtype).unsqueeze(0)
+        return product_TO.mul_(scale_T1).to(x_TI.dtype)
 
     def _times(self, whole_TI: Tensor) -> Tensor:
         """Of whole numbers. They go in above zero: not every CPU has instructions for others."""
