@@ -73,9 +73,6 @@ parity: ## the same numbers as diffusers, transformers and itself (E1, E2, E4, E
 
 bench-encoder: ## C1 to C4: a prompt against diffusers and llama.cpp, beginnings, forms of weights, first and thousandth
 	$(BIN)/python -m bench.encoder
-	@$(BIN)/python -c "import llama_cpp" 2>/dev/null || { command -v g++ >/dev/null && \
-	  echo "building llama.cpp, which takes some minutes" && $(BIN)/python -m pip install --quiet -c constraints.txt llama-cpp-python; } \
-	  || echo "llama.cpp is not here and cannot be built without a C++ compiler: C2 will be SKIPPED" >&2
 	$(BIN)/python -m bench.encoder_forms
 	$(BIN)/python -m bench.encoder_start
 

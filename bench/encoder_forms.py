@@ -220,8 +220,8 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 
 def _beside_llama(folder: Path, encoders: dict[str, Qwen3Encoder], rounds: int) -> dict[str, Any]:
     if importlib.util.find_spec("llama_cpp") is None:
-        print("SKIPPED: C2: llama.cpp is not here; `make bench-encoder` builds it, with a C++")
-        print("compiler and some minutes")
+        print("SKIPPED: C2: llama.cpp is not here; with a C++ compiler and some minutes")
+        print(f"{sys.executable} -m pip install -c constraints.txt llama-cpp-python   builds it")
         return {}
     ours = {name: encoders[name] for name in ("bfloat16", "int8", "int8_dynamic")}
     found = {}

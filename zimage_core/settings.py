@@ -87,7 +87,10 @@ class ServiceSettings(_Program):
 class ModelSettings(ServiceSettings):
     """What every service with a model has."""
 
-    model: Path = Field(description="model folder in diffusers layout, or a single file")
+    model: Path = Field(
+        description="model folder in diffusers layout, or a single file; for the encoder also a "
+        "folder with Qwen3 alone"
+    )
     device: Device = Field("auto", description="where the model runs")
     dtype: ElementType = Field("auto", description="type that the model computes in")
     watchdog: Watchdog = Field(Watchdog(), description="when a worker counts as hung")

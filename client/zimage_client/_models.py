@@ -2,39 +2,58 @@
 asks, and halved where it takes twice the room for nothing."""
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from zimage_client import _sources
+from zimage_client._embedded.locks import Lock
 from zimage_client._sources import Source, SourceFile
-from zimage_core.errors import InvalidModel, NotFound, Overloaded, ZImageError
+from zimage_core.errors import InvalidModel, NotFound, NotReady, Overloaded, ZImageError
 from zimage_core.files import write_whole
 from zimage_core.formats.halving import halve
+
+_log = logging.getLogger(__name__)
 
 ENCODER, DIT, SINGLE = "encoder", "dit", "file"
 PARTS = (ENCODER, DIT)
 
-_WEIGHTS = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-_NAMES = {
+_WEIGHTS = r"(-\d{5}-of-\d{5})?\.safetensors"
+_INDEX = r"\.safetensors\.index\.json"
+_MODULE = "diffusion_pytorch_model"
+_NEEDED = {
     ENCODER: (
-        rf"text_encoder/(config\.json|model{_WEIGHTS})",
+        r"text_encoder/config\.json",
+        rf"text_encoder/model{_WEIGHTS}",
         r"tokenizer/tokenizer\.json",
     ),
     DIT: (
-        rf"(transformer|vae)/(config\.json|diffusion_pytorch_model{_WEIGHTS})",
+        r"transformer/config\.json",
+        rf"transformer/{_MODULE}{_WEIGHTS}",
+        r"vae/config\.json",
+        rf"vae/{_MODULE}{_WEIGHTS}",
         r"scheduler/scheduler_config\.json",
-        r"model_index\.json",
     ),
 }
-_PLAIN_ENCODER = (rf"config\.json|model{_WEIGHTS}|tokenizer\.json",)
+"""Patterns of which each must have a file."""
+_PLAIN_ENCODER = (r"config\.json", rf"model{_WEIGHTS}", r"tokenizer\.json")
 """A Qwen3 as it was published, without a picture model around it."""
+_BESIDE = {
+    ENCODER: rf"(text_encoder/)?model{_INDEX}",
+    DIT: rf"(transformer|vae)/{_MODULE}{_INDEX}|model_index\.json",
+}
+"""What may be there as well."""
+_SINGLE_SUFFIXES = (".safetensors", ".gguf")
 
 _LIST = "zimage-model.json"
-_INCOMING = ".incoming"
+_INCOMING, _LOCK = ".incoming", "lock"
+_SAFETENSORS = ".safetensors"
+_DIGITS = 16
 _SPARE_BYTES = 64 << 20
 
 Told = Callable[[SourceFile, int], None]
@@ -50,6 +69,8 @@ class KeptFile:
     sha256: str
     source_sha256: str
     """Before it was halved."""
+    source_git_sha1: str
+    """Empty where the source has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +79,8 @@ class Kept:
 
     name: str
     path: Path
+    origin: str
+    """The repository, or the path on this machine."""
     revision: str
     files: dict[str, KeptFile] = field(default_factory=dict)
 
@@ -65,6 +88,12 @@ class Kept:
     def parts(self) -> list[str]:
         """What there is of it."""
         return sorted({file.part for file in self.files.values()})
+
+    @property
+    def served(self) -> Path:
+        """What a service takes: the folder, or the single file in it."""
+        singles = [name for name, file in self.files.items() if file.part == SINGLE]
+        return self.path / singles[0] if len(singles) == len(self.files) == 1 else self.path
 
     @property
     def size_bytes(self) -> int:
@@ -89,31 +118,33 @@ class Wanted:
 def wanted(source: Source, parts: Sequence[str], names: Sequence[str] = ()) -> Wanted:
     """The files of those parts, or those of these names; raises NotFound for what is not there."""
     known = {file.name for file in source.files if _is_harmless(file.name)}
-    if names or len(known) == 1:
+    if names or (len(known) == 1 and next(iter(known)).endswith(_SINGLE_SUFFIXES)):
         chosen = dict.fromkeys(names or known, SINGLE)
         if missing := chosen.keys() - known:
             raise _not_found(source, f"no {', '.join(sorted(missing))} in it")
         return Wanted(source, chosen)
     chosen = {}
     for part in parts:
-        found = _of_part(part, known)
-        if not any(name.endswith(".safetensors") for name in found):
-            raise _not_found(source, f"no {part} in it: no weights where a model has them")
-        chosen |= dict.fromkeys(found, part)
+        chosen |= dict.fromkeys(_of_part(part, known, source), part)
     return Wanted(source, chosen)
 
 
 def _is_harmless(name: str) -> bool:
     """A hub may say anything; nothing is written outside of the model's folder, or as its list."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.parts[0][0] != "."
+    parts = re.split(r"[/\\]", name)
+    return name != _LIST and ":" not in name and not any(part[:1] in ("", ".") for part in parts)
 
 
-def _of_part(part: str, known: set[str]) -> list[str]:
-    patterns = _NAMES[part]
+def _of_part(part: str, known: set[str], source: Source) -> list[str]:
+    patterns = _NEEDED[part]
     if part == ENCODER and not any(name.startswith("text_encoder/") for name in known):
         patterns = _PLAIN_ENCODER
-    found = [name for name in known if any(re.fullmatch(one, name) for one in patterns)]
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in known):
+            like = re.sub(r"\(.*?\)\??|\\", "", pattern)
+            raise _not_found(source, f"no {part} in it: it lacks {like}")
+    every = (*patterns, _BESIDE[part])
+    found = [name for name in known if any(re.fullmatch(one, name) for one in every)]
     sharded = {name.split(".safetensors")[0] for name in found if name.endswith(".index.json")}
     # Beside shards and their index, the same weights may lie in one file.
     return [name for name in found if name.removesuffix(".safetensors") not in sharded]
@@ -126,15 +157,19 @@ class Models:
         self.folder = folder
 
     def all(self) -> list[Kept]:
-        """By name."""
-        lists = sorted(self.folder.glob(f"*/{_LIST}")) + sorted(self.folder.glob(f"*/*/{_LIST}"))
-        return [_read(self.folder, path.parent) for path in lists]
+        """By name, but for those whose lists are broken."""
+        found = []
+        for path in (*self.folder.glob(f"*/{_LIST}"), *self.folder.glob(f"*/*/{_LIST}")):
+            try:
+                found.append(_read(self.folder, path.parent))
+            except InvalidModel as error:
+                _log.warning("%s", error.message)
+        return sorted(found, key=lambda kept: kept.name)
 
     def get(self, name: str) -> Kept:
         """Raises NotFound where there is none of that name."""
-        for kept in self.all():
-            if kept.name == name:
-                return kept
+        if _is_harmless(name) and (self.folder / name / _LIST).exists():
+            return _read(self.folder, self.folder / name)
         names = ", ".join(kept.name for kept in self.all()) or "none"
         raise NotFound(
             f"{name}: no such model in {self.folder}; there are {names}",
@@ -143,31 +178,43 @@ class Models:
         )
 
     def missing(self, want: Wanted) -> list[SourceFile]:
-        """What is not here yet. Raises NotFound where other parts of the model are, of another
-        revision."""
+        """What is not here yet. Raises NotReady where another model of this name is, or other parts
+        of it are of another revision."""
         kept = self._kept(want.source)
+        if kept.origin != want.source.origin:
+            raise NotReady(
+                f"{kept.name}: another model of that name is here, from {kept.origin}; remove it "
+                "first, or give another folder with --models",
+                reason="MODEL_NAME",
+                fields={"given": want.source.origin, "allowed": kept.origin},
+            )
         others = sorted({file.part for file in kept.files.values()} - set(want.parts.values()))
         if others and kept.revision != want.source.revision:
-            raise NotFound(
+            raise NotReady(
                 f"{kept.name}: its {', '.join(others)} is here at {kept.revision}, and this is "
                 f"{want.source.revision}; give --revision, or remove it first",
                 reason="MODEL_REVISION",
                 fields={"given": want.source.revision, "allowed": kept.revision},
             )
-        return [file for file in want.files if not _is_here(kept, file, want.source.revision)]
+        return [file for file in want.files if not _is_here(kept, file)]
 
     def add(self, want: Wanted, told: Told) -> Kept:
-        """Fetches what is missing, a file at a time; what came is kept if the next one fails.
-        Raises Overloaded where the disk has no room for it."""
-        missing = self.missing(want)
-        kept = replace(self._kept(want.source), revision=want.source.revision)
-        incoming = kept.path / _INCOMING
-        incoming.mkdir(parents=True, exist_ok=True)
-        _refuse_without_room(incoming, sum(file.size_bytes for file in missing))
-        for file in missing:
-            kept.files[file.name] = _fetched(want, file, kept.path, told)
+        """Fetches what is missing, a file at a time; what came is kept if the next one fails. What
+        another revision had of these parts goes in the end. Raises Overloaded where the disk has no
+        room for it, or another process adds the same model."""
+        path = self.folder / want.source.name
+        (path / _INCOMING).mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            missing, kept = self.missing(want), self._kept(want.source)
             _write(kept)
-        shutil.rmtree(incoming)
+            _refuse_without_room(path / _INCOMING, missing)
+            for file in missing:
+                kept.files[file.name] = _fetched(want, file, path, told)
+                _write(kept)
+            parts = set(want.parts.values()) - {SINGLE}
+            old = [name for name, one in kept.files.items() if one.part in parts]
+            kept = replace(kept, revision=want.source.revision)
+            self.forget(kept, [name for name in old if name not in want.parts])
         return kept
 
     def verify(self, kept: Kept, told: Told) -> list[str]:
@@ -178,7 +225,7 @@ class Models:
             told(described, 0)
             try:
                 _sources.check(described, kept.path / name)
-            except (InvalidModel, OSError):
+            except (InvalidModel, FileNotFoundError):
                 torn.append(name)
         return torn
 
@@ -203,19 +250,31 @@ class Models:
         path = self.folder / source.name
         if (path / _LIST).exists():
             return _read(self.folder, path)
-        return Kept(source.name, path, source.revision)
+        return Kept(source.name, path, source.origin, source.revision)
 
 
-def _is_here(kept: Kept, file: SourceFile, revision: str) -> bool:
-    """By what was noted when it came; the file itself need only be as large."""
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While no other process adds the same model."""
+    lock = Lock.taken(path / _INCOMING / _LOCK)
+    if lock is None:
+        raise Overloaded(f"{path.name}: another process is adding it", reason="MODEL_BUSY")
+    with lock:
+        yield
+
+
+def _is_here(kept: Kept, file: SourceFile) -> bool:
+    """By what was noted when it came; the file itself need only be as large. What comes without a
+    digest, from this machine, is copied again."""
     here, path = kept.files.get(file.name), kept.path / file.name
     if here is None or not path.is_file() or path.stat().st_size != here.size_bytes:
         return False
-    return here.source_sha256 == file.sha256 if file.sha256 else kept.revision == revision != ""
+    noted = here.source_sha256 if file.sha256 else here.source_git_sha1
+    return noted == (file.sha256 or file.git_sha1) != ""
 
 
 def _fetched(want: Wanted, file: SourceFile, folder: Path, told: Told) -> KeptFile:
-    scratch = folder / _INCOMING / file.name.replace("/", "--")
+    scratch = _scratch(folder / _INCOMING, file)
     there = 0
 
     def count(more: int) -> None:
@@ -229,8 +288,7 @@ def _fetched(want: Wanted, file: SourceFile, folder: Path, told: Told) -> KeptFi
         final = folder / file.name
         final.parent.mkdir(parents=True, exist_ok=True)
         sha256 = came
-        halved = scratch.with_suffix(".halved")
-        if file.name.endswith(".safetensors") and halve(scratch, halved):
+        if file.name.endswith(_SAFETENSORS) and (halved := _halved(scratch)):
             scratch.unlink()
             scratch = halved
             sha256 = _sources.check(SourceFile(file.name, 0), scratch)
@@ -238,11 +296,30 @@ def _fetched(want: Wanted, file: SourceFile, folder: Path, told: Told) -> KeptFi
         scratch.unlink()
         raise
     scratch.replace(final)
-    return KeptFile(want.parts[file.name], final.stat().st_size, sha256, came)
+    return KeptFile(want.parts[file.name], final.stat().st_size, sha256, came, file.git_sha1)
 
 
-def _refuse_without_room(folder: Path, size_bytes: int) -> None:
-    there = sum(path.stat().st_size for path in folder.iterdir())
+def _scratch(incoming: Path, file: SourceFile) -> Path:
+    """What was begun of it, and of no other file that had its name."""
+    digest = (file.sha256 or file.git_sha1)[:_DIGITS]
+    return incoming / f"{digest}--{file.name.replace('/', '--')}"
+
+
+def _halved(path: Path) -> Path | None:
+    """None where there is nothing to halve, or no room for both."""
+    to = path.with_name(path.name + ".halved")
+    try:
+        return to if halve(path, to) else None
+    except OSError as error:
+        to.unlink(missing_ok=True)
+        _log.warning("%s stays as large as it came: %s", path.name, error.strerror)
+        return None
+
+
+def _refuse_without_room(folder: Path, files: Sequence[SourceFile]) -> None:
+    begun = (_scratch(folder, file) for file in files)
+    there = sum(path.stat().st_size for path in begun if path.exists())
+    size_bytes = sum(file.size_bytes for file in files)
     free = shutil.disk_usage(folder).free
     if size_bytes - there + _SPARE_BYTES > free:
         raise Overloaded(
@@ -258,14 +335,15 @@ def _read(root: Path, path: Path) -> Kept:
     try:
         said: dict[str, Any] = json.loads(at.read_bytes())
         files = {name: KeptFile(**file) for name, file in said["files"].items()}
-        return Kept(path.relative_to(root).as_posix(), path, str(said["revision"]), files)
+        name = path.relative_to(root).as_posix()
+        return Kept(name, path, str(said["origin"]), str(said["revision"]), files)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InvalidModel.at(at, f"this list of files cannot be read: {error}") from error
 
 
 def _write(kept: Kept) -> None:
     files = {name: asdict(file) for name, file in sorted(kept.files.items())}
-    said = {"format": 1, "revision": kept.revision, "files": files}
+    said = {"origin": kept.origin, "revision": kept.revision, "files": files}
     write_whole(kept.path / _LIST, json.dumps(said, indent=1).encode())
 
 

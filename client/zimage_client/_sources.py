@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from zimage_core.errors import Forbidden, InvalidModel, NotFound, NotReady, Unavailable
+from zimage_core.errors import (
+    Forbidden,
+    InvalidModel,
+    InvalidSettings,
+    NotFound,
+    NotReady,
+    Unavailable,
+)
 
 _CHUNK_BYTES = 8 << 20
 
@@ -36,6 +43,10 @@ class Source(Protocol):
         """Of the model."""
 
     @property
+    def origin(self) -> str:
+        """What tells it from another of that name."""
+
+    @property
     def revision(self) -> str:
         """Empty for what has none."""
 
@@ -54,7 +65,8 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self._root = path if path.is_dir() else path.parent
-        self.name = path.resolve().name
+        self.name = path.absolute().name
+        self.origin = str(path.resolve())
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         self.files = [
             SourceFile(one.relative_to(self._root).as_posix(), one.stat().st_size)
@@ -78,7 +90,8 @@ class Hub:
 
         with _explained(name, revision):
             found = HfApi().model_info(name, revision=revision, files_metadata=True)
-        self.name, self.revision = name, found.sha or ""
+        self.name = self.origin = name
+        self.revision = found.sha or ""
         self.files = [
             SourceFile(
                 one.rfilename,
@@ -188,7 +201,7 @@ def source(given: str, revision: str | None) -> Source:
     if path.exists():
         if revision:
             what = f"--revision {revision}: a folder of this machine has none"
-            raise NotFound(what, reason="MODEL_NOT_FOUND", fields={"given": revision})
+            raise InvalidSettings(what, reason="USAGE", fields={"field": "--revision"})
         return Folder(path)
     try:
         import huggingface_hub  # noqa: F401

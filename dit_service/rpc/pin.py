@@ -105,9 +105,13 @@ class EncoderPin:
     def _measured(self, embedding: Embedding, pinned: str, field: str) -> float:
         """How near the encoder is to the one that is pinned, 0 where nobody measured that one
         itself. Raises NotReady for a stranger, and for one that is too far."""
-        given, weights = embedding.identity, embedding.numerics.weights
-        own = [drift for drift in self._drifts if (drift.pinned, drift.identity) == (pinned, given)]
-        known = [drift.worst_cosine for drift in own if drift.numerics.weights == weights]
+        given = embedding.identity
+        asked = (pinned, given, embedding.numerics)
+        known = [
+            drift.worst_cosine
+            for drift in self._drifts
+            if (drift.pinned, drift.identity, drift.numerics) == asked
+        ]
         if not known and given != pinned:
             raise NotReady(
                 f"{field}: the embedding comes from encoder {_name(embedding)} at hidden layer "
@@ -118,7 +122,7 @@ class EncoderPin:
         cosine, limit = min(known, default=0.0), self._settings.encoder_drift_limit
         if known and cosine < limit:
             raise NotReady(
-                f"{field}: encoder {_name(embedding)}, weights {weights}, is too far from "
+                f"{field}: encoder {_name(embedding)} ({embedding.numerics}) is too far from "
                 f"{pinned}: cosine {cosine:.5f} at the worst, {limit} are asked for "
                 "(encoder_drift_limit)",
                 reason="ENCODER_DRIFT",

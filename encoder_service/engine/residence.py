@@ -28,10 +28,14 @@ class Residence:
         if not self.is_away:
             return
         began = time.monotonic()
-        for holder, name, tensor in self._places:
-            there = tensor.to(self._device)
-            is_weight = isinstance(tensor, nn.Parameter)
-            holder[name] = nn.Parameter(there, requires_grad=False) if is_weight else there
+        try:
+            for holder, name, tensor in self._places:
+                there = tensor.to(self._device)
+                is_weight = isinstance(tensor, nn.Parameter)
+                holder[name] = nn.Parameter(there, requires_grad=False) if is_weight else there
+        except Exception:
+            self.leave()  # what did find room would keep it from others
+            raise
         self.is_away = False
         _log.info("weights came to the device in %.2f s", time.monotonic() - began)
 

@@ -84,9 +84,10 @@ class Schedule:
     def _awaited(self) -> Submit:
         """The next call. Where it does not come soon, the device's memory is given back."""
         if self._residence and not self._residence.is_away:
-            soon = self._port.next_call_within(_IDLE_SECONDS)
-            if soon:
-                return soon
+            until = time.monotonic() + _IDLE_SECONDS
+            while (left := until - time.monotonic()) > 0:
+                if soon := self._port.next_call_within(left):
+                    return soon
             self._prefixes.clear()
             self._residence.leave()
         return self._port.next_call()
@@ -148,11 +149,11 @@ class Schedule:
                 self._run([replace(item, text=alone)])
 
     def _encode(self, batch: Sequence[_Item]) -> None:
-        if self._residence:
-            self._residence.arrive()
         texts = [item.text for item in batch]
         tokens = sum(len(text.rest) for text in texts)
         self._port.announce("encode", self._seconds_per_token * tokens)
+        if self._residence:
+            self._residence.arrive()
         began = time.monotonic()
         calls = [item.submitted.call for item in batch]
         runs = self._encoder(texts, lambda: all(map(self._port.is_cancelled, calls)))

@@ -1,6 +1,6 @@
 """From files to an encoder on its device: what is read, to where, in which type."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def load(
         raise InvalidSettings(
             f"weights {form}: {why}; take int8 or full", fields={"field": "weights", "given": form}
         )
-    computing = choose_type(dtype, target, next(iter(stored.values())))
+    computing = choose_type(dtype, target, _widest(stored[name] for name in encoder.matrices()))
     place = target if is_resident else torch.device("cpu")
     narrowed = partial(narrow.linear, form=form, device=target) if form != FULL else None
     _read(encoder, files, narrowed, place, computing)
@@ -80,6 +80,12 @@ def choose_type(name: str, device: torch.device, stored: torch.dtype) -> torch.d
     found = torch.cpu.get_capabilities()
     fast = any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast and stored is torch.bfloat16 else torch.float32
+
+
+def _widest(stored: Iterable[torch.dtype]) -> torch.dtype:
+    """That holds what all of them do: float16 and bfloat16 together are float32's."""
+    kinds = set(stored)
+    return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 def _config(files: EncoderFiles) -> Qwen3Config:

@@ -24,14 +24,18 @@ _TOKENS_AT_ONCE = 512
 """More only take memory."""
 _GROUP, _LEVELS, _PACKED_BY = 64, 15.0, 16
 _INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
+_FIRST_GPU = (7, 5)
 _FEWEST_ROWS, _ROWS_BY = 17, 8
 """What an NVIDIA GPU's integer product takes."""
 
 
 def obstacle(form: str, device: torch.device) -> str:
     """Why weights cannot be in that form there; empty where they may."""
-    if form != INT8_DYNAMIC or device.type == "cuda":
+    if form != INT8_DYNAMIC:
         return ""
+    if device.type == "cuda":
+        fits = not torch.version.hip and torch.cuda.get_device_capability(device) >= _FIRST_GPU
+        return "" if fits else "only NVIDIA GPUs from compute capability 7.5 on multiply them"
     if device.type == "mps":
         return "MPS multiplies no eight-bit integers"
     if not _multiplies_integers():
@@ -129,13 +133,13 @@ class WidenedIntegers(nn.Module):
     def __init__(self, weight_OI: Tensor) -> None:
         super().__init__()
         values_OI, scale_O1 = _rounded(weight_OI)
-        scale_O = scale_O1.flatten().to(weight_OI.dtype)
         self._values_OI = _Moved(values_OI)
-        self._scale_O = _Moved(scale_O)
+        self._scale_O1 = _Moved(scale_O1)
 
     def forward(self, x_1TI: Tensor) -> Tensor:
         """The product, [1, T, O]."""
-        return functional.linear(x_1TI, self._values_OI.to(x_1TI.dtype)) * self._scale_O
+        weight_OI = self._values_OI.float().mul_(self._scale_O1)
+        return functional.linear(x_1TI, weight_OI.to(x_1TI.dtype))
 
 
 class PackedHalves(nn.Module):

@@ -104,6 +104,10 @@ class Qwen3Encoder(nn.Module):
         found = self.layers.named_modules(prefix="layers")
         return {name for name, module in found if isinstance(module, nn.Linear)}
 
+    def matrices(self) -> list[str]:
+        """The names of the weights that are no norms."""
+        return [name for name, weight in self.named_parameters() if weight.dim() > 1]
+
     def _by_depth(self, blend: Blend) -> dict[int, float]:
         """The parts of a blend by how many layers come before."""
         return {self.layer_count + 1 + layer: part for layer, part in blend}

@@ -27,7 +27,7 @@ from zimage_core.embeddings import DEFAULT_HIDDEN_LAYER, Embedding, Numerics, Pr
 from zimage_core.errors import InvalidRequest, Unavailable, ZImageError
 from zimage_core.planning.durations import Durations
 from zimage_core.serving import access, metrics
-from zimage_core.serving.admission import Admission, Cost, Limits
+from zimage_core.serving.admission import Admission, Cost, Limits, Place
 from zimage_core.serving.batches import answers_to, read_ahead
 from zimage_core.serving.worker import Worker
 from zimage_core.settings import EncoderSettings
@@ -122,8 +122,8 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             async for item, is_newest in items:
                 access.refuse_spent()
                 answer = encoder_pb2.EncodeSessionResponse(item_id=item.item_id)
-                with _failing_alone(answer), self._admission.place():
-                    ran = await self._go_on(item, answer, caller, is_newest=is_newest)
+                with _failing_alone(answer), self._admission.place() as place:
+                    ran = await self._go_on(item, answer, place, caller, is_newest=is_newest)
                     if ran and ahead:
                         self._cache.drop(ahead)  # nobody will ask for what was left half typed
                     ahead = None if item.submit else ran or ahead
@@ -163,6 +163,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
         self,
         item: encoder_pb2.EncodeSessionRequest,
         answer: encoder_pb2.EncodeSessionResponse,
+        place: Place,
         caller: int,
         *,
         is_newest: bool,
@@ -176,6 +177,8 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
                 return None
         encoder = self._worker.loaded(messages.Encoder)
         [asked] = await self._read([prompt], False, encoder)
+        _refuse_large_reply([asked.reply_bytes])
+        place.expect(self._cost([asked]))
         is_new = asked.key not in self._cache
         encoded = await self._encoded(asked, caller, encoder)
         if item.submit:

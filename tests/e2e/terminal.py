@@ -1,6 +1,5 @@
 """The command line as people have it: in the foreground of a terminal."""
 
-import fcntl
 import os
 import pty
 import re
@@ -16,6 +15,13 @@ from tests.e2e.services import PATIENCE_SECONDS
 CLIENT = (sys.executable, "-m", "zimage_client.cli.main")
 
 _CTRL_C = b"\x03"
+_TAKES_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""In a process of its own: between fork and exec, gRPC's own threads, which this process has, may
+be waited for in vain."""
 
 
 class Terminal:
@@ -26,16 +32,12 @@ class Terminal:
         self.settings = termios.tcgetattr(self._theirs)
         self.shown = ""
 
-        def take_terminal() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
         self.process = subprocess.Popen(
-            [*inside, *CLIENT, *arguments],
+            [sys.executable, "-c", _TAKES_TERMINAL, *inside, *CLIENT, *arguments],
             stdin=self._theirs,
             stdout=self._theirs,
             stderr=self._theirs,
             start_new_session=True,
-            preexec_fn=take_terminal,  # noqa: PLW1509 - nothing else runs in this process yet
         )
 
     def wait_for(self, pattern: str) -> "re.Match[str]":

@@ -67,7 +67,8 @@ def _begun(hub: Hub | None, shelf: Path, *arguments: str) -> "subprocess.Popen[s
 
 def files_in(folder: Path) -> set[str]:
     found = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix() for path in found} - {"zimage-model.json"}
+    names = {path.relative_to(folder).as_posix() for path in found}
+    return names - {"zimage-model.json", ".incoming/lock"}
 
 
 def test_an_encoder_is_fetched_served_checked_and_removed(hub: Hub, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_what_was_interrupted_goes_on(hub: Hub, tmp_path: Path) -> None:
     begin = int(again.removeprefix("bytes=").removesuffix("-"))
     assert 0 < begin <= part
     assert (shelf / REPOSITORY / name).read_bytes() == path.read_bytes()
-    assert not (shelf / REPOSITORY / ".incoming").exists()
+    assert [path.name for path in (shelf / REPOSITORY / ".incoming").iterdir()] == ["lock"]
 
 
 def test_ctrl_c_ends_it(hub: Hub, tmp_path: Path) -> None:
@@ -190,6 +191,62 @@ def test_float32_that_holds_bfloat16_takes_half(
     assert encoder_identities(EncoderFiles.of(kept), tmp_path / "two") == identities
     assert "0 files to fetch" in models(hub, shelf, "add", REPOSITORY, "--parts=encoder").stderr
     assert models(None, shelf, "verify", REPOSITORY).returncode == 0
+
+
+def test_another_revision_takes_the_place_of_the_first(hub: Hub, tmp_path: Path) -> None:
+    """Also where it has fewer files: an index that stayed would lead to the old weights."""
+    shelf, folder = tmp_path / "shelf", hub.folder / "text_encoder"
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shard, index = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+    save_file(whole, folder / shard)
+    (folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(whole, shard)}))
+    assert models(hub, shelf, "add", REPOSITORY).returncode == 0
+    assert {f"text_encoder/{shard}", f"text_encoder/{index}"} < files_in(shelf / REPOSITORY)
+
+    (folder / shard).unlink()
+    (folder / index).unlink()
+    save_file({name: value * 2 for name, value in whole.items()}, folder / "model.safetensors")
+    hub.revision = "f" * 40
+    refused = models(hub, shelf, "add", REPOSITORY, "--parts=encoder")
+    assert refused.returncode == 3
+    assert "its dit is here at 0123" in refused.stderr
+    assert models(hub, shelf, "add", REPOSITORY).returncode == 0
+    assert files_in(shelf / REPOSITORY) >= ENCODER_FILES
+    assert not [name for name in files_in(shelf / REPOSITORY) if "00001" in name or index in name]
+    assert models(None, shelf, "verify", REPOSITORY).returncode == 0
+    [listed] = models(None, shelf, "list", "--json").stdout.splitlines()
+    assert json.loads(listed)["revision"] == hub.revision
+
+
+def test_what_is_no_model_is_refused(hub: Hub, tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    (hub.folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    refused = models(hub, shelf, "add", REPOSITORY, "--parts", "dit")
+    assert refused.returncode == 3
+    assert (
+        "no dit in it: it lacks transformer/diffusion_pytorch_model.safetensors" in refused.stderr
+    )
+    shutil.rmtree(hub.folder)
+    hub.folder.mkdir()
+    (hub.folder / "README.md").write_text("# Soon")
+    assert models(hub, shelf, "add", REPOSITORY, "--parts", "encoder").returncode == 3
+
+
+def test_neither_names_nor_lists_are_mixed_up(published: Path, tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    assert models(None, shelf, "add", str(published), "--parts", "encoder").returncode == 0
+    other = tmp_path / "elsewhere" / "published"
+    shutil.copytree(published, other)
+    refused = models(None, shelf, "add", str(other), "--parts", "dit")
+    assert refused.returncode == 3
+    assert "another model of that name is here" in refused.stderr
+    (shelf / "broken").mkdir()
+    (shelf / "broken" / "zimage-model.json").write_text("{")
+    listed = models(None, shelf, "list")
+    assert listed.stdout.startswith("published")
+    assert "this list of files cannot be read" in listed.stderr
+    assert models(None, shelf, "verify", "published").returncode == 0
 
 
 def test_a_folder_or_a_file_of_this_machine(published: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, repository: str, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
         self.repository, self.folder = repository, folder
+        self.revision = REVISION
         self.stops_after: dict[str, int] = {}
         """Bytes of a file, after which nothing more comes, the first time that it is asked for."""
         self.stopped = threading.Event()
@@ -47,7 +48,9 @@ class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         repository, path = self.server.repository, self.path.split("?")[0]
         if path.startswith("/api/models/"):
-            revisions = (f"/api/models/{repository}/revision/{name}" for name in ("v1", REVISION))
+            revisions = (
+                f"/api/models/{repository}/revision/{name}" for name in ("v1", self.server.revision)
+            )
             if path == f"/api/models/{repository}" or path in revisions:
                 self._list()
             elif path.startswith(f"/api/models/{repository}/"):
@@ -55,14 +58,18 @@ class _Answers(BaseHTTPRequestHandler):
             else:
                 self._refuse("RepoNotFound")
             return
-        name = path.removeprefix(f"/{repository}/resolve/{REVISION}/")
+        name = path.removeprefix(f"/{repository}/resolve/{self.server.revision}/")
         if (self.server.folder / name).is_file():
             self._file(name)
         else:
             self._refuse("EntryNotFound")
 
     def _list(self) -> None:
-        said = {"id": self.server.repository, "sha": REVISION, "siblings": self.server.listed()}
+        said = {
+            "id": self.server.repository,
+            "sha": self.server.revision,
+            "siblings": self.server.listed(),
+        }
         body = json.dumps(said).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

@@ -7,11 +7,14 @@ import pytest
 
 from zimage_core.serving import cpus
 
-ONE_SOCKET = {"node0": "0-7"}
+ONE_SOCKET = [0] * 8
 
 
-def _system(root: Path, nodes: dict[str, str], siblings: dict[int, str], quota: str = "") -> Path:
-    files = {f"devices/system/node/{name}/cpulist": text for name, text in nodes.items()}
+def _system(root: Path, sockets: list[int], siblings: dict[int, str], quota: str = "") -> Path:
+    """The socket of each CPU, and those that share a core."""
+    files = {}
+    for cpu, socket in enumerate(sockets):
+        files[f"devices/system/cpu/cpu{cpu}/topology/physical_package_id"] = str(socket)
     for cpu, text in siblings.items():
         files[f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"] = text
     if quota:
@@ -41,7 +44,7 @@ def test_every_core_has_one_thread(kept: list[set[int]], tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("quota", "threads"),
-    [("max 100000", 8), ("200000 100000", 2), ("250000 100000", 3), ("10000 100000", 1)],
+    [("max 100000", 8), ("200000 100000", 2), ("250000 100000", 2), ("10000 100000", 1)],
 )
 def test_a_container_has_what_its_quota_says(
     kept: list[set[int]], tmp_path: Path, quota: str, threads: int
@@ -55,14 +58,24 @@ def test_the_older_kind_of_quota_counts_too(kept: list[set[int]], tmp_path: Path
     (system / "fs/cgroup/cpu").mkdir(parents=True)
     for name, value in (("quota", 150000), ("period", 100000)):
         (system / f"fs/cgroup/cpu/cpu.cfs_{name}_us").write_text(f"{value}\n")
-    assert cpus.settle(system) == 2
+    assert cpus.settle(system) == 1
     assert not kept
 
 
 def test_it_stays_on_the_socket_with_the_most(kept: list[set[int]], tmp_path: Path) -> None:
-    nodes = {"node0": "0-2,16-40", "node1": "3-7", "node2": ""}
-    assert cpus.settle(_system(tmp_path, nodes, {})) == 5
+    assert cpus.settle(_system(tmp_path, [0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0], {})) == 5
     assert kept == [{3, 4, 5, 6, 7}]
+
+
+def test_a_sandbox_that_forbids_it_costs_speed_alone(
+    kept: list[set[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(_: int, __: set[int]) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden, raising=False)
+    assert cpus.settle(_system(tmp_path, [0, 0, 0, 0, 1, 1, 1, 1], {})) == 8
+    assert not kept
 
 
 def test_a_system_that_tells_nothing_is_used_whole(kept: list[set[int]], tmp_path: Path) -> None:
@@ -74,5 +87,5 @@ def test_whoever_has_decided_is_right(
     kept: list[set[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert cpus.settle(_system(tmp_path, {"node0": "0-3", "node1": "4-7"}, {})) is None
+    assert cpus.settle(_system(tmp_path, [0, 0, 0, 0, 1, 1, 1, 1], {})) is None
     assert not kept

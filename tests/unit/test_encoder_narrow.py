@@ -93,7 +93,14 @@ def test_what_a_device_cannot_do_is_refused_by_name() -> None:
     for form in (narrow.FULL, INT8, INT4):
         for kind in ("cpu", "cuda", "mps"):
             assert not narrow.obstacle(form, torch.device(kind))
-    assert not narrow.obstacle(INT8_DYNAMIC, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_activations_fit_half_precision_where_weights_are_widened(dtype: torch.dtype) -> None:
+    tokens, weight = _tokens(), _weight()
+    for kind in (narrow.WidenedIntegers, narrow.WidenedHalves):
+        found = _run(kind(weight.to(dtype)), tokens.to(dtype)).float()
+        assert cosine_similarity(found, tokens @ weight.T).min() > 0.99
 
 
 def test_an_old_cpu_takes_the_slower_way(

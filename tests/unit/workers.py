@@ -56,16 +56,23 @@ def pictures(port: Port, settings: object) -> None:
 
 
 def offloaded_encoder(port: Port, settings: EncoderSettings) -> None:
-    """Its weights come and go, though from host memory to host memory."""
+    """Its weights come and go, though from host memory to host memory; while they are away nothing
+    can be computed."""
     import torch
 
     from encoder_service.engine.residence import Residence
     from encoder_service.engine.schedule import Schedule
     from encoder_service.model import loading
 
+    class Away(Residence):
+        def leave(self) -> None:
+            super().leave()
+            for holder, name, tensor in self._places:
+                holder[name] = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
+
     files = EncoderFiles.of(settings.model)
     encoder = loading.load(files, -2, "cpu", settings.dtype)
-    schedule = Schedule(encoder, port, settings, Residence(encoder, torch.device("cpu")))
+    schedule = Schedule(encoder, port, settings, Away(encoder, torch.device("cpu")))
     schedule.warm_up()
     port.ready(settings)
     schedule.serve()

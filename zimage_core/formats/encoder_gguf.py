@@ -1,10 +1,12 @@
 """Qwen3 in GGUF files, under llama.cpp's names: plain floats, or blocks of a few bits, which lose
 something and so are another encoder."""
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage_core.errors import InvalidModel
+from zimage_core.files import Stamp, stamp
 from zimage_core.formats.weights import Weight
 
 if TYPE_CHECKING:
@@ -95,6 +97,12 @@ def values(path: Path, name: str, weight: Weight) -> "np.ndarray[Any, Any]":
 
 
 def _reader(path: Path) -> Any:
+    return _read(path, stamp(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(path: Path, _stamp: Stamp) -> Any:
+    """Once for all that a start asks of it: the library walks through every token of the header."""
     from gguf import GGUFReader  # what a front starts with does without it
 
     try:

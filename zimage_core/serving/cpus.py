@@ -3,13 +3,13 @@
 One a core: two of a core's own wait for each other. No more than the quota of a container: beyond
 it, all of them are stopped together for the rest of every tenth of a second, which libraries that
 count cores do not see. Those of one socket: memory behind the other is half as fast to reach, so
-that a second process there gains more than more threads here.
+that a second process there, which whoever starts it keeps on that socket's CPUs, gains more than
+more threads here.
 """
 
 import logging
-import math
 import os
-import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,16 +28,23 @@ def settle(system: Path = _SYSTEM) -> int | None:
     allowed = os.sched_getaffinity(0)
     near = _largest_socket(allowed, system)
     if near != allowed:
-        _log.info("of %s CPUs, the %s of one socket are used", len(allowed), len(near))
-        os.sched_setaffinity(0, near)
+        try:
+            os.sched_setaffinity(0, near)
+            _log.info("of %s CPUs, the %s of one socket are used", len(allowed), len(near))
+        except OSError as error:  # a sandbox forbids it
+            _log.info("all %s CPUs are used: %s", len(allowed), error)
+            near = allowed
     return max(1, min(_core_count(near, system), _quota(system) or len(near)))
 
 
 def _largest_socket(allowed: set[int], system: Path) -> set[int]:
-    """The CPUs of the NUMA node with the most of those that this process may use."""
-    lists = sorted((system / "devices/system/node").glob("node[0-9]*/cpulist"))
-    nodes = [_numbers(_read(path)) & allowed for path in lists]
-    return max((node for node in nodes if node), key=len, default=allowed)
+    """The CPUs of the socket with the most of those that this process may use. (A NUMA node may be
+    a part of one.)"""
+    sockets: defaultdict[str, set[int]] = defaultdict(set)
+    for cpu in sorted(allowed):
+        at = f"devices/system/cpu/cpu{cpu}/topology/physical_package_id"
+        sockets[_read(system / at)].add(cpu)
+    return max(sockets.values(), key=len)
 
 
 def _core_count(cpus: Iterable[int], system: Path) -> int:
@@ -53,15 +60,7 @@ def _quota(system: Path) -> int | None:
     most, period = own or (_read(system / old.format(name)) for name in ("quota", "period"))
     if not (most.isdecimal() and period.isdecimal()):  # "max", "-1", or nothing there
         return None
-    return math.ceil(int(most) / int(period))
-
-
-def _numbers(text: str) -> set[int]:
-    """Of a list such as 0-3,8."""
-    found: set[int] = set()
-    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
+    return max(1, int(most) // int(period))
 
 
 def _read(path: Path) -> str:

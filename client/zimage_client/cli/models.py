@@ -118,7 +118,7 @@ def _show(kept: Kept, args: Namespace, terminal: Terminal) -> None:
     if args.json:
         said: dict[str, Any] = {
             "model": kept.name,
-            "path": str(kept.path),
+            "path": str(kept.served),
             "parts": kept.parts,
             "revision": kept.revision,
             "bytes": kept.size_bytes,
@@ -127,7 +127,9 @@ def _show(kept: Kept, args: Namespace, terminal: Terminal) -> None:
         return
     parts = ", ".join(kept.parts)
     revision = kept.revision[:_DIGITS] or "local"
-    terminal.result(f"{kept.name}  {parts}  {_gigabytes(kept.size_bytes)}  {revision}  {kept.path}")
+    terminal.result(
+        f"{kept.name}  {parts}  {_gigabytes(kept.size_bytes)}  {revision}  {kept.served}"
+    )
 
 
 def _progress(terminal: Terminal, size: int) -> Told:

@@ -55,7 +55,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> int:
-    """0 where B's embeddings can stand for A's."""
+    """0 where B's embeddings can stand for A's; with --write, as soon as a DiT service is told."""
     if not args.other:
         raise wrong("A", "give the addresses of two encoder services")
     async with AsyncExitStack() as closing:
@@ -77,6 +77,7 @@ async def run(args: Namespace, settings: ClientSettings, terminal: Terminal) -> 
             mean_cosine=mean,
         )
         drift_file.add(args.write, measured)
+        is_well = worst.cosine >= NEAR_COSINE
     if args.json:
         said = {
             "same_identity": ones[0].identity == others[0].identity,
