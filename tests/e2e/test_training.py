@@ -277,6 +277,7 @@ def test_a_job_can_be_ended(
     where = at(services.trainer)
     asked = _asked(pictures, services, "--name", "never", "--steps", "100000", "--detach")
     job = begun(asked, capsys)
+    wait(job, where, capsys, lambda shown: int(str(shown["step"])) > 0)
     with Client(services.dit.address) as client:  # pictures are the same beside it
         beside = client.generate(PROMPT, **WISH, packing="solo").pictures[0]
         assert show(job, where, capsys)["state"] == "running"
